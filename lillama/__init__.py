@@ -1,0 +1,1 @@
+"""Lillama: low-rank compression of trained language models."""
