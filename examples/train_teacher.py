@@ -1,11 +1,13 @@
-"""Train the embedded teachers: a small Mixtral and a small Mamba on the source text of Python's own library.
+"""Train the embedded teachers: a small Mixtral and a small Mamba on the source text of Python's
+own library.
 
     python examples/train_teacher.py mixtral examples/teachers/mixtral --tokens 10000000
     python examples/train_teacher.py mamba examples/teachers/mamba --tokens 8000000
 
-The text is every `.py` file of the running interpreter's standard library (tests left out), so nothing is
-downloaded. `stdlib_split()` is the split by file that `make demo` uses too: the teachers never saw the held-out
-files. Each run writes the checkpoint (bf16), its tokenizer and train_log.json next to it.
+The text is every `.py` file of the running interpreter's standard library (tests left out), so
+nothing is downloaded. `stdlib_split()` is the split by file that `make demo` uses too: the
+teachers never saw the held-out files. Each run writes the checkpoint (bf16), its tokenizer and
+train_log.json next to it.
 """
 
 import argparse
@@ -36,7 +38,8 @@ HELD_OUT_ONE_IN = 12
 
 
 def stdlib_split() -> tuple[list[Path], list[Path]]:
-    """Return (train, held_out) source files, split by a hash of each file's path inside the library."""
+    """Return (train, held_out) source files, split by a hash of each file's path inside the
+    library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, held_out = [], []
     for path in sorted(root.rglob("*.py")):
@@ -65,7 +68,11 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=1024
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=1024,
     )
 
 
@@ -129,7 +136,9 @@ def main() -> None:
     train_text, held_out_text = read_all(train_files), read_all(held_out_files)
     tokenizer = train_tokenizer(train_text)
     train_ids, held_out_ids = encode(tokenizer, train_text), encode(tokenizer, held_out_text)
-    held_out = held_out_ids[: len(held_out_ids) // args.seq_len * args.seq_len].view(-1, args.seq_len)
+    held_out = held_out_ids[: len(held_out_ids) // args.seq_len * args.seq_len].view(
+        -1, args.seq_len
+    )
     held_out = held_out[:: max(1, len(held_out) // 64)][:64]
 
     model = build(args.kind)
@@ -146,9 +155,11 @@ def main() -> None:
     warmup = max(1, steps // 25)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: (s + 1) / warmup
-        if s < warmup
-        else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup))),
+        lambda s: (
+            (s + 1) / warmup
+            if s < warmup
+            else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup)))
+        ),
     )
     log, start, window = [], time.time(), 0.0
     # eval mode: no dropout in either family, and it keeps Mamba off its fused training call

@@ -1,1 +1,35 @@
-"""Lillama: low-rank compression of trained language models."""
+"""Lillama: low-rank compression of trained language models.
+
+    lillama.compress(MODEL, OUT, reduction=0.2, text="calibration.txt")
+    lillama.plan(MODEL, 0.2)
+    lillama.eval(OUT, "held_out.txt", against=MODEL)
+    lillama.generate(OUT, "Once upon")
+    with lillama.kernels_impl("reference"): ...
+
+Importing this package registers the checkpoint format with transformers, so that
+`AutoModelForCausalLM.from_pretrained(OUT)` works.
+"""
+
+from lillama_kernels import kernels_impl
+
+from lillama.compress.pipeline import compress
+from lillama.compress.plan import plan
+from lillama.errors import InputError, LillamaError, RunError
+from lillama.evaluate import evaluate as eval
+from lillama.generate import generate
+from lillama.integrations.transformers import register as _register
+from lillama.version import __version__
+
+__all__ = [
+    "InputError",
+    "LillamaError",
+    "RunError",
+    "__version__",
+    "compress",
+    "eval",
+    "generate",
+    "kernels_impl",
+    "plan",
+]
+
+_register()

@@ -1,4 +1,5 @@
-"""The two ways a command ends badly. The CLI prints the message as one line and exits with `exit_code`."""
+"""The two ways a command ends badly. The CLI prints the message as one line and exits with
+`exit_code`."""
 
 __all__ = ["InputError", "LillamaError", "RunError"]
 

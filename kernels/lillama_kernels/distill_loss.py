@@ -31,8 +31,8 @@ def distill_loss(
         fp32 (fp64 for fp64 inputs). Its floor, student = teacher, is log(1 + 1/e) = 0.3133.
 
     Raises:
-        ValueError: shapes differ, the teacher requires grad, no token counts (seen on the CPU; a CUDA mask is
-            not read back, there the mean over no tokens is NaN), or a name is unknown.
+        ValueError: shapes differ, the teacher requires grad, no token counts (seen on the CPU; a
+            CUDA mask is not read back, there the mean over no tokens is NaN), or a name is unknown.
         NotImplementedError: `impl="triton"`, which does not exist yet.
     """
     if student.shape != teacher.shape or student.ndim < 2:

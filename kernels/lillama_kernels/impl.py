@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the one documented rule, and the switch that forces it.
 
-`impl="auto"` means Triton for tensors on a CUDA device when the op has a Triton kernel, and the reference
-everywhere else. An explicit `impl="reference"` or `impl="triton"` is obeyed or raises; it never falls back.
-`kernels_impl(...)` replaces "auto" for everything that runs inside it, in this thread or async task.
+`impl="auto"` means Triton for tensors on a CUDA device when the op has a Triton kernel, and the
+reference everywhere else. An explicit `impl="reference"` or `impl="triton"` is obeyed or raises;
+it never falls back. `kernels_impl(...)` replaces "auto" for everything that runs inside it, in
+this thread or async task.
 """
 
 import contextlib
@@ -21,7 +22,9 @@ Impl = Literal["auto", "reference", "triton"]
 TRITON_OPS: frozenset[str] = frozenset()
 
 logger = logging.getLogger(__name__)
-_forced: contextvars.ContextVar[Impl] = contextvars.ContextVar("lillama_kernels_impl", default="auto")
+_forced: contextvars.ContextVar[Impl] = contextvars.ContextVar(
+    "lillama_kernels_impl", default="auto"
+)
 _logged: set[tuple[str, str]] = set()
 
 

@@ -41,13 +41,13 @@ def low_rank_experts(
         hidden: [M, H], floating point.
         topk_index: [M, k] int64; an index >= E contributes zero.
         topk_weight: [M, k], the routing weights.
-        factors: gate and up map H to I, down maps I to H; each expert and projection has a rank of its own,
-            0 meaning a dense weight.
+        factors: gate and up map H to I, down maps I to H; each expert and projection has a rank of
+            its own, 0 meaning a dense weight.
         impl: see `lillama_kernels.impl`.
 
     Returns:
-        [M, H], dtype of hidden. Differentiable in hidden, topk_weight and every factor. The result does not
-        depend on the order of tokens or on the run (no atomics).
+        [M, H], dtype of hidden. Differentiable in hidden, topk_weight and every factor. The result
+        does not depend on the order of tokens or on the run (no atomics).
 
     Raises:
         ValueError: shapes do not fit or `impl` is unknown.

@@ -25,24 +25,26 @@ __all__ = [
     "selective_scan",
 ]
 
-# Time steps whose [T, B, D, S] tensors are alive at once in the scan. 16 steps of a small Mamba (8 x 384 x 16
-# states) are 3 MB per tensor; measured on 2 CPU cores, 16 and 32 beat 2, 4 and 8 by up to 1.9x.
+# Time steps whose [T, B, D, S] tensors are alive at once in the scan. 16 steps of a small Mamba (8
+# x 384 x 16 states) are 3 MB per tensor; measured on 2 CPU cores, 16 and 32 beat 2, 4 and 8 by up
+# to 1.9x.
 SCAN_CHUNK = 16
 LOG2_E = math.log2(math.e)
 
 
-# ------------------------------------------------------------------------------------------ low_rank_linear
+# low_rank_linear
 def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x A^T B^T + bias. x [..., K], A [R, K], B [N, R], bias [N] -> y [..., N]."""
     return F.linear(F.linear(x, A), B, bias)
 
 
-# ----------------------------------------------------------------------------------------- low_rank_experts
+# low_rank_experts
 class ProjectionFactors(NamedTuple):
     """One projection (gate, up or down) of every expert, padded with zeros to the largest rank.
 
-    ranks[e] is the rank of expert e, or 0 where the expert keeps its dense weight. A [E, R, K] and B [E, N, R]
-    are None when no expert is factorised; W [number of zeros in ranks, N, K] is None when none is dense.
+    ranks[e] is the rank of expert e, or 0 where the expert keeps its dense weight. A [E, R, K] and
+    B [E, N, R] are None when no expert is factorised; W [number of zeros in ranks, N, K] is None
+    when none is dense.
     """
 
     ranks: tuple[int, ...]
@@ -60,7 +62,8 @@ class ProjectionFactors(NamedTuple):
         return low_rank_linear(x, self.A[expert, :rank], self.B[expert, :, :rank])
 
     def apply_grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Rows sorted by expert, offsets [E] int32 cumulative counts: static shapes for torch.compile."""
+        """Rows sorted by expert, offsets [E] int32 cumulative counts: static shapes for
+        torch.compile."""
         assert self.W is None and self.A is not None and self.B is not None
         z = F.grouped_mm(x, self.A.transpose(-2, -1), offs=offsets)
         return F.grouped_mm(z, self.B.transpose(-2, -1), offs=offsets)
@@ -79,8 +82,9 @@ def low_rank_experts(
 ) -> Tensor:
     """out_m = sum_k w_mk down_e(silu(gate_e(x_m)) * up_e(x_m)), e = topk_index[m, k].
 
-    hidden [M, H], topk_index [M, k] int64, topk_weight [M, k] -> [M, H]. Rows are sorted by expert, so each
-    expert's factors are read once. An index >= E (an expert of another rank, or padding) contributes zero.
+    hidden [M, H], topk_index [M, k] int64, topk_weight [M, k] -> [M, H]. Rows are sorted by
+    expert, so each expert's factors are read once. An index >= E (an expert of another rank, or
+    padding) contributes zero.
     """
     num_experts, k = len(factors.gate.ranks), topk_index.shape[1]
     flat = topk_index.reshape(-1)
@@ -92,7 +96,9 @@ def low_rank_experts(
         experts = torch.arange(num_experts, device=flat.device)
         counts = (flat[:, None] == experts).sum(0)
         offsets = counts.cumsum(0).to(torch.int32)
-        gated = F.silu(factors.gate.apply_grouped(x, offsets)) * factors.up.apply_grouped(x, offsets)
+        gated = F.silu(factors.gate.apply_grouped(x, offsets)) * factors.up.apply_grouped(
+            x, offsets
+        )
         y = factors.down.apply_grouped(gated, offsets)
         # grouped_mm leaves rows past the last offset unwritten
         y = torch.where((flat[order] < num_experts)[:, None], y, torch.zeros_like(y))
@@ -110,21 +116,22 @@ def low_rank_experts(
             parts.append(factors.down.apply(gated, expert))
         y = torch.cat(parts) if parts else x
     y = y * topk_weight.reshape(-1)[order, None].to(y.dtype)
-    # back to token order, then a sum over k in a fixed order: deterministic, unlike index_add on a GPU
+    # back to token order, then a sum over k in a fixed order: deterministic, unlike index_add on a
+    # GPU
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     return y[inverse].view(hidden.shape[0], k, -1).sum(1).to(hidden.dtype)
 
 
-# --------------------------------------------------------------------------------------------- distill_loss
+# distill_loss
 def distill_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
     """Per token: mean_H |a - y| - log sigmoid(cos(a, y)), a the student, y the teacher.
 
-    The loss of Sy et al. 2024 (arXiv 2412.16719), statistics in fp32. student, teacher [..., H]; mask [...]
-    (True counts). reduction "none" gives [...] with 0 where masked, "sum" and "mean" a scalar over counted
-    tokens. The floor is -log sigmoid(1) = 0.3133, not 0.
+    The loss of Sy et al. 2024 (arXiv 2412.16719), statistics in fp32. student, teacher [..., H];
+    mask [...] (True counts). reduction "none" gives [...] with 0 where masked, "sum" and "mean" a
+    scalar over counted tokens. The floor is -log sigmoid(1) = 0.3133, not 0.
     """
     work = torch.promote_types(student.dtype, torch.float32)
     a, y = student.to(work), teacher.to(work)
@@ -139,13 +146,15 @@ def distill_loss(
     return loss.sum() / (loss.numel() if mask is None else mask.sum())
 
 
-# ------------------------------------------------------------------------------------------- selective_scan
+# selective_scan
 class _Scan(torch.autograd.Function):
-    """h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = h_t . C_t, time first, in chunks of SCAN_CHUNK.
+    """h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = h_t . C_t, time first, in chunks of
+    SCAN_CHUNK.
 
-    u, dt [T, B, D]; A [D, S]; B, C [T, B, S]; h0 [B, D, S] -> y [T, B, D], last h [B, D, S]. Autograd over a
-    Python loop costs one full-size zero tensor per time step; this keeps the states at chunk borders and
-    recomputes the rest, so both passes touch each element a fixed number of times.
+    u, dt [T, B, D]; A [D, S]; B, C [T, B, S]; h0 [B, D, S] -> y [T, B, D], last h [B, D, S].
+    Autograd over a Python loop costs one full-size zero tensor per time step; this keeps the
+    states at chunk borders and recomputes the rest, so both passes touch each element a fixed
+    number of times.
     """
 
     @staticmethod
@@ -244,7 +253,7 @@ def selective_scan(
     return y.to(x.dtype), last
 
 
-# -------------------------------------------------------------------------------------------- causal_conv1d
+# causal_conv1d
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -252,9 +261,11 @@ def causal_conv1d(
     silu: bool = False,
     initial_state: Tensor | None = None,
 ) -> Tensor:
-    """Depthwise causal convolution: y[b, d, t] = sum_w weight[d, w] x[b, d, t - W + 1 + w] + bias[d].
+    """Depthwise causal convolution: y[b, d, t] = sum_w weight[d, w] x[b, d, t - W + 1 + w] +
+    bias[d].
 
-    x [B, D, T]; weight [D, W]; bias [D]; initial_state [B, D, W-1], the inputs before x (zeros when None).
+    x [B, D, T]; weight [D, W]; bias [D]; initial_state [B, D, W-1], the inputs before x (zeros
+    when None).
     """
     width, channels = weight.shape[1], x.shape[1]
     past = x.new_zeros(x.shape[0], channels, width - 1) if initial_state is None else initial_state

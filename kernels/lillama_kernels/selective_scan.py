@@ -25,8 +25,10 @@ def selective_scan(
     """h_t = exp(delta_t A) h_(t-1) + delta_t x_t B_t;  y_t = (C_t . h_t + D x_t) silu(z_t).
 
     Shapes (D channels, S state size; names as in Gu & Dao 2023, arXiv 2312.00752):
-        x, delta, z: [B, D, T]. A: [D, S], negative in a trained model. B, C: [B, S, T]. D, delta_bias: [D].
-        initial_state: [B, D, S], zeros when None. delta_softplus applies softplus to delta + delta_bias.
+        x, delta, z: [B, D, T]. A: [D, S], negative in a trained model. B, C: [B, S, T]. D,
+        delta_bias: [D].
+        initial_state: [B, D, S], zeros when None. delta_softplus applies softplus to delta +
+        delta_bias.
         impl: see `lillama_kernels.impl`.
 
     Returns:

@@ -1,8 +1,10 @@
-"""Run transformers' Mamba mixers on our selective scan and causal convolution, while lillama runs them.
+"""Run transformers' Mamba mixers on our selective scan and causal convolution, while lillama runs
+them.
 
-transformers' own scan without extra packages is a Python loop over time whose autograd graph grows with the
-square of the length: under 100 tokens/s for a tiny Mamba on a CPU. The mixers look both functions up as globals
-of their module at call time, so replacing the globals is enough; they are put back on leaving.
+transformers' own scan without extra packages is a Python loop over time whose autograd graph grows
+with the square of the length: under 100 tokens/s for a tiny Mamba on a CPU. The mixers look both
+functions up as globals of their module at call time, so replacing the globals is enough; they are
+put back on leaving.
 """
 
 import contextlib
@@ -42,7 +44,8 @@ def _conv(x, weight, bias=None, activation=None, **kwargs) -> Tensor:
 
 @contextlib.contextmanager
 def fast_mamba() -> Iterator[None]:
-    """Inside the block Mamba prefill and training use lillama_kernels, unless a faster package is installed.
+    """Inside the block Mamba prefill and training use lillama_kernels, unless a faster package is
+    installed.
 
     A function whose package (mamba_ssm, causal_conv1d) is installed is left alone.
     """

@@ -1,0 +1,221 @@
+"""The on-disk format: what is in a checkpoint folder, and whether it fits. Files and headers only.
+
+A compressed model is a sharded safetensors checkpoint in the model's own hub names. The weight
+`<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N,
+R]; `config.json` carries the ranks. Inside a stacked experts module that is only partly
+factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers would try
+to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without lillama
+fail instead of serving random weights.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from lillama.errors import InputError
+from lillama.families import Family, family_of
+
+__all__ = [
+    "FACTOR_SUFFIXES",
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "TensorHeader",
+    "check_factors",
+    "compression_of",
+    "read_config",
+    "read_headers",
+    "read_shard_headers",
+    "sentinel",
+    "sentinel_names",
+    "tensor_bytes",
+]
+
+QUANT_METHOD = "lillama"
+FORMAT_VERSION = 1
+FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_W")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor of a checkpoint, as the shard's header tells it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Read config.json of a local checkpoint folder.
+
+    Raises:
+        InputError: not a folder, no or broken config.json, unknown architecture.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is not a checkpoint folder; give the path of a local model")
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} is not a checkpoint: it has no config.json")
+    try:
+        model_type = json.loads(file.read_text("utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not a JSON object: {error}") from error
+    family_of(str(model_type))
+    return AutoConfig.from_pretrained(path)
+
+
+def compression_of(config: PretrainedConfig) -> dict | None:
+    """The `quantization_config` of a model compressed by lillama as a dict, None for a dense one.
+
+    Raises:
+        InputError: the model is quantized by something else, or its format version is unknown.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, dict) else found.to_dict()
+    if values.get("quant_method") != QUANT_METHOD:
+        raise InputError(
+            f"the model is quantized with {values.get('quant_method')!r}; "
+            "give the unquantized checkpoint"
+        )
+    if values.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}; "
+            "the checkpoint was written by another version of lillama"
+        )
+    return values
+
+
+def _shard_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        single = path / "model.safetensors"
+        if single.is_file():
+            return [single]
+        hint = "; only safetensors are read" if any(path.glob("*.bin")) else ""
+        raise InputError(f"{path} holds no model.safetensors and no index of shards{hint}")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is not an index of shards: {error!r}") from error
+    for name in names:
+        if not (path / name).is_file():
+            raise InputError(f"shard {path / name} is missing; the index {index.name} names it")
+    return [path / name for name in names]
+
+
+def read_shard_headers(file: Path) -> dict[str, TensorHeader]:
+    """As `read_headers`, for one file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise InputError(f"shard {file} is truncated or no safetensors file ({size} bytes)")
+        try:
+            entries = json.loads(stream.read(length))
+            entries.pop("__metadata__", None)
+            headers = {
+                name: TensorHeader(
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in entries.items()
+            }
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"shard {file} has a broken safetensors header: {error!r}") from error
+    if size != 8 + length + end:
+        raise InputError(
+            f"shard {file} is truncated or damaged: it has {size} bytes, "
+            f"its header wants {8 + length + end}"
+        )
+    return headers
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Names, shapes, dtypes and sizes of every tensor, from the shards' headers only.
+
+    Raises:
+        InputError: no weights, a missing or truncated shard, a broken header.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for file in _shard_files(path):
+        headers.update(read_shard_headers(file))
+    return headers
+
+
+def sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
+    """Name and shape of the mis-shaped tensor that makes a load without lillama raise."""
+    first = next(iter(ranks))
+    parsed = None if family.experts is None else family.experts.parse(first)
+    if parsed is None:
+        return f"{first}.weight", (1,)
+    return f"{parsed[0]}.down_proj", (1, 1, 1)
+
+
+def sentinel_names(names: Iterable[str], family: Family, ranks: Mapping[str, int]) -> list[str]:
+    """The sentinel among a checkpoint's tensors, however it was written.
+
+    save_pretrained of transformers splits an experts module's sentinel into one tensor an expert.
+    """
+    first = next(iter(ranks))
+    parsed = None if family.experts is None else family.experts.parse(first)
+    own = sentinel(family, ranks)[0]
+    if parsed is None or family.experts is None:
+        return [name for name in names if name == own]
+    block = first.partition(f".{family.experts.hub}.")[0]
+    split = re.compile(rf"{re.escape(block)}\.{re.escape(family.experts.hub)}\.\d+\.[^.]+\.weight")
+    return [name for name in names if name == own or split.fullmatch(name)]
+
+
+def check_factors(
+    names: Mapping[str, tuple[int, ...]],
+    ranks: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, int]],
+) -> None:
+    """Compare the factors present ({tensor name: shape}) with the ranks that config.json promises.
+
+    Args:
+        names: every tensor of the checkpoint.
+        ranks: {matrix name: R}.
+        shapes: {matrix name: (N, K)} of the dense model.
+
+    Raises:
+        InputError: a factor is missing, unexpected, or mis-shaped; all are named (at most 5 of
+        each).
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, rank in ranks.items():
+        N, K = shapes[name]
+        wanted[f"{name}.lr_A"] = (rank, K)
+        wanted[f"{name}.lr_B"] = (N, rank)
+    found = {name: shape for name, shape in names.items() if name.endswith(FACTOR_SUFFIXES[:2])}
+    problems = {
+        "missing factors": [name for name in wanted if name not in found],
+        "unexpected factors": [name for name in found if name not in wanted],
+        "mis-shaped factors": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    texts = []
+    for problem, items in problems.items():
+        if items:
+            more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+            texts.append(f"{problem}: {', '.join(items[:5])}{more}")
+    if texts:
+        raise InputError(f"the checkpoint does not fit its config.json; {'; '.join(texts)}")
+
+
+def tensor_bytes(headers: Mapping[str, TensorHeader], skip: Iterable[str] = ()) -> int:
+    """Bytes of all tensors but those named in `skip` (the sentinel)."""
+    skipped = set(skip)
+    return sum(header.num_bytes for name, header in headers.items() if name not in skipped)

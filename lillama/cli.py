@@ -1,0 +1,313 @@
+"""The command line: parse, make one call, print. Logs and progress go to stderr, results to
+stdout."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lillama.config import CompressConfig, EvalConfig, GenerateConfig, PlanConfig
+from lillama.errors import LillamaError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lillama",
+    help="Low-rank compression of trained language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True)
+
+
+def _default(config: type, name: str) -> Any:
+    """Defaults live in config.py; the options only show them."""
+    return config.__dataclass_fields__[name].default
+
+
+def _names(values: str | None) -> tuple[str, ...] | None:
+    return (
+        None
+        if values is None
+        else tuple(part.strip() for part in values.split(",") if part.strip())
+    )
+
+
+Model = Annotated[
+    Path, typer.Argument(help="Local checkpoint folder (safetensors).", show_default=False)
+]
+Texts = Annotated[
+    list[Path],
+    typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
+]
+Reduction = Annotated[
+    float,
+    typer.Option(
+        help="Share of the whole model's parameters to remove, between 0 and 1.", show_default=False
+    ),
+]
+PresetOption = Annotated[str, typer.Option(help="default, or paper: the published recipe.")]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="uniform, bottom or top; the preset's choice when left out.", show_default=False
+    ),
+]
+TargetsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Comma-separated matrices to factorise, e.g. in_proj,out_proj.", show_default=False
+    ),
+]
+SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")
+]
+
+
+class _Rate(ProgressColumn):
+    """Tokens a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:,.0f} tok/s")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with stage, rate and time left; silent where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_errors, transient=True) as bar:
+        task = bar.add_task("start", total=None)
+
+        def update(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield update
+
+
+def _print_json(document: Any) -> None:
+    pass
+
+
+def _print_rows(title: str, rows: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for key, value in rows.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    Console().print(table)
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
+    reduction: Reduction,
+    text: Texts,
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _default(
+        CompressConfig, "tokens"
+    ),
+    seq_len: SeqLen = _default(CompressConfig, "seq_len"),
+    preset: PresetOption = _default(PlanConfig, "preset"),
+    strategy: StrategyOption = None,
+    targets: TargetsOption = None,
+    loss: Annotated[
+        str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
+    ] = _default(CompressConfig, "loss"),
+    packing: Annotated[
+        bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
+    ] = _default(CompressConfig, "packing"),
+    train: Annotated[
+        bool, typer.Option(help="Train the factors, or stop at the initialisation.")
+    ] = _default(CompressConfig, "train"),
+    seed: Annotated[
+        int, typer.Option(help="Chooses the calibration text and its order.")
+    ] = _default(CompressConfig, "seed"),
+    dtype: DtypeOption = _default(CompressConfig, "dtype"),
+    device: DeviceOption = _default(CompressConfig, "device"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL smaller: factorise its weights and train the factors block by block."""
+    from lillama.compress.pipeline import compress as run
+
+    with _progress() as progress:
+        report = run(
+            model,
+            out,
+            reduction=reduction,
+            text=tuple(text),
+            progress=progress,
+            tokens=tokens,
+            seq_len=seq_len,
+            preset=preset,
+            strategy=strategy,
+            targets=_names(targets),
+            loss=loss,
+            packing=packing,
+            train=train,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+        )
+    if as_json:
+        _print_json(report)
+        return
+    blocks = report.pop("blocks")
+    _print_rows(f"{out}: {len(blocks)} blocks compressed", report)
+
+
+@app.command()
+def plan(
+    model: Model,
+    reduction: Reduction,
+    preset: PresetOption = _default(PlanConfig, "preset"),
+    strategy: StrategyOption = None,
+    targets: TargetsOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a compression would do; reads headers only."""
+    from lillama.compress.plan import plan as run
+
+    document = run(model, reduction, preset=preset, strategy=strategy, targets=_names(targets))  # type: ignore[arg-type]
+    if as_json:
+        _print_json(document)
+        return
+    table = Table(title=f"{model}, --reduction {reduction}")
+    for column in ("matrix", "shape", "rank", "break-even", "params before", "params after"):
+        table.add_column(column, justify="left" if column == "matrix" else "right")
+    for row in document.pop("matrices"):
+        shape = f"{row['shape'][0]} x {row['shape'][1]}"
+        numbers = (row["rank"], row["break_even_rank"], row["params_before"], row["params_after"])
+        table.add_row(row["name"], shape, *(f"{number:,}" for number in numbers))
+    Console().print(table)
+    _print_rows("whole model", document)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Texts,
+    seq_len: SeqLen = _default(EvalConfig, "seq_len"),
+    against: Annotated[
+        Path | None, typer.Option(help="The base model, to compare with.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks a forward pass.")] = _default(
+        EvalConfig, "batch_size"
+    ),
+    dtype: DtypeOption = _default(EvalConfig, "dtype"),
+    device: DeviceOption = _default(EvalConfig, "device"),
+    as_json: Json = False,
+) -> None:
+    """Perplexity and bits per byte on held-out text; with --against also what was retained."""
+    from lillama.evaluate import evaluate as run
+
+    with _progress() as progress:
+        report = run(
+            model,
+            tuple(text),
+            against=against,
+            progress=progress,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            dtype=dtype,
+            device=device,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_rows(str(model), report)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = _default(
+        GenerateConfig, "max_new_tokens"
+    ),
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _default(
+        GenerateConfig, "temperature"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = _default(GenerateConfig, "seed"),
+    device: DeviceOption = _default(GenerateConfig, "device"),
+) -> None:
+    """Continue a prompt."""
+    from lillama.generate import generate as run
+
+    run(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+    )
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what is done, block by block.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    handler = RichHandler(console=_errors, show_path=False)
+    package = logging.getLogger("lillama")
+    package.handlers = [handler]
+    package.setLevel(logging.INFO if verbose else logging.WARNING)
+    package.propagate = False
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Entry point: errors become one line on stderr and an exit code, 2 for usage and 1 for
+    failure."""
+    try:
+        _quiet_transformers()
+        app()
+    except LillamaError as error:
+        _message, code = " ".join(str(error).split()), error.exit_code
+    except KeyboardInterrupt:
+        _message, code = "interrupted; nothing was left half-written", 1
+    except MemoryError:
+        _message, code = "out of memory; lower --seq-len or --tokens", 1
+    else:
+        return
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Ranks for every target matrix under one budget: pure functions of shapes, no tensors.
+
+`Matrix` names a target; an allocation is {name: rank} holding the factorised ones only. Every
+strategy removes at least what is asked and at most one rank step more.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lillama.config import RANK_MULTIPLE, Strategy
+from lillama.errors import InputError
+
+__all__ = ["Matrix", "RankRules", "allocate", "max_removable", "removed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One weight [N, K] that may be factorised; `name` is its hub name without `.weight`."""
+
+    name: str
+    block: int
+    N: int
+    K: int
+
+    @property
+    def break_even_rank(self) -> int:
+        """Largest multiple of RANK_MULTIPLE with R (N + K) < N K; 0 when there is none."""
+        largest = (self.N * self.K - 1) // (self.N + self.K)
+        return largest // RANK_MULTIPLE * RANK_MULTIPLE
+
+    def saved(self, rank: int) -> int:
+        """Parameters removed by rank `rank`."""
+        return self.N * self.K - rank * (self.N + self.K)
+
+
+@dataclass(frozen=True, slots=True)
+class RankRules:
+    """Smallest rank of any matrix and the step of bottom and top.
+
+    The published Mixtral run used 1024 and 256 at hidden_size 4096, that is hidden_size / 4 and /
+    16.
+    """
+
+    min_rank: int
+    step: int
+
+    @classmethod
+    def for_hidden_size(cls, hidden_size: int) -> "RankRules":
+        def rounded(value: float) -> int:
+            multiples = math.floor(value / RANK_MULTIPLE + 0.5)
+            return max(1, multiples) * RANK_MULTIPLE
+
+        return cls(min_rank=rounded(hidden_size / 4), step=rounded(hidden_size / 16))
+
+
+def removed(matrices: Sequence[Matrix], ranks: dict[str, int]) -> int:
+    """Parameters that an allocation removes."""
+    return sum(matrix.saved(ranks[matrix.name]) for matrix in matrices if matrix.name in ranks)
+
+
+def _candidates(matrix: Matrix, rules: RankRules) -> list[int]:
+    """Ranks bottom and top may give, largest first; all of them remove parameters."""
+    ranks = range(rules.min_rank, min(matrix.N, matrix.K), rules.step)
+    return [rank for rank in reversed(ranks) if matrix.saved(rank) > 0]
+
+
+def _layered(
+    matrices: Sequence[Matrix], needed: int, rules: RankRules, from_top: bool
+) -> dict[str, int]:
+    """The published search: press a block's matrices step by step to min_rank, then the next
+    block's."""
+    moves = [
+        (-matrix.block if from_top else matrix.block, -rank, order, matrix)
+        for order, matrix in enumerate(matrices)
+        for rank in _candidates(matrix, rules)
+    ]
+    ranks: dict[str, int] = {}
+    total = 0
+    for _, negative_rank, _, matrix in sorted(moves, key=lambda move: move[:3]):
+        if total >= needed:
+            break
+        before = matrix.saved(ranks[matrix.name]) if matrix.name in ranks else 0
+        ranks[matrix.name] = -negative_rank
+        total += matrix.saved(-negative_rank) - before
+    return ranks
+
+
+def _uniform_ranks(matrices: Sequence[Matrix], fraction: float) -> dict[str, int]:
+    """Every matrix at `fraction` of its exact break-even rank, rounded down to the multiple."""
+    ranks = {}
+    for matrix in matrices:
+        exact = matrix.N * matrix.K / (matrix.N + matrix.K)
+        rank = math.floor(fraction * exact / RANK_MULTIPLE + 1e-9) * RANK_MULTIPLE
+        rank = max(RANK_MULTIPLE, rank)
+        if matrix.saved(rank) > 0:
+            ranks[matrix.name] = rank
+    return ranks
+
+
+def _uniform(matrices: Sequence[Matrix], needed: int) -> dict[str, int]:
+    """The same share of break-even for all, then single steps back up while the target still
+    holds."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if removed(matrices, _uniform_ranks(matrices, middle)) >= needed:
+            low = middle
+        else:
+            high = middle
+    ranks = _uniform_ranks(matrices, low)
+    spare = removed(matrices, ranks) - needed
+    order = sorted(
+        (m for m in matrices if m.name in ranks),
+        key=lambda m: (ranks[m.name] * (m.N + m.K) / (m.N * m.K), m.block, m.name),
+    )
+    for matrix in order:
+        rank = ranks[matrix.name]
+        raised = rank + RANK_MULTIPLE
+        to_dense = matrix.saved(raised) <= 0
+        cost = matrix.saved(rank) if to_dense else matrix.saved(rank) - matrix.saved(raised)
+        if cost > spare:
+            continue
+        spare -= cost
+        if to_dense:
+            del ranks[matrix.name]
+        else:
+            ranks[matrix.name] = raised
+    return ranks
+
+
+def max_removable(matrices: Sequence[Matrix], strategy: Strategy, rules: RankRules) -> int:
+    """Parameters removed when every matrix has its smallest allowed rank."""
+    if strategy == "uniform":
+        return removed(matrices, _uniform_ranks(matrices, 0.0))
+    smallest = {m.name: min(c) for m in matrices if (c := _candidates(m, rules))}
+    return removed(matrices, smallest)
+
+
+def allocate(
+    matrices: Sequence[Matrix],
+    total_params: int,
+    reduction: float,
+    strategy: Strategy,
+    rules: RankRules,
+) -> dict[str, int]:
+    """Choose ranks that remove at least `reduction` of `total_params`, in the order of `matrices`.
+
+    Raises:
+        InputError: the target cannot be reached; the message says what can.
+    """
+    needed = math.ceil(reduction * total_params - 1e-6)
+    reachable = max_removable(matrices, strategy, rules)
+    if needed > reachable:
+        limit = math.floor(reachable / total_params * 1e4) / 1e4
+        floor = RANK_MULTIPLE if strategy == "uniform" else rules.min_rank
+        raise InputError(
+            f"--reduction {reduction} cannot be reached: with strategy {strategy} and ranks of at "
+            f"least {floor} at most {limit} of the model's parameters can be removed"
+            + ("" if strategy == "uniform" else "; lower --reduction or use --strategy uniform")
+        )
+    if strategy == "uniform":
+        ranks = _uniform(matrices, needed)
+    else:
+        ranks = _layered(matrices, needed, rules, from_top=strategy == "top")
+    return {matrix.name: ranks[matrix.name] for matrix in matrices if matrix.name in ranks}

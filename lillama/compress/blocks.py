@@ -1,0 +1,199 @@
+"""The teacher, one block at a time: weights straight from the shards, inputs as the model itself
+prepares them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from lillama.checkpoint import TensorHeader, read_headers
+from lillama.compress.plan import block_list, skeleton
+from lillama.errors import InputError, RunError
+from lillama.families import Family
+
+__all__ = ["TeacherBlocks"]
+
+
+class _Stop(Exception):
+    """Raised by the last block's recorder: nothing after the blocks is loaded."""
+
+
+class TeacherBlocks:
+    """A model on the meta device whose blocks and embeddings are loaded on demand.
+
+    Args:
+        path: checkpoint folder. config, family: what it holds. device, dtype: where and in what
+        blocks run.
+
+    Raises:
+        InputError: tensors are missing from the checkpoint.
+    """
+
+    def __init__(
+        self, path: Path, config: Any, family: Family, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.family = family
+        self.device = device
+        self.dtype = dtype
+        self.headers = read_headers(path)
+        self.model = skeleton(config)
+        self.block_path, self.blocks = block_list(self.model)
+        self._open: dict[Path, Any] = {}
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        meta = self.model.state_dict()
+        # hub tensor name -> runtime parameter it becomes (part of)
+        self.runtime = {
+            name: rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, meta
+            )[0]
+            for name in self.headers
+        }
+        tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        missing = sorted(set(meta) - set(self.runtime.values()) - tied)
+        if missing:
+            raise InputError(
+                f"{path} lacks tensors the model needs: {', '.join(missing[:5])}"
+                + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            )
+        self._fill_buffers()
+        self._embeddings = next(
+            name
+            for name, module in self.model.named_modules()
+            if module is self.model.get_input_embeddings()
+        )
+        self._load(self._embeddings)
+
+    def _fill_buffers(self) -> None:
+        """Non-persistent buffers (rotary frequencies) are in no checkpoint: let the model
+        initialise them."""
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            parent, _, key = name.rpartition(".")
+            setattr(
+                self.model.get_submodule(parent), key, torch.empty_like(buffer, device=self.device)
+            )
+        for module in self.model.modules():
+            own = any(True for _ in module.buffers(recurse=False))
+            if own and not any(True for _ in module.parameters(recurse=False)):
+                self.model._init_weights(module)
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, "pt")
+        return self._open[file]
+
+    def hub_names(self, prefix: str) -> list[str]:
+        """Hub names of the tensors that belong to the runtime module `prefix`."""
+        return [name for name, target in self.runtime.items() if target.startswith(f"{prefix}.")]
+
+    def read(self, hub_name: str) -> Tensor:
+        """One tensor of the checkpoint, on the CPU, in its own dtype.
+
+        Raises:
+            RunError: the shard vanished or cannot be read.
+        """
+        header: TensorHeader = self.headers[hub_name]
+        try:
+            return self._handle(header.file).get_tensor(hub_name)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read {hub_name} from {header.file}: {error}") from error
+
+    def _load(self, prefix: str) -> nn.Module:
+        names = self.hub_names(prefix)
+        try:
+            slices = {name: self._handle(self.headers[name].file).get_slice(name) for name in names}
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read the shards of {prefix}: {error}") from error
+        info, _ = convert_and_load_state_dict_in_model(
+            self.model,
+            slices,
+            LoadStateDictConfig(
+                device_map={"": self.device},
+                dtype=self.dtype,
+                weight_mapping=get_model_conversion_mapping(self.model),
+            ),
+            None,
+        )
+        if info.mismatched_keys or info.conversion_errors:
+            bad = info.mismatched_keys or info.conversion_errors
+            raise InputError(f"{prefix} does not fit config.json: {bad}")
+        module = self.model.get_submodule(prefix)
+        for name, parameter in module.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise RunError(
+                    f"the weight {prefix}.{name} holds NaN or infinity; repair the checkpoint"
+                )
+        return module.to(self.dtype).requires_grad_(False)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights, in eval mode; released on leaving.
+
+        Raises:
+            RunError: a weight is NaN or infinite (named), or a shard cannot be read.
+        """
+        module = self._load(f"{self.block_path}.{index}")
+        try:
+            yield module.eval()
+        finally:
+            module.to_empty(device="meta")
+
+    def inputs(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What the model would feed its blocks: hidden states of block 0 and the keyword arguments
+        of each.
+
+        input_ids [b, T], mask [b, T] bool or None -> hidden [b, T, H] and one dict a block (masks,
+        rotary embeddings), the same objects where the model shares them.
+        """
+        hidden: list[Tensor] = []
+        calls: list[dict[str, Any]] = []
+        last = len(self.blocks) - 1
+
+        def recorder(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args:
+                raise RunError(
+                    f"blocks of {self.model.config.model_type} take positional arguments"
+                )
+            hidden.append(states)
+            calls.append(
+                {k: v for k, v in kwargs.items() if k not in ("past_key_values", "cache_params")}
+            )
+            if len(calls) > last:
+                raise _Stop
+            return states
+
+        for block in self.blocks:
+            block.forward = recorder
+        try:
+            attention_mask = None if mask is None else mask.to(self.device, torch.long)
+            with torch.no_grad():
+                self.model(
+                    input_ids=input_ids.to(self.device),
+                    attention_mask=attention_mask,
+                    use_cache=False,
+                )
+        except _Stop:
+            pass
+        finally:
+            for block in self.blocks:
+                del block.forward
+        return hidden[0], calls
+
+
+def block_output(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """A block's new hidden states, whether it returns them bare or first in a tuple."""
+    out = block(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,98 @@
+"""The files beside the weights: config.json, recipe.json and the model card."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+
+from lillama.checkpoint import FORMAT_VERSION, QUANT_METHOD, TensorHeader
+from lillama.compress.plan import Plan
+from lillama.config import CompressConfig
+from lillama.data import TokenBlocks
+from lillama.version import __version__
+
+__all__ = ["config_json", "model_card", "recipe_json"]
+
+
+def recipe_json(
+    options: CompressConfig,
+    plan: Plan,
+    headers: Mapping[str, TensorHeader],
+    device: torch.device,
+    blocks: tuple[TokenBlocks, TokenBlocks],
+) -> dict[str, Any]:
+    """Everything needed to run it again, and what it ran on. `blocks`: training, held-out."""
+    listing = sorted((n, h.dtype, h.shape, h.file.name) for n, h in headers.items())
+    config = json.loads((options.model / "config.json").read_text("utf-8"))
+    digest = hashlib.sha256(json.dumps([config, listing], sort_keys=True).encode())
+    return {
+        "command": "compress",
+        "options": options.recorded(),
+        "strategy": plan.strategy,
+        "model_sha256": digest.hexdigest(),
+        "data_sha256": {"train": blocks[0].sha256, "held_out": blocks[1].sha256},
+        "versions": {
+            "lillama": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": str(device),
+    }
+
+
+def model_card(options: CompressConfig, report: dict[str, Any]) -> str:
+    base = options.model.name
+    return f"""---
+base_model: {base}
+library_name: transformers
+tags:
+- lillama
+- low-rank
+---
+# {base}, {report["reduction"]:.1%} smaller
+
+Compressed with lillama {__version__}: weight matrices replaced by low-rank factors, trained block
+by block to reproduce the original's activations ({options.preset} preset,
+{report["tokens"]} calibration tokens).
+
+| | before | after |
+|---|---|---|
+| parameters | {report["params_before"]:,} | {report["params_after"]:,} |
+| bytes | {report["bytes_before"]:,} | {report["bytes_after"]:,} |
+
+```python
+import lillama  # registers the format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+
+`recipe.json` says how it was made, `report.json` what each block lost. Quality was not measured
+here: run `lillama eval` against the base model on text that neither has seen.
+"""
+
+
+def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
+    """The base model's config.json, plus what is needed to build and trace the compressed one."""
+    values = json.loads((options.model / "config.json").read_text("utf-8"))
+    if options.dtype != "auto":
+        values.pop("torch_dtype", None)
+        values["dtype"] = options.dtype
+    values["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "ranks": plan.ranks,
+        "gauge": "plain",
+        "reduction": plan.reduction,
+        "base_model": str(options.model),
+        "base_revision": None,
+        "recipe": options.preset,
+        "tokens": options.tokens,
+        "producer": f"lillama {__version__}",
+    }
+    return values

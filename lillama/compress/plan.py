@@ -1,0 +1,240 @@
+"""What a compression would do, from config.json and the shards' headers alone: instant at any
+size."""
+
+import copy
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lillama.checkpoint import compression_of, read_config, read_headers
+from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
+from lillama.config import PlanConfig, Preset, Strategy
+from lillama.errors import InputError
+from lillama.families import Family, family_of
+from lillama.integrations.transformers import dense_shapes
+
+__all__ = ["Plan", "block_list", "count_params", "find_matrices", "make_plan", "plan", "skeleton"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for one model and what they cost and save."""
+
+    config: PretrainedConfig
+    family: Family
+    strategy: Strategy
+    matrices: tuple[Matrix, ...]
+    ranks: dict[str, int]
+    params_before: int
+    bytes_before: int
+    item_bytes: float
+    max_reduction: float
+
+    @property
+    def params_after(self) -> int:
+        return self.params_before - removed(self.matrices, self.ranks)
+
+    @property
+    def reduction(self) -> float:
+        return 1 - self.params_after / self.params_before
+
+    @property
+    def bytes_after(self) -> int:
+        return self.bytes_before - round(removed(self.matrices, self.ranks) * self.item_bytes)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Indices of the blocks that hold at least one factorised matrix."""
+        return sorted({m.block for m in self.matrices if m.name in self.ranks})
+
+    def ranks_of_block(self, block: int) -> dict[str, int]:
+        return {
+            m.name: self.ranks[m.name]
+            for m in self.matrices
+            if m.block == block and m.name in self.ranks
+        }
+
+    def flops_per_token(self, matrix: Matrix, rank: int | None) -> float:
+        """FLOPs of one matrix for one token, experts weighted by the share of tokens they see."""
+        share = 1.0
+        if self.family.experts is not None and self.family.experts.parse(matrix.name):
+            share = self.config.num_experts_per_tok / self.config.num_local_experts
+        numbers = matrix.N * matrix.K if rank is None else rank * (matrix.N + matrix.K)
+        return 2 * numbers * share
+
+    def as_json(self) -> dict:
+        """The document of `lillama plan --json`; `matrices` lists the factorised ones."""
+        before = after = 0.0
+        rows = []
+        for matrix in self.matrices:
+            rank = self.ranks.get(matrix.name)
+            dense, now = self.flops_per_token(matrix, None), self.flops_per_token(matrix, rank)
+            before, after = before + dense, after + now
+            if rank is None:
+                continue
+            numbers = rank * (matrix.N + matrix.K)
+            rows.append(
+                {
+                    "name": matrix.name,
+                    "shape": [matrix.N, matrix.K],
+                    "rank": rank,
+                    "break_even_rank": matrix.break_even_rank,
+                    "params_before": matrix.N * matrix.K,
+                    "params_after": numbers,
+                    "bytes_before": round(matrix.N * matrix.K * self.item_bytes),
+                    "bytes_after": round(numbers * self.item_bytes),
+                    "flops_per_token_before": dense,
+                    "flops_per_token_after": now,
+                }
+            )
+        targets = sum(m.N * m.K for m in self.matrices)
+        return {
+            "strategy": self.strategy,
+            "params_before": self.params_before,
+            "params_after": self.params_after,
+            "reduction": self.reduction,
+            "target_weights_reduction": (self.params_before - self.params_after) / targets,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "max_reduction": self.max_reduction,
+            "target_flops_per_token_before": before,
+            "target_flops_per_token_after": after,
+            "dense_targets": len(self.matrices) - len(rows),
+            "matrices": rows,
+        }
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the meta device: shapes and modules, no memory."""
+    config = copy.deepcopy(config)  # the model keeps and edits the object it is given
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype or config.dtype or torch.float32
+        ).eval()
+
+
+def count_params(config: PretrainedConfig, ranks: dict[str, int] | None = None) -> int:
+    """Parameters of the dense model of this config, or with `ranks` of the factorised one; tied
+    ones once."""
+    model = skeleton(config)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    if not ranks:
+        return params
+    shapes = dense_shapes(model, family_of(config.model_type), ranks)
+    return params - sum(N * K - ranks[name] * (N + K) for name, (N, K) in shapes.items())
+
+
+def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder blocks."""
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    return f"{path}.layers", decoder.layers
+
+
+def find_matrices(
+    model: PreTrainedModel, family: Family, targets: tuple[str, ...] | None
+) -> tuple[Matrix, ...]:
+    """Every target matrix in block order, experts as 0.w1, 0.w2, 0.w3, 1.w1, ...
+
+    Raises:
+        InputError: a target the family does not have.
+    """
+    targets = family.default_targets if targets is None else targets
+    unknown = sorted(set(targets) - set(family.target_names))
+    if unknown or not targets:
+        raise InputError(
+            f"--targets must be some of {', '.join(family.target_names)} for {family.model_type}, "
+            f"got {', '.join(unknown) or 'none'}"
+        )
+    path, blocks = block_list(model)
+    matrices = []
+    for index, block in enumerate(blocks):
+        for short, module in family.targets.items():
+            if short in targets:
+                N, K = block.get_submodule(module).get_parameter("weight").shape
+                matrices.append(Matrix(f"{path}.{index}.{module}", index, N, K))
+        naming = family.experts
+        if naming is None:
+            continue
+        num_experts, hidden, intermediate = (
+            block.get_submodule(naming.runtime).get_parameter("down_proj").shape
+        )
+        for expert in range(num_experts):
+            for short in sorted({naming.gate, naming.up, naming.down} & set(targets)):
+                shape = (hidden, intermediate) if short == naming.down else (intermediate, hidden)
+                name = f"{path}.{index}.{naming.hub}.{expert}.{short}"
+                matrices.append(Matrix(name, index, *shape))
+    return tuple(matrices)
+
+
+def _bytes_before(path: Path, config: PretrainedConfig, params: int) -> int:
+    """From the headers; a folder with only config.json is counted in the config's dtype."""
+    if any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
+        return sum(header.num_bytes for header in read_headers(path).values())
+    logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
+    return params * (config.dtype or torch.float32).itemsize
+
+
+def make_plan(options: PlanConfig) -> Plan:
+    """Choose the ranks.
+
+    Raises:
+        InputError: MODEL cannot be compressed (no checkpoint, unknown architecture, truncated,
+            compressed already) or the reduction cannot be reached.
+    """
+    path = Path(options.model)
+    config = read_config(path)
+    if compression_of(config) is not None:
+        raise InputError(f"{path} is itself compressed by lillama; give the dense base model")
+    family = family_of(config.model_type)
+    model = skeleton(config)
+    matrices = find_matrices(model, family, options.targets)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    strategy = options.strategy or options.recipe.strategy or family.paper_strategy
+    rules = RankRules.for_hidden_size(config.hidden_size)
+    bytes_before = _bytes_before(path, config, params)
+    return Plan(
+        config=config,
+        family=family,
+        strategy=strategy,
+        matrices=matrices,
+        ranks=allocate(matrices, params, options.reduction, strategy, rules),
+        params_before=params,
+        bytes_before=bytes_before,
+        item_bytes=bytes_before / params,
+        max_reduction=max_removable(matrices, strategy, rules) / params,
+    )
+
+
+def plan(
+    model: str | Path,
+    reduction: float,
+    *,
+    preset: Preset = "default",
+    strategy: Strategy | None = None,
+    targets: tuple[str, ...] | None = None,
+) -> dict:
+    """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.
+
+    Args:
+        model: local checkpoint folder; config.json alone is enough.
+        reduction: share of the whole model's parameters to remove, in (0, 1).
+        preset, strategy, targets: as for `compress`.
+
+    Returns:
+        `params_before, params_after, bytes_before, bytes_after, max_reduction, matrices[] {name,
+        shape, rank, break_even_rank, ...}` and more.
+
+    Raises:
+        InputError: see `make_plan`.
+    """
+    options = PlanConfig(
+        model=Path(model), reduction=reduction, preset=preset, strategy=strategy, targets=targets
+    )
+    return make_plan(options).as_json()

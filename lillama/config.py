@@ -1,0 +1,199 @@
+"""Every default of the project, in frozen dataclasses. Nothing else holds one."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lillama.errors import InputError
+
+__all__ = [
+    "PRESETS",
+    "RANK_MULTIPLE",
+    "CompressConfig",
+    "EvalConfig",
+    "GenerateConfig",
+    "Loss",
+    "PlanConfig",
+    "Preset",
+    "Recipe",
+    "Strategy",
+]
+
+Preset = Literal["default", "paper"]
+Strategy = Literal["uniform", "bottom", "top"]
+Loss = Literal["joint", "teacher", "student"]
+
+# Ranks are multiples of this: grouped matrix products need rows of 16 bytes (8 bf16 numbers).
+RANK_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What a preset fixes. Sources: arXiv 2412.16719 and its code for `paper`, our measurements
+    for `default`."""
+
+    init: Literal["svd", "whitened"]
+    # None: the strategy the paper used for the family (bottom for Mixtral; Mamba's is unknown:
+    # uniform)
+    strategy: Strategy | None
+    # learning rate at `learning_rate_width` = hidden_size; other widths scale it by the square
+    # root of the ratio
+    learning_rate: float
+    learning_rate_width: int | None
+    schedule: Literal["constant", "cosine"]
+    warmup_fraction: float
+    weight_decay: float
+    gradient_clip: float | None
+    batch_size: int = 8
+    # share of the Gram's mean diagonal added to it before whitening
+    shrinkage: float = 1e-3
+    # how often a block is judged on held-out tokens while it trains
+    evaluations: int = 8
+
+    def peak_learning_rate(self, hidden_size: int) -> float:
+        if self.learning_rate_width is None:
+            return self.learning_rate
+        return self.learning_rate * math.sqrt(self.learning_rate_width / hidden_size)
+
+
+PRESETS: dict[str, Recipe] = {
+    "default": Recipe(
+        init="whitened",
+        strategy="uniform",
+        learning_rate=1e-3,
+        learning_rate_width=128,
+        schedule="cosine",
+        warmup_fraction=0.05,
+        weight_decay=0.01,
+        gradient_clip=1.0,
+    ),
+    "paper": Recipe(
+        init="svd",
+        strategy=None,
+        learning_rate=8.6e-5,
+        learning_rate_width=None,
+        schedule="constant",
+        warmup_fraction=0.0,
+        weight_decay=0.01,
+        gradient_clip=None,
+    ),
+}
+
+
+def _choice(name: str, value: str | None, choices: tuple[str, ...], optional: bool = False) -> None:
+    if value not in choices and not (optional and value is None):
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise InputError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _device(value: str) -> None:
+    if value != "auto" and value.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """Options of `lillama plan`."""
+
+    model: Path
+    reduction: float
+    preset: Preset = "default"
+    strategy: Strategy | None = None
+    targets: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.reduction < 1:
+            raise InputError(
+                "--reduction must lie between 0 and 1, both excluded (the share of the whole "
+                f"model's parameters to remove), got {self.reduction}"
+            )
+        _choice("--preset", self.preset, get_args(Preset))
+        _choice("--strategy", self.strategy, get_args(Strategy), optional=True)
+
+    @property
+    def recipe(self) -> Recipe:
+        return PRESETS[self.preset]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressConfig(PlanConfig):
+    """Options of `lillama compress`."""
+
+    out: Path
+    text: tuple[Path, ...]
+    tokens: int = 2_000_000
+    seq_len: int = 512
+    loss: Loss = "joint"
+    packing: bool = True
+    train: bool = True
+    seed: int = 0
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        PlanConfig.__post_init__(self)
+        if not self.text:
+            raise InputError("compress needs calibration text; give at least one --text FILE")
+        _at_least("--tokens", self.tokens, 1)
+        _at_least("--seq-len", self.seq_len, 2)
+        _choice("--loss", self.loss, get_args(Loss))
+        _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        _device(self.device)
+
+    def recorded(self) -> dict[str, object]:
+        """What recipe.json stores: every option that decides the result, as plain JSON values."""
+        skipped = {"out", "overwrite", "device"}
+        values = dataclasses.asdict(self)
+        plain = {k: v for k, v in values.items() if k not in skipped}
+        plain["model"] = str(self.model)
+        plain["text"] = [str(path) for path in self.text]
+        plain["targets"] = None if self.targets is None else list(self.targets)
+        return {**plain, "preset_values": dataclasses.asdict(self.recipe)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Options of `lillama eval`."""
+
+    model: Path
+    text: tuple[Path, ...]
+    against: Path | None = None
+    seq_len: int = 512
+    batch_size: int = 8
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InputError("eval needs text; give at least one --text FILE")
+        _at_least("--seq-len", self.seq_len, 2)
+        _at_least("--batch-size", self.batch_size, 1)
+        _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        _device(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """Options of `lillama generate`."""
+
+    model: Path
+    prompt: str
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise InputError("--prompt must not be empty")
+        _at_least("--max-new-tokens", self.max_new_tokens, 1)
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"--temperature must be a finite number >= 0, got {self.temperature}")
+        _device(self.device)

@@ -1,0 +1,56 @@
+"""Text from a checkpoint, dense or compressed: transformers' generate with our modules inside."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lillama.config import GenerateConfig
+from lillama.errors import InputError
+from lillama.integrations.mamba import fast_mamba
+from lillama.loading import choose_device, load_model, load_tokenizer
+
+__all__ = ["generate"]
+
+
+def generate(model: str | Path, prompt: str, **options: Any) -> str:
+    """Continue `prompt`. Same as `lillama generate`.
+
+    Args:
+        model: local checkpoint folder.
+        prompt: text, not empty.
+        options: the other fields of `lillama.config.GenerateConfig`: max_new_tokens, temperature
+            (0 is greedy), seed, device.
+
+    Returns:
+        The continuation, without the prompt.
+
+    Raises:
+        InputError: a model or prompt that cannot be used.
+    """
+    config = GenerateConfig(model=Path(model), prompt=prompt, **options)
+    device = choose_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    loaded = load_model(config.model, device)
+    inputs = tokenizer(config.prompt, return_tensors="pt").to(device)
+    length = inputs["input_ids"].shape[1]
+    limit = getattr(loaded.config, "max_position_embeddings", None)
+    if limit is not None and length + config.max_new_tokens > limit:
+        raise InputError(
+            f"prompt ({length} tokens) and --max-new-tokens ({config.max_new_tokens}) exceed the "
+            f"model's {limit} positions; shorten one of them"
+        )
+    torch.manual_seed(config.seed)
+    sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
+    if config.temperature > 0:
+        sampling["temperature"] = config.temperature
+    pad = tokenizer.pad_token_id
+    with fast_mamba():
+        output = loaded.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=config.max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+            **sampling,
+        )
+    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True))

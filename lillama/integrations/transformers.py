@@ -1,0 +1,302 @@
+"""The Hugging Face quantizer: `import lillama`, then AutoModelForCausalLM.from_pretrained loads a
+compressed model.
+
+transformers silently tolerates missing, extra and mis-shaped tensors when a quantizer is present,
+so everything is checked here: names and shapes against config.json before loading, that each
+factor was really filled and is finite after it.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lillama.checkpoint import (
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    check_factors,
+    read_shard_headers,
+    sentinel,
+)
+from lillama.errors import InputError
+from lillama.families import FAMILIES, PROJECTIONS, Family, family_of
+from lillama.modules.low_rank_experts import LowRankExperts
+from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.replace import replace_modules
+
+__all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "dense_shapes", "register"]
+
+
+class LillamaConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json.
+
+    Args:
+        ranks: {matrix hub name: R}, what is factorised.
+        format_version: of the on-disk format.
+        gauge: "plain".
+        reduction: share of the whole model's parameters removed.
+        base_model, base_revision, recipe, tokens, producer: where the model comes from.
+
+    Raises:
+        InputError: unknown keys, another format version or gauge, or no ranks.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        format_version: int = FORMAT_VERSION,
+        gauge: str = "plain",
+        reduction: float | None = None,
+        base_model: str | None = None,
+        base_revision: str | None = None,
+        recipe: str | None = None,
+        tokens: int | None = None,
+        producer: str | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise InputError(
+                f"quantization_config has unknown keys {sorted(unknown)}; "
+                "it was written by a newer lillama, upgrade"
+            )
+        if format_version != FORMAT_VERSION or gauge != "plain":
+            raise InputError(
+                f"format_version {format_version!r} with gauge {gauge!r} cannot be read; this "
+                f"lillama reads version {FORMAT_VERSION} with gauge 'plain'"
+            )
+        if not ranks:
+            raise InputError("quantization_config has no ranks; nothing says what is factorised")
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.gauge = gauge
+        self.ranks = ranks
+        self.reduction = reduction
+        self.base_model = base_model
+        self.base_revision = base_revision
+        self.recipe = recipe
+        self.tokens = tokens
+        self.producer = producer
+
+
+class _StackFactors(ConversionOps):
+    """Per-expert tensors of one projection -> one stacked tensor, padded with zeros to the largest
+    rank."""
+
+    def __init__(self, projection: str, suffix: str) -> None:
+        self.projection = projection
+        self.suffix = suffix
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        tensors = next(iter(input_dict.values()))
+        path = kwargs["full_layer_name"].removesuffix(f".{self.projection}_{self.suffix}")
+        module = kwargs["model"].get_submodule(path)
+        ranks = module.ranks[self.projection]
+        owners = [e for e, rank in enumerate(ranks) if (rank == 0) == (self.suffix == "W")]
+        if len(owners) != len(tensors):
+            raise ValueError(
+                f"{path} needs {len(owners)} tensors of {self.projection}, got {len(tensors)}"
+            )
+        shape = module.get_parameter(f"{self.projection}_{self.suffix}").shape
+        stacked = tensors[0].new_zeros(shape)
+        for row, (expert, tensor) in enumerate(zip(owners, tensors, strict=True)):
+            if self.suffix == "A":
+                stacked[expert, : ranks[expert]] = tensor
+            elif self.suffix == "B":
+                stacked[expert, :, : ranks[expert]] = tensor
+            else:
+                stacked[row] = tensor
+        return {target_patterns[0]: stacked}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        # saving goes through get_state_dict_and_metadata, whose names no reversed pattern matches
+        return self
+
+
+def dense_shapes(
+    model: nn.Module, family: Family, ranks: Iterable[str]
+) -> dict[str, tuple[int, int]]:
+    """{matrix hub name: (N, K)} of a dense model (meta tensors will do), names as in `ranks`.
+
+    Raises:
+        InputError: a name is not a matrix of this model.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    shapes: dict[str, tuple[int, int]] = {}
+    parameters = dict(model.named_parameters())
+    for name in ranks:
+        parsed = None if family.experts is None else family.experts.parse(name)
+        tensor = f"{name}.weight" if parsed is None else f"{parsed[0]}.down_proj"
+        found = parameters.get(tensor, parameters.get(tensor.removeprefix(f"{prefix}.")))
+        if found is None or (parsed is not None and parsed[1] >= found.shape[0]):
+            raise InputError(f"quantization_config names {name}, which this model does not have")
+        if parsed is None:
+            shapes[name] = (found.shape[0], found.shape[1])
+        else:
+            hidden, intermediate = found.shape[1:]
+            down = parsed[2] == "down"
+            shapes[name] = (hidden, intermediate) if down else (intermediate, hidden)
+    return shapes
+
+
+class LillamaQuantizer(HfQuantizer):
+    """Builds the factorised modules before the weights are loaded and verifies them afterwards."""
+
+    requires_calibration = (
+        True  # a dense checkpoint cannot be loaded with our config: compress it instead
+    )
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+    def _canonical(self, name: str, model: PreTrainedModel, family: Family) -> str:
+        """Tensor name as config.json would spell it: hub name, with the base model's prefix."""
+        if family.experts is not None:
+            name = name.replace(f".{family.experts.runtime}.", f".{family.experts.hub}.")
+        prefix = f"{model.base_model_prefix}."
+        wants_prefix = next(iter(self.quantization_config.ranks)).startswith(prefix)
+        return prefix + name if wants_prefix and not name.startswith(prefix) else name
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        family = family_of(model.config.model_type)
+        ranks: dict[str, int] = self.quantization_config.ranks
+        shapes = dense_shapes(model, family, ranks)
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+        if files and all(file.suffix == ".safetensors" for file in files):
+            present = {
+                self._canonical(name, model, family): header.shape
+                for file in files
+                for name, header in read_shard_headers(file).items()
+            }
+            check_factors(present, ranks, shapes)
+        replaced = replace_modules(
+            model, model.config, ranks, base_prefix=model.base_model_prefix, device="meta"
+        )
+        dense_names = [
+            f"{path}.{key}" for path, old in replaced.items() for key, _ in old.named_parameters()
+        ]
+        patterns = {rf"{re.escape(name)}$" for name in dense_names if not name.endswith(".bias")}
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = set(known) | patterns
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    def update_weight_conversions(
+        self, weight_conversions: list, *args: Any, **kwargs: Any
+    ) -> list:
+        ours = []
+        for naming in {f.experts for f in FAMILIES.values() if f.experts is not None}:
+            for projection in PROJECTIONS:
+                short = naming.hub_projection(projection)
+                for suffix in "ABW":
+                    ours.append(
+                        WeightConverter(
+                            [f".experts.*.{short}.lr_{suffix}"],
+                            [f".experts.{projection}_{suffix}"],
+                            operations=[_StackFactors(projection, suffix)],
+                        )
+                    )
+        return [*ours, *weight_conversions]
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        state = model.state_dict(keep_vars=True)
+        for name, wanted in self._shapes.items():
+            if name in state and tuple(state[name].shape) != wanted:
+                raise InputError(
+                    f"{name} has shape {list(state[name].shape)}, wanted {list(wanted)}"
+                )
+        for path, module in _factorised(model):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:  # offloaded to disk: nothing in memory to look at
+                    continue
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    raise InputError(f"{path}.{key} is missing from the checkpoint")
+                if not bool(torch.isfinite(parameter).all()):
+                    raise InputError(
+                        f"{path}.{key} holds NaN or infinity; the checkpoint is damaged"
+                    )
+        # tensors that went through a conversion keep the dtype of the file
+        strict_fp32 = model._keep_in_fp32_modules_strict or ()
+        for name, parameter in state.items():
+            kept = any(part in name for part in strict_fp32)
+            if parameter.is_floating_point() and not parameter.is_meta and not kept:
+                parameter.data = parameter.data.to(model.config.dtype)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """For save_pretrained: experts one by one without padding, and the sentinel."""
+        family = family_of(model.config.model_type)
+        state = model.state_dict()
+        for path, module in _factorised(model):
+            if not isinstance(module, LowRankExperts) or family.experts is None:
+                continue
+            for key, _ in module.named_parameters():
+                del state[f"{path}.{key}"]
+            for projection in PROJECTIONS:
+                short = family.experts.hub_projection(projection)
+                for expert in range(module.num_experts):
+                    for key, tensor in module.stored(projection, expert).items():
+                        state[f"{path}.{expert}.{short}.{key}"] = tensor.clone()
+        name, shape = sentinel(family, self.quantization_config.ranks)
+        state[name] = torch.zeros(shape)
+        return state, {"quant_method": QUANT_METHOD}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _factorised(model: nn.Module) -> list[tuple[str, LowRankLinear | LowRankExperts]]:
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, LowRankLinear | LowRankExperts)
+    ]
+
+
+def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:
+    """Make save_pretrained write our format for a model whose modules were replaced in memory."""
+    model.hf_quantizer = LillamaQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    model.config.quantization_config = config
+
+
+def register() -> None:
+    """Tell transformers about the quantizer. Safe to call twice."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LillamaConfig)
+        register_quantizer(QUANT_METHOD)(LillamaQuantizer)

@@ -1,0 +1,65 @@
+"""Open a model or tokenizer that is already on disk, dense or compressed, with errors a user can
+act on."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lillama.checkpoint import compression_of, read_config, read_headers
+from lillama.errors import InputError
+from lillama.integrations.transformers import register
+
+__all__ = ["choose_device", "load_model", "load_tokenizer"]
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA when there is a GPU, else the CPU.
+
+    Raises:
+        InputError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device {name} is not available: {count} CUDA devices found; use cpu"
+            )
+    return device
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Raises InputError when the folder holds no tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} holds no tokenizer that can be read: {first}") from error
+
+
+def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model in eval mode.
+
+    dtype "auto": the checkpoint's on a GPU, float32 on a CPU (where bf16 products are slower or
+    missing).
+
+    Raises:
+        InputError: no checkpoint, truncated, unknown architecture, or factors that do not fit.
+    """
+    config = read_config(path)
+    compression_of(config)
+    read_headers(path)
+    register()
+    wanted = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=wanted if dtype == "auto" else getattr(torch, dtype)
+    )
+    return model.to(device).eval()

@@ -1,0 +1,72 @@
+"""nn.Linear with its weight [N, K] replaced by B [N, R] @ A [R, K]; the bias stays."""
+
+import torch
+from lillama_kernels import low_rank_linear
+from torch import Tensor, nn
+
+__all__ = ["LowRankLinear"]
+
+
+class LowRankLinear(nn.Module):
+    """y = x A^T B^T + bias, parameters `lr_A` [R, K], `lr_B` [N, R] and `bias` [N] or None.
+
+    Raises:
+        ValueError: rank outside 1..min(in_features, out_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        limit = min(in_features, out_features)
+        if not 1 <= rank <= limit:
+            raise ValueError(
+                f"rank must be in 1..min(in_features, out_features) = {limit}, got {rank}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.lr_A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
+        self.lr_B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        empty_bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = nn.Parameter(empty_bias) if empty_bias is not None else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, A: Tensor, B: Tensor) -> "LowRankLinear":
+        """Take over `linear`'s bias, dtype and device with the given factors A [R, K], B [N, R]."""
+        weight = linear.weight
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            A.shape[0],
+            bias=linear.bias is not None,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            new.lr_A.copy_(A)
+            new.lr_B.copy_(B)
+            if new.bias is not None:
+                new.bias.copy_(linear.bias)
+        return new
+
+    @property
+    def weight(self) -> Tensor:
+        """B @ A [N, K], computed and differentiable: Mamba's mixer and its initialisation read
+        `.weight`."""
+        return self.lr_B @ self.lr_A
+
+    def forward(self, x: Tensor) -> Tensor:
+        return low_rank_linear(x, self.lr_A, self.lr_B, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )

@@ -1,0 +1,122 @@
+"""Exchange dense modules for factorised ones, by hub name."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from lillama.families import PROJECTIONS, Family, family_of
+from lillama.modules.low_rank_experts import LowRankExperts
+from lillama.modules.low_rank_linear import LowRankLinear
+
+__all__ = ["copy_dense_experts", "dense_expert", "group_ranks", "replace_modules"]
+
+ExpertRanks = dict[str, list[int]]
+
+
+def _find(root: nn.Module, name: str, base_prefix: str) -> tuple[str, nn.Module] | None:
+    """The submodule called `name`, with or without the base model's prefix (AutoModel drops it)."""
+    for candidate in (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}"):
+        try:
+            return candidate, root.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def group_ranks(
+    family: Family, ranks: Mapping[str, int], num_experts: int
+) -> tuple[dict[str, int], dict[str, ExpertRanks]]:
+    """Split {hub name: rank} into linear ranks and, per runtime experts module, ranks by
+    projection and expert."""
+    linears: dict[str, int] = {}
+    experts: dict[str, ExpertRanks] = {}
+    for name, rank in ranks.items():
+        parsed = None if family.experts is None else family.experts.parse(name)
+        if parsed is None:
+            linears[name] = rank
+            continue
+        module, expert, projection = parsed
+        if expert >= num_experts:
+            raise ValueError(f"{name} names expert {expert}, but the model has {num_experts}")
+        empty = {projection: [0] * num_experts for projection in PROJECTIONS}
+        experts.setdefault(module, empty)[projection][expert] = rank
+    return linears, experts
+
+
+def replace_modules(
+    root: nn.Module,
+    config: PretrainedConfig,
+    ranks: Mapping[str, int],
+    *,
+    base_prefix: str = "",
+    device: torch.device | str | None = None,
+) -> dict[str, nn.Module]:
+    """Replace in `root` every module that `ranks` names; return {runtime name: dense module}.
+
+    `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
+    `base_prefix`. Factors are left unset (zeros for experts); biases are not copied.
+
+    Raises:
+        ValueError: a name leads to no module, or to one that cannot be factorised (named).
+    """
+    family = family_of(config.model_type)
+    num_experts = config.num_local_experts if family.experts else 0
+    linears, experts = group_ranks(family, ranks, num_experts)
+    replaced: dict[str, nn.Module] = {}
+    for name, rank in linears.items():
+        found = _find(root, name, base_prefix)
+        if found is None or not isinstance(found[1], nn.Linear):
+            raise ValueError(
+                f"{name} is not a linear layer of this model; cannot give it rank {rank}"
+            )
+        path, old = found
+        new = LowRankLinear(
+            old.in_features,
+            old.out_features,
+            rank,
+            bias=old.bias is not None,
+            device=device if device is not None else old.weight.device,
+            dtype=old.weight.dtype,
+        )
+        root.set_submodule(path, new)
+        replaced[path] = old
+    for name, expert_ranks in experts.items():
+        found = _find(root, name, base_prefix)
+        if found is None or not hasattr(found[1], "gate_up_proj"):
+            raise ValueError(f"{name} is not a stacked experts module of this model")
+        path, old = found
+        weight = old.get_parameter("down_proj")
+        num_experts, hidden_size, intermediate_size = weight.shape
+        new_experts = LowRankExperts(
+            config,
+            num_experts,
+            hidden_size,
+            intermediate_size,
+            expert_ranks,
+            device=device if device is not None else weight.device,
+            dtype=weight.dtype,
+        )
+        root.set_submodule(path, new_experts)
+        replaced[path] = old
+    return replaced
+
+
+@torch.no_grad()
+def copy_dense_experts(new: LowRankExperts, old: nn.Module) -> None:
+    """Fill the dense (rank 0) projections of `new` from the stacked weights of `old`."""
+    for projection in PROJECTIONS:
+        for expert, rank in enumerate(new.ranks[projection]):
+            if rank == 0:
+                new.stored(projection, expert)["lr_W"].copy_(dense_expert(old, projection, expert))
+
+
+def dense_expert(experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
+    """The weight [N, K] of one projection of one expert in a transformers stacked experts
+    module."""
+    if projection == "down":
+        return experts.get_parameter("down_proj")[expert]
+    gate_up = experts.get_parameter("gate_up_proj")[expert]
+    half = gate_up.shape[0] // 2
+    return gate_up[:half] if projection == "gate" else gate_up[half:]
