@@ -1,6 +1,8 @@
 """The command line: parse, make one call, print. Logs and progress go to stderr, results to
 stdout."""
 
+import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -15,24 +17,28 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lillama.config import CompressConfig, EvalConfig, GenerateConfig, PlanConfig
+from lillama.config import CompressConfig, EvalConfig, GenerateConfig
 from lillama.errors import LillamaError
+from lillama.version import __version__
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="lillama",
     help="Low-rank compression of trained language models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 _errors = Console(stderr=True)
 
+# BadParameter < UsageError < ClickException: typer exports the first only, and may vendor click.
+_CommandError: Any = typer.BadParameter.__mro__[2]
 
-def _default(config: type, name: str) -> Any:
-    """Defaults live in config.py; the options only show them."""
-    return config.__dataclass_fields__[name].default
+# Defaults live in config.py; the options below only show them.
+_COMPRESS, _EVAL, _GENERATE = (
+    {field.name: field.default for field in dataclasses.fields(config)}
+    for config in (CompressConfig, EvalConfig, GenerateConfig)
+)
 
 
 def _names(values: str | None) -> tuple[str, ...] | None:
@@ -104,7 +110,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print_json(document: Any) -> None:
-    pass
+    print(json.dumps(document), flush=True)
 
 
 def _print_rows(title: str, rows: dict[str, Any]) -> None:
@@ -120,27 +126,25 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
     reduction: Reduction,
     text: Texts,
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _default(
-        CompressConfig, "tokens"
-    ),
-    seq_len: SeqLen = _default(CompressConfig, "seq_len"),
-    preset: PresetOption = _default(PlanConfig, "preset"),
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _COMPRESS["tokens"],
+    seq_len: SeqLen = _COMPRESS["seq_len"],
+    preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
     loss: Annotated[
         str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
-    ] = _default(CompressConfig, "loss"),
+    ] = _COMPRESS["loss"],
     packing: Annotated[
         bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
-    ] = _default(CompressConfig, "packing"),
+    ] = _COMPRESS["packing"],
     train: Annotated[
         bool, typer.Option(help="Train the factors, or stop at the initialisation.")
-    ] = _default(CompressConfig, "train"),
+    ] = _COMPRESS["train"],
     seed: Annotated[
         int, typer.Option(help="Chooses the calibration text and its order.")
-    ] = _default(CompressConfig, "seed"),
-    dtype: DtypeOption = _default(CompressConfig, "dtype"),
-    device: DeviceOption = _default(CompressConfig, "device"),
+    ] = _COMPRESS["seed"],
+    dtype: DtypeOption = _COMPRESS["dtype"],
+    device: DeviceOption = _COMPRESS["device"],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")
     ] = False,
@@ -180,7 +184,7 @@ def compress(
 def plan(
     model: Model,
     reduction: Reduction,
-    preset: PresetOption = _default(PlanConfig, "preset"),
+    preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
     as_json: Json = False,
@@ -207,15 +211,13 @@ def plan(
 def evaluate(
     model: Model,
     text: Texts,
-    seq_len: SeqLen = _default(EvalConfig, "seq_len"),
+    seq_len: SeqLen = _EVAL["seq_len"],
     against: Annotated[
         Path | None, typer.Option(help="The base model, to compare with.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks a forward pass.")] = _default(
-        EvalConfig, "batch_size"
-    ),
-    dtype: DtypeOption = _default(EvalConfig, "dtype"),
-    device: DeviceOption = _default(EvalConfig, "device"),
+    batch_size: Annotated[int, typer.Option(help="Blocks a forward pass.")] = _EVAL["batch_size"],
+    dtype: DtypeOption = _EVAL["dtype"],
+    device: DeviceOption = _EVAL["device"],
     as_json: Json = False,
 ) -> None:
     """Perplexity and bits per byte on held-out text; with --against also what was retained."""
@@ -242,19 +244,17 @@ def evaluate(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = _default(
-        GenerateConfig, "max_new_tokens"
-    ),
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _default(
-        GenerateConfig, "temperature"
-    ),
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = _default(GenerateConfig, "seed"),
-    device: DeviceOption = _default(GenerateConfig, "device"),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = _GENERATE[
+        "max_new_tokens"
+    ],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = _GENERATE["temperature"],
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = _GENERATE["seed"],
+    device: DeviceOption = _GENERATE["device"],
 ) -> None:
     """Continue a prompt."""
     from lillama.generate import generate as run
 
-    run(
+    text = run(
         model,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -262,15 +262,18 @@ def generate(
         seed=seed,
         device=device,
     )
+    print(prompt + text, flush=True)
 
 
 def _version(shown: bool) -> None:
     if shown:
+        print(f"lillama {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log what is done, block by block.")
     ] = False,
@@ -283,6 +286,9 @@ def _root(
     package.handlers = [handler]
     package.setLevel(logging.INFO if verbose else logging.WARNING)
     package.propagate = False
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def _quiet_transformers() -> None:
@@ -293,19 +299,19 @@ def _quiet_transformers() -> None:
 
 
 def main() -> None:
-    """Entry point: errors become one line on stderr and an exit code, 2 for usage and 1 for
-    failure."""
+    """Entry point: errors become one line on stderr and an exit code, 2 usage and 1 failure."""
     try:
         _quiet_transformers()
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except _CommandError as error:
+        message, code = error.format_message(), error.exit_code
     except LillamaError as error:
-        _message, code = " ".join(str(error).split()), error.exit_code
-    except KeyboardInterrupt:
-        _message, code = "interrupted; nothing was left half-written", 1
+        message, code = str(error), error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        message, code = "interrupted; nothing was left half-written", 1
     except MemoryError:
-        _message, code = "out of memory; lower --seq-len or --tokens", 1
-    else:
-        return
+        message, code = "out of memory; lower --seq-len or --tokens", 1
+    print(f"lillama: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

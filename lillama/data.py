@@ -32,7 +32,7 @@ __all__ = [
     "read_documents",
 ]
 
-Paths = Sequence[Path | str]
+_Paths = Sequence[Path | str]
 _PIECE_BYTES = 64 * 1024
 # Documents per tokenizer call: enough to keep its threads busy, few enough to stop early.
 _BATCH_SIZE = 16
@@ -43,10 +43,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A jsonl row, or a piece of a plain text file. Either `text` or `messages` is set.
-
-    where: FILE:LINE of a row, FILE of a piece.
-    """
+    """A jsonl row (where: FILE:LINE; text or messages) or a piece of a text file (where: FILE)."""
 
     where: str
     text: str | None = None
@@ -207,7 +204,7 @@ def _chat(turns: Any, what: str, key: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _all_documents(paths: Paths, text_key: str) -> Iterator[Document]:
+def _all_documents(paths: _Paths, text_key: str) -> Iterator[Document]:
     # the same text twice would put held-out text among the training text
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise InputError(f"a text file is given twice: {', '.join(map(str, paths))}; give it once")
@@ -288,7 +285,7 @@ def _samples(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def calibration_blocks(
-    paths: Paths,
+    paths: _Paths,
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
@@ -336,8 +333,8 @@ def _packed(
             break
     else:
         raise InputError(
-            f"the text is too short: {len(stream)} tokens, needed are {needed} ({num_blocks} blocks "
-            f"of {seq_len}, {num_held_out} of them held out); lower --tokens or add --text files"
+            f"the text is too short: {len(stream)} tokens, needed are {needed} ({num_blocks} "
+            f"blocks of {seq_len}, {num_held_out} of them held out); lower --tokens or add --text files"
         )
     blocks = torch.frombuffer(stream, dtype=torch.int64)[:needed].view(num_blocks, seq_len)
     # neighbours come from one piece, so the held-out ones are spread evenly
@@ -379,7 +376,7 @@ def _pad(rows: list[list[int]], seq_len: int, pad: int) -> TokenBlocks:
 
 
 def evaluation_blocks(
-    paths: Paths, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text_key: str = "text"
+    paths: _Paths, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text_key: str = "text"
 ) -> EvaluationText:
     """Tokenise all the text in file order and cut it into blocks of seq_len and a tail.
 

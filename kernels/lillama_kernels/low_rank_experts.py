@@ -9,7 +9,9 @@ from lillama_kernels.reference import ExpertFactors, ProjectionFactors
 __all__ = ["ExpertFactors", "ProjectionFactors", "low_rank_experts"]
 
 
-def _check_projection(name: str, factors: ProjectionFactors, num_experts: int) -> None:
+def _check_projection(
+    name: str, factors: ProjectionFactors, num_experts: int, in_features: int, out_features: int
+) -> None:
     ranks, A, B, W = factors
     num_dense = ranks.count(0)
     if len(ranks) != num_experts or min(ranks) < 0:
@@ -17,6 +19,11 @@ def _check_projection(name: str, factors: ProjectionFactors, num_experts: int) -
     if (num_dense > 0) != (W is not None) or (W is not None and W.shape[0] != num_dense):
         got = None if W is None else list(W.shape)
         raise ValueError(f"{name}.W must hold the {num_dense} experts of rank 0, got {got}")
+    if W is not None and W.shape[1:] != (out_features, in_features):
+        raise ValueError(
+            f"{name}.W must be [.., N, K] with N, K = {out_features}, {in_features}, "
+            f"got {list(W.shape)}"
+        )
     if num_dense == num_experts:
         return
     if A is None or B is None or A.ndim != 3 or B.ndim != 3 or A.shape[1] != B.shape[2]:
@@ -24,6 +31,11 @@ def _check_projection(name: str, factors: ProjectionFactors, num_experts: int) -
     if A.shape[0] != num_experts or B.shape[0] != num_experts or max(ranks) > A.shape[1]:
         raise ValueError(
             f"{name}.A and {name}.B must hold {num_experts} experts of rank >= {max(ranks)}, "
+            f"got {list(A.shape)} and {list(B.shape)}"
+        )
+    if A.shape[2] != in_features or B.shape[1] != out_features:
+        raise ValueError(
+            f"{name}.A must have K = {in_features} and {name}.B N = {out_features}, "
             f"got {list(A.shape)} and {list(B.shape)}"
         )
 
@@ -64,7 +76,12 @@ def low_rank_experts(
             f"topk_weight must have topk_index's shape {list(topk_index.shape)}, "
             f"got {list(topk_weight.shape)}"
         )
-    for name, projection in zip(factors._fields, factors, strict=True):
-        _check_projection(name, projection, len(factors.gate.ranks))
+    gate, up, down = factors
+    num_experts, hidden_size = len(gate.ranks), hidden.shape[1]
+    one = gate.B if gate.W is None else gate.W
+    intermediate_size = 0 if one is None or one.ndim != 3 else one.shape[1]
+    _check_projection("gate", gate, num_experts, hidden_size, intermediate_size)
+    _check_projection("up", up, num_experts, hidden_size, intermediate_size)
+    _check_projection("down", down, num_experts, intermediate_size, hidden_size)
     resolve_impl("low_rank_experts", impl, hidden)
     return reference.low_rank_experts(hidden, topk_index, topk_weight, factors)

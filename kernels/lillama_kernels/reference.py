@@ -61,6 +61,15 @@ class ProjectionFactors(NamedTuple):
         assert self.A is not None and self.B is not None
         return low_rank_linear(x, self.A[expert, :rank], self.B[expert, :, :rank])
 
+    def can_group(self, x: Tensor) -> bool:
+        """Whether apply_grouped runs under torch.compile, whose grouped_mm takes only bf16 with
+        rows of whole 16 bytes."""
+        A, B = self.A, self.B
+        if self.W is not None or A is None or B is None:
+            return False
+        aligned = all(size % 8 == 0 for size in (*A.shape[1:], B.shape[1]))
+        return aligned and {x.dtype, A.dtype, B.dtype} == {torch.bfloat16}
+
     def apply_grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Rows sorted by expert, offsets [E] int32 cumulative counts: static shapes for
         torch.compile."""
@@ -91,17 +100,28 @@ def low_rank_experts(
     order = torch.argsort(flat, stable=True)
     rows = order // k
     x = hidden[rows]
-    all_factorised = all(p.W is None for p in factors)
-    if torch.compiler.is_compiling() and all_factorised:
+    compiling = torch.compiler.is_compiling()
+    if compiling and all(p.can_group(x) for p in factors):
         experts = torch.arange(num_experts, device=flat.device)
         counts = (flat[:, None] == experts).sum(0)
         offsets = counts.cumsum(0).to(torch.int32)
+        # grouped_mm leaves rows past the last offset unwritten, in its gradients too; the first
+        # where keeps those out of hidden's gradient, the second out of the result
+        counted = (flat[order] < num_experts)[:, None]
+        x = torch.where(counted, x, torch.zeros_like(x))
         gated = F.silu(factors.gate.apply_grouped(x, offsets)) * factors.up.apply_grouped(
             x, offsets
         )
         y = factors.down.apply_grouped(gated, offsets)
-        # grouped_mm leaves rows past the last offset unwritten
-        y = torch.where((flat[order] < num_experts)[:, None], y, torch.zeros_like(y))
+        y = torch.where(counted, y, torch.zeros_like(y))
+    elif compiling and all(p.W is None for p in factors):
+        # every expert over every row, the rows of others zero: E / k times the work, but static
+        # shapes for what grouped_mm refuses
+        y = torch.zeros_like(x)
+        for expert in range(num_experts):
+            rows_e = torch.where((flat[order] == expert)[:, None], x, torch.zeros_like(x))
+            gated = F.silu(factors.gate.apply(rows_e, expert)) * factors.up.apply(rows_e, expert)
+            y = y + factors.down.apply(gated, expert)
     else:
         parts, start = [], 0
         for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()):
@@ -120,7 +140,7 @@ def low_rank_experts(
     # GPU
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
-    return y[inverse].view(hidden.shape[0], k, -1).sum(1).to(hidden.dtype)
+    return y[inverse].view(*topk_index.shape, hidden.shape[1]).sum(1).to(hidden.dtype)
 
 
 # distill_loss
