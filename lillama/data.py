@@ -334,7 +334,8 @@ def _packed(
     else:
         raise InputError(
             f"the text is too short: {len(stream)} tokens, needed are {needed} ({num_blocks} "
-            f"blocks of {seq_len}, {num_held_out} of them held out); lower --tokens or add --text files"
+            f"blocks of {seq_len}, {num_held_out} of them held out); "
+            "lower --tokens or add --text files"
         )
     blocks = torch.frombuffer(stream, dtype=torch.int64)[:needed].view(num_blocks, seq_len)
     # neighbours come from one piece, so the held-out ones are spread evenly

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lillama import data
-from lillama.data import calibration_blocks, evaluation_blocks, read_documents
+from lillama.data import TokenBlocks, calibration_blocks, evaluation_blocks, read_documents
 from lillama.errors import InputError
 
 END, START = "<end>", "<start>"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 
 
-def make_tokenizer(*, bos: bool = False, eos: bool = True, pad: bool = False):
+def make_tokenizer(*, bos: bool = False, eos: bool = True, pad: bool = False) -> Any:
     """Byte-level BPE made by hand, not trained: END 0, START 1, 256 bytes, then "th" and "the"."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [END, START, *alphabet, "th", "the"]
+    pieces = [END, START, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,6 +44,11 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(data, "_PIECE_BYTES", 64)
+
+
 def numbered_lines(num_lines: int) -> str:
     return "".join(f"line {i} of the text\n" for i in range(num_lines))
 
@@ -53,44 +59,55 @@ def write(path: Path, text: str | bytes) -> Path:
 
 
 def write_rows(path: Path, *rows: object) -> Path:
+    """A string is a row with that text."""
+    rows = tuple({"text": row} if isinstance(row, str) else row for row in rows)
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def texts_of(path: Path, **options) -> list[str]:
+    return [document.text or "" for document in read_documents(path, **options)]
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def whole(paths, tokenizer, **options) -> list[int]:
-    """All the ids of evaluation_blocks in one list."""
-    result = evaluation_blocks(paths, tokenizer, seq_len=2, **options)
-    tail = [] if result.tail is None else result.tail.flatten().tolist()
-    return result.input_ids.flatten().tolist() + tail
+def whole(paths, tokenizer) -> list[int]:
+    """All the ids in one list."""
+    tail = evaluation_blocks(paths, tokenizer, seq_len=10**6).tail
+    assert tail is not None
+    return tail.flatten().tolist()
 
 
-def calibrate(paths, tokenizer, **options):
-    defaults = {"tokens": 64, "seq_len": 16, "held_out_blocks": 2}
-    return calibration_blocks(paths, tokenizer, **{**defaults, **options})
+def calibrate(path, tokenizer, **options):
+    options = {"tokens": 64, "seq_len": 16, "held_out_blocks": 2, **options}
+    return calibration_blocks(path if isinstance(path, list) else [path], tokenizer, **options)
 
 
-# Reading
+def padded_rows(blocks: TokenBlocks) -> list[list[int]]:
+    """The real tokens of each block; checks that the padding is on the right."""
+    assert blocks.mask is not None
+    lengths = blocks.mask.sum(dim=1).tolist()
+    for mask, length in zip(blocks.mask, lengths, strict=True):
+        assert mask.tolist() == [True] * length + [False] * (mask.numel() - length)
+    return [ids[:n].tolist() for ids, n in zip(blocks.input_ids, lengths, strict=True)]
 
 
-def test_read_documents_plain_pieces_join_to_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 64)
+def test_read_documents_plain_pieces_join_to_the_text(tmp_path, small_pieces):
     text = numbered_lines(50) + "\r\n\r\nlast line without an end"
-    pieces = list(read_documents(write(tmp_path / "a.txt", text)))
-    assert "".join(piece.text or "" for piece in pieces) == text
+    path = write(tmp_path / "a.txt", text)
+    pieces = texts_of(path)
+    assert "".join(pieces) == text
     assert len(pieces) > 10
-    assert all(piece.is_piece and piece.where.endswith("a.txt") for piece in pieces)
-    assert all((piece.text or "").endswith("\n") for piece in pieces[:-1])
-    assert max(len(piece.text or "") for piece in pieces) <= 64
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert max(map(len, pieces)) <= 64
+    assert all(document.is_piece for document in read_documents(path))
 
 
 def test_read_documents_default_piece_size(tmp_path):
-    pieces = list(read_documents(write(tmp_path / "a.txt", numbered_lines(10_000))))
-    sizes = [len(piece.text or "") for piece in pieces]
-    assert all(65_000 < size <= 65_536 for size in sizes[:-1])
+    sizes = [len(text) for text in texts_of(write(tmp_path / "a.txt", numbered_lines(10_000)))]
     assert len(sizes) == 4
+    assert all(65_000 < size <= 65_536 for size in sizes[:-1])
 
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8, 9])
@@ -99,24 +116,23 @@ def test_read_documents_default_piece_size(tmp_path):
 )
 def test_read_documents_never_splits_a_character(tmp_path, monkeypatch, size, text):
     monkeypatch.setattr(data, "_PIECE_BYTES", size)
-    pieces = list(read_documents(write(tmp_path / "a.txt", text)))
-    assert "".join(piece.text or "" for piece in pieces) == text
+    pieces = texts_of(write(tmp_path / "a.txt", text))
+    assert "".join(pieces) == text
     assert len(pieces) >= len(text.encode()) // size
 
 
 def test_read_documents_drops_a_byte_order_mark(tmp_path):
-    plain = write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")
-    rows = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hello"}')
-    assert [d.text for path in (plain, rows) for d in read_documents(path)] == ["hello", "hello"]
+    assert texts_of(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == ["hello"]
+    assert texts_of(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "hello"}')) == ["hello"]
 
 
-def test_read_documents_rows_with_crlf_blank_lines_and_other_key(tmp_path):
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSON"])
+def test_read_documents_rows_with_crlf_blank_lines_and_other_key(tmp_path, name):
     raw = b'{"body": "one\\r\\ntwo"}\r\n\r\n  \n{"body": "\xe2\x82\xac"}\n{"body": " "}'
-    for name in ("a.jsonl", "a.JSON"):
-        documents = list(read_documents(write(tmp_path / name, raw), text_key="body"))
-        assert [d.text for d in documents] == ["one\r\ntwo", "\u20ac"]
-        assert [d.where.rsplit(":")[-1] for d in documents] == ["1", "4"]
-        assert not any(d.is_piece for d in documents)
+    path = write(tmp_path / name, raw)
+    assert texts_of(path, text_key="body") == ["one\r\ntwo", "\u20ac"]
+    where = [document.where for document in read_documents(path, text_key="body")]
+    assert where == [f"{path}:1", f"{path}:4"]
 
 
 def test_read_documents_is_lazy(tmp_path):
@@ -137,72 +153,65 @@ def test_read_documents_sharegpt_and_messages(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "raw", "message"),
+    ("raw", "message"),
     [
-        ("a.txt", b"", r"a\.txt is empty or only white space; give"),
-        ("a.txt", b" \r\n\t\n", r"a\.txt is empty or only white space"),
-        ("a.jsonl", b"\n\n", r"a\.jsonl is empty or only white space"),
-        ("a.jsonl", b'{"text": ""}', r"a\.jsonl is empty or only white space"),
-        ("a.txt", b"good\nb\xff", r"a\.txt is not UTF-8: byte 0xff at offset 6; convert"),
-        ("a.txt", b"x" * 70_000 + b"\xff", r"byte 0xff at offset 70000"),
-        ("a.txt", b"\x80" * 70_000, r"byte 0x80 at offset 0"),
-        ("a.txt", b"\xef\xbb\xbfab\xff", r"byte 0xff at offset 5"),
-        ("a.txt", b"cut \xe2\x82", r"byte 0xe2 at offset 4"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', r"byte 0xe9 at offset 24"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n\nnope\n',
-            r"a\.jsonl:3 is not JSON .*one JSON object per line",
-        ),
-        ("a.json", b'[\n{"text": "a"}\n]', r"a\.json:1 is not JSON"),
-        ("a.jsonl", b"[" * 200_000, r"a\.jsonl:1 is not JSON"),
-        ("a.jsonl", b'["a"]', r"a\.jsonl:1 is a JSON list; give one JSON object"),
-        ("a.jsonl", b'{"a": 1, "b": 2}', r"a\.jsonl:1 has no key 'text', its keys: 'a', 'b'; give"),
-        ("a.jsonl", b"{}", r"a\.jsonl:1 has no key 'text', its keys: none"),
-        ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: 'text' must be a string, got int"),
-        ("a.jsonl", b'{"text": null}', r"a\.jsonl:1: 'text' must be a string, got NoneType"),
-        ("a.jsonl", b'{"text": "\\ud83d"}', r"a\.jsonl:1: 'text' holds half a surrogate pair"),
-        ("a.jsonl", b'{"messages": []}', r":1: 'messages' must be a list of objects, not empty"),
-        ("a.jsonl", b'{"messages": "a"}', r"'messages' must be a list of objects.* got 'a'"),
-        ("a.jsonl", b'{"messages": ["a"]}', r"'messages' must be a list of objects"),
-        ("a.jsonl", b'{"messages": [{"content": "a"}]}', r"'messages': 'role' must be a string"),
-        (
-            "a.jsonl",
-            b'{"messages": [{"role": "user", "content": [1]}]}',
-            r"a\.jsonl:1: 'messages': 'content' must be a string, got list",
-        ),
-        (
-            "a.jsonl",
-            b'\n{"conversations": [{"from": "tool", "value": "a"}]}',
-            r"a\.jsonl:2: 'conversations': 'from' must be human, gpt or system, got 'tool'",
-        ),
-        (
-            "a.jsonl",
-            b'{"conversations": [{"role": "user", "content": "a"}]}',
-            r"a\.jsonl:1: 'conversations': 'from' must be a string, got NoneType",
-        ),
-        (
-            "a.jsonl",
-            b'{"conversations": [{"from": "gpt"}]}',
-            r"a\.jsonl:1: 'conversations': 'value' must be a string, got NoneType",
-        ),
+        (b"", "a.txt is empty or only white space; give"),
+        (b" \r\n\t\n", "a.txt is empty or only white space"),
+        (b"good\nb\xff", "a.txt is not UTF-8: byte 0xff at offset 6; convert"),
+        (b"x" * 70_000 + b"\xff", "byte 0xff at offset 70000"),
+        (b"\x80" * 70_000, "byte 0x80 at offset 0"),
+        (b"\xef\xbb\xbfab\xff", "byte 0xff at offset 5"),
+        (b"cut \xe2\x82", "byte 0xe2 at offset 4"),
     ],
+    ids=str,
 )
-def test_read_documents_rejects_in_one_line(tmp_path, name, raw, message):
-    path = write(tmp_path / name, raw)
-    with pytest.raises(InputError, match=message) as caught:
-        list(read_documents(path))
+def test_read_documents_rejects_plain_text(tmp_path, raw, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        texts_of(write(tmp_path / "a.txt", raw))
+
+
+CHAT_LIST = "must be a list of objects, not empty; got"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"\n\n", " is empty or only white space"),
+        (b'{"text": ""}', " is empty or only white space"),
+        (b'{"text": "a"}\n{"text": "\xe9"}', " is not UTF-8: byte 0xe9 at offset 24"),
+        (b'{"text": "a"}\n\nnope\n', ":3 is not JSON (Expecting value: line 1 column 1 (char 0));"),
+        (b'[\n{"text": "a"}\n]', ":1 is not JSON"),
+        (b"[" * 200_000, ":1 is not JSON"),
+        (b'["a"]', ":1 is a JSON list; give one JSON object per line"),
+        (b'{"a": 1, "b": 2}', ":1 has no key 'text', its keys: 'a', 'b'; give 'text' with"),
+        (b"{}", ":1 has no key 'text', its keys: none"),
+        (b'{"text": 3}', ":1: 'text' must be a string, got int"),
+        (b'{"text": null}', ":1: 'text' must be a string, got NoneType"),
+        (b'{"text": "\\ud83d"}', ":1: 'text' holds half a surrogate pair"),
+        (b'{"messages": []}', f":1: 'messages' {CHAT_LIST} '[]'"),
+        (b'{"messages": "a"}', f":1: 'messages' {CHAT_LIST} 'a'"),
+        (b'{"messages": ["a"]}', f":1: 'messages' {CHAT_LIST}"),
+        (b'{"messages": [{"content": "a"}]}', "'messages': 'role' must be a string, got NoneType"),
+        (b'{"messages": [{"role": "a", "content": []}]}', "'content' must be a string, got list"),
+        (b'\n{"conversations": {}}', f":2: 'conversations' {CHAT_LIST}"),
+        (b'{"conversations": [{"from": "tool", "value": ""}]}', "gpt or system, got 'tool'"),
+        (b'{"conversations": [{"role": "user"}]}', ":1: 'conversations': 'from' must be a string"),
+        (b'{"conversations": [{"from": "gpt"}]}', ":1: 'conversations': 'value' must be a string"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_read_documents_rejects_rows(tmp_path, raw, message):
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        texts_of(write(tmp_path / "a.jsonl", raw))
+    assert str(caught.value).count("a.jsonl") == 1
     assert "\n" not in str(caught.value)
 
 
 def test_read_documents_rejects_missing_file_and_folder(tmp_path):
     with pytest.raises(InputError, match=r"nope\.txt: No such file.*check the path"):
-        list(read_documents(tmp_path / "nope.txt"))
-    with pytest.raises(InputError, match=r"is a folder; give the files in it"):
-        list(read_documents(tmp_path))
-
-
-# Evaluation text
+        texts_of(tmp_path / "nope.txt")
+    with pytest.raises(InputError, match="is a folder; give the files in it"):
+        texts_of(tmp_path)
 
 
 def test_evaluation_blocks_plain_text_in_order(tmp_path, tokenizer):
@@ -217,32 +226,30 @@ def test_evaluation_blocks_plain_text_in_order(tmp_path, tokenizer):
     assert result.tail.tolist() == [expected[16 * num_full :]]
     assert result.num_tokens == len(expected)
     assert result.num_bytes == len((text + "the end").encode())
-    assert tokenizer.decode(expected) == text + "the end"
 
 
 @pytest.mark.parametrize(
-    ("text", "num_blocks", "tail"),
-    [("abcd", 1, 0), ("abcde", 1, 0), ("abcdef", 1, 2), ("ab", 0, 2)],
+    ("length", "num_blocks", "tail"), [(4, 1, 0), (5, 1, 0), (6, 1, 2), (2, 0, 2)]
 )
-def test_evaluation_blocks_tail(tmp_path, tokenizer, text, num_blocks, tail):
-    result = evaluation_blocks([write(tmp_path / "a.txt", text)], tokenizer, seq_len=4)
+def test_evaluation_blocks_tail(tmp_path, tokenizer, length, num_blocks, tail):
+    path = write(tmp_path / "a.txt", "x" * length)
+    result = evaluation_blocks([path], tokenizer, seq_len=4)
     assert result.input_ids.shape == (num_blocks, 4)
     assert (0 if result.tail is None else result.tail.shape[1]) == tail
-    assert result.num_tokens == len(text)
+    assert result.num_tokens == length
 
 
-def test_evaluation_blocks_pieces_keep_every_byte(tmp_path, tokenizer, monkeypatch):
+def test_evaluation_blocks_pieces_keep_every_byte(tmp_path, tokenizer, small_pieces):
     text = numbered_lines(40) + "\u20ac" * 50
     path = write(tmp_path / "a.txt", text)
-    monkeypatch.setattr(data, "_PIECE_BYTES", 50)
     assert tokenizer.decode(whole([path], tokenizer)) == text
     assert evaluation_blocks([path], tokenizer, seq_len=4).num_bytes == len(text.encode())
 
 
-def test_evaluation_blocks_rows_are_separated(tmp_path):
-    rows = write_rows(tmp_path / "a.jsonl", {"text": "ab"}, {"text": "cd"})
-    plain = write(tmp_path / "a.txt", "xy")
-    other = write(tmp_path / "b.txt", "z")
+def test_evaluation_blocks_special_tokens(tmp_path, small_pieces):
+    rows = write_rows(tmp_path / "a.jsonl", "ab", "cd")
+    plain, other = write(tmp_path / "a.txt", "xy"), write(tmp_path / "b.txt", "z")
+    long = write(tmp_path / "c.txt", numbered_lines(9))
 
     def text(paths, **options):
         tokenizer = make_tokenizer(**options)
@@ -252,17 +259,8 @@ def test_evaluation_blocks_rows_are_separated(tmp_path):
     assert text([rows], eos=False) == "abcd"
     assert text([plain, other, rows]) == f"xyz{END}ab{END}cd"
     assert text([rows], bos=True) == f"{START}ab{END}{START}cd"
-    assert text([plain, other], bos=True) == f"{START}xyz"
     assert text([rows, plain], bos=True) == f"{START}ab{END}{START}cd{END}xy"
-
-
-def test_evaluation_blocks_plain_pieces_have_one_bos(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 16)
-    tokenizer = make_tokenizer(bos=True)
-    ids = whole([write(tmp_path / "a.txt", numbered_lines(9))], tokenizer)
-    assert ids.count(1) == 1
-    assert ids[0] == 1
-    assert 0 not in ids
+    assert text([long, plain], bos=True) == START + numbered_lines(9) + "xy"
 
 
 def test_evaluation_blocks_rejects(tmp_path, tokenizer):
@@ -271,261 +269,176 @@ def test_evaluation_blocks_rejects(tmp_path, tokenizer):
         evaluation_blocks([path], tokenizer, seq_len=1)
     with pytest.raises(InputError, match="the text has 1 tokens, needed are 2; add --text"):
         evaluation_blocks([path], tokenizer, seq_len=4)
-    with pytest.raises(InputError, match="is given twice"):
-        evaluation_blocks([path, str(path)], tokenizer, seq_len=4)
 
 
-# Chat
-
-
-def chat_file(tmp_path: Path) -> Path:
+@pytest.fixture
+def chat(tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     turns = [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]
     return write_rows(tmp_path / "c.jsonl", {"messages": messages}, {"conversations": turns})
 
 
-def test_chat_with_template(tmp_path, tokenizer):
+def test_chat_with_and_without_template(chat, tokenizer):
+    assert tokenizer.decode(whole([chat], tokenizer)) == f"hi\n\nyo{END}why\n\nso"
     tokenizer.chat_template = TEMPLATE
     expected = f"[user]hi[assistant]yo{END}[user]why[assistant]so"
-    assert tokenizer.decode(whole([chat_file(tmp_path)], tokenizer)) == expected
-    result = evaluation_blocks([chat_file(tmp_path)], tokenizer, seq_len=4)
-    assert result.num_bytes == len(expected) - len(END)
+    assert tokenizer.decode(whole([chat], tokenizer)) == expected
+    assert evaluation_blocks([chat], tokenizer, seq_len=4).num_bytes == len(expected) - len(END)
 
 
-def test_chat_without_template(tmp_path, tokenizer):
-    ids = whole([chat_file(tmp_path)], tokenizer)
-    assert tokenizer.decode(ids) == f"hi\n\nyo{END}why\n\nso"
-
-
-def test_chat_template_special_tokens_are_not_doubled(tmp_path):
+def test_chat_template_special_tokens_are_not_doubled(chat):
     tokenizer = make_tokenizer(bos=True)
     tokenizer.chat_template = f"{START}{TEMPLATE}{END}"
-    path = chat_file(tmp_path)
     one, two = (f"{START}[user]{a}[assistant]{b}{END}" for a, b in (("hi", "yo"), ("why", "so")))
-    assert tokenizer.decode(whole([path], tokenizer)) == one + two
-    train, _ = calibrate([path], tokenizer, tokens=30, seq_len=64, held_out_blocks=0, packing=False)
-    assert train.mask is not None
-    texts = {
-        tokenizer.decode(ids[mask]) for ids, mask in zip(train.input_ids, train.mask, strict=True)
-    }
-    assert texts == {one, two}
+    assert tokenizer.decode(whole([chat], tokenizer)) == one + two
+    options = {"tokens": 30, "seq_len": 64, "held_out_blocks": 0, "packing": False}
+    train, _ = calibrate(chat, tokenizer, **options)
+    assert {tokenizer.decode(row) for row in padded_rows(train)} == {one, two}
 
 
-def test_chat_template_error_names_the_row(tmp_path, tokenizer):
+def test_chat_template_error_names_the_row(chat, tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
     with pytest.raises(InputError, match=r"c\.jsonl:1: the chat template refuses.*must alternate"):
-        whole([chat_file(tmp_path)], tokenizer)
+        whole([chat], tokenizer)
 
 
-# Calibration, packed
-
-
-def test_calibration_blocks_packed_expected_digest(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 128)
+def test_calibration_blocks_expected_digest(tmp_path, tokenizer, small_pieces):
     plain = write(tmp_path / "a.txt", numbered_lines(60))
-    rows = write_rows(tmp_path / "b.jsonl", *({"text": f"the row {i}"} for i in range(20)))
-    train, held_out = calibrate([plain, rows], tokenizer, tokens=500, seed=3)
-    assert train.sha256 == "TRAIN_SHA"
-    assert held_out.sha256 == "HELD_SHA"
+    rows = write_rows(tmp_path / "b.jsonl", *(f"the row {i}" for i in range(20)))
+    packed = calibrate([plain, rows], tokenizer, tokens=500, seed=3)
+    padded = calibrate(rows, tokenizer, tokens=90, seed=3, packing=False)
+    assert [blocks.sha256[:16] for blocks in (*packed, *padded)] == [
+        "8725c27c3a8f5b19",
+        "424b408975ef1b6f",
+        "04e4d121eb081751",
+        "c4daa559a342703a",
+    ]
 
 
-def test_calibration_blocks_packed_shapes_and_counts(tmp_path, tokenizer):
-    path = write(tmp_path / "a.txt", numbered_lines(60))
-    train, held_out = calibrate([path], tokenizer, tokens=65, held_out_blocks=3)
-    assert train.input_ids.shape == (5, 16)
-    assert held_out.input_ids.shape == (3, 16)
+@pytest.mark.parametrize("packing", [True, False])
+def test_calibration_blocks_seed(tmp_path, tokenizer, small_pieces, packing):
+    path = write(tmp_path / "a.txt", numbered_lines(60).replace("\n", "\n\n"))
+    first, again, other = (
+        [blocks.sha256 for blocks in calibrate(path, tokenizer, seed=seed, packing=packing)]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert not set(first) & set(other)
+
+
+@pytest.mark.parametrize("num_held_out", [0, 1, 3, 7])
+def test_calibration_blocks_packed_held_out(tmp_path, tokenizer, num_held_out):
+    # one piece, so nothing to shuffle: the blocks are the text's, in order
+    text = "".join(f"{i:03d}" for i in range(300))
+    stream = ids_of(tokenizer, text)
+    blocks = [stream[i : i + 16] for i in range(0, len(stream), 16)]
+    path = write(tmp_path / "a.txt", text)
+    train, held_out = calibrate(path, tokenizer, tokens=305, held_out_blocks=num_held_out)
+    num_blocks = 20 + num_held_out
     assert train.input_ids.dtype == held_out.input_ids.dtype == torch.int64
     assert train.mask is None
     assert held_out.mask is None
-    assert (train.num_tokens, held_out.num_tokens) == (80, 48)
-    train, held_out = calibrate([path], tokenizer, tokens=64, held_out_blocks=0)
-    assert train.input_ids.shape == (4, 16)
-    assert held_out.input_ids.shape == (0, 16)
-
-
-def test_calibration_blocks_seed(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 64)
-    path = write(tmp_path / "a.txt", numbered_lines(60))
-    for packing in (True, False):
-        text = numbered_lines(60).replace("\n", "\n\n")
-        path = write(tmp_path / "a.txt", text)
-        digests = [
-            [blocks.sha256 for blocks in calibrate([path], tokenizer, seed=seed, packing=packing)]
-            for seed in (0, 0, 1)
-        ]
-        assert digests[0] == digests[1]
-        assert digests[0][0] != digests[2][0]
-        assert digests[0][1] != digests[2][1]
-
-
-@pytest.mark.parametrize("num_held_out", [1, 3, 7])
-def test_calibration_blocks_packed_held_out_is_spread_and_disjoint(
-    tmp_path, tokenizer, num_held_out
-):
-    # one piece, so no shuffle: the blocks are the text's, in order
-    path = write(tmp_path / "a.txt", numbered_lines(100))
-    stream = ids_of(tokenizer, numbered_lines(100))
-    blocks = [stream[i : i + 16] for i in range(0, len(stream), 16)]
-    train, held_out = calibrate([path], tokenizer, tokens=320, held_out_blocks=num_held_out)
-    num_blocks = 20 + num_held_out
+    assert (train.num_tokens, held_out.input_ids.shape) == (320, (num_held_out, 16))
+    # every block is used once, and the gaps between held-out ones are even
     where = [blocks.index(row) for row in held_out.input_ids.tolist()]
     rest = [blocks.index(row) for row in train.input_ids.tolist()]
     assert sorted(where + rest) == list(range(num_blocks))
     edges = [-1, *where, num_blocks]
     gaps = [b - a for a, b in zip(edges, edges[1:], strict=False)]
-    assert max(gaps) <= num_blocks / num_held_out + 1
+    assert max(gaps) <= num_blocks / max(num_held_out, 1) + 1
 
 
-def test_calibration_blocks_samples_from_all_over(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 64)
-    path = write(tmp_path / "a.txt", numbered_lines(1000))
-    train, _ = calibrate([path], tokenizer, tokens=800)
-    text = tokenizer.decode(train.input_ids.flatten())
-    numbers = [int(word) for word in text.split() if word.isdigit()]
-    assert min(numbers) < 200
-    assert max(numbers) > 800
-
-
-def test_calibration_blocks_tokenises_only_what_is_needed(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 64)
+def test_calibration_blocks_samples_all_over_and_tokenises_little(
+    tmp_path, tokenizer, monkeypatch, small_pieces
+):
+    seen, encode = [], data._encode
+    monkeypatch.setattr(
+        data, "_encode", lambda texts, *rest: seen.extend(texts) or encode(texts, *rest)
+    )
     path = write(tmp_path / "a.txt", numbered_lines(2000))
-    seen = []
-    encode = data._encode
-
-    def counting(texts, *rest):
-        seen.extend(texts)
-        return encode(texts, *rest)
-
-    monkeypatch.setattr(data, "_encode", counting)
-    calibrate([path], tokenizer)
-    assert sum(map(len, seen)) < 2000
+    train, _ = calibrate(path, tokenizer, tokens=800)
+    words = tokenizer.decode(train.input_ids.flatten()).split()
+    numbers = [int(word) for word in words if word.isdigit()]
+    assert min(numbers) < 400
+    assert max(numbers) > 1600
+    assert sum(map(len, seen)) < 2500
 
 
-def test_calibration_blocks_rows_begin_with_bos(tmp_path):
+def test_calibration_blocks_packed_rows_begin_with_bos(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", *(f"abc{i}" for i in range(9)))
     tokenizer = make_tokenizer(bos=True)
-    path = write_rows(tmp_path / "a.jsonl", *({"text": f"abc{i}"} for i in range(9)))
-    train, _ = calibrate([path], tokenizer, tokens=48, seq_len=6, held_out_blocks=1)
-    # START a b c digit END: rows and blocks have the same length
-    assert train.input_ids[:, 0].tolist() == [1] * 8
-    assert train.input_ids[:, 5].tolist() == [0] * 8
+    train, _ = calibrate(path, tokenizer, tokens=42, seq_len=6, held_out_blocks=1)
+    # START a b c digit END: a row is as long as a block
+    assert train.input_ids[:, 0].tolist() == [1] * 7
+    assert train.input_ids[:, 5].tolist() == [0] * 7
 
 
-def test_calibration_blocks_text_longer_than_context_does_not_warn(tmp_path, tokenizer):
+def test_text_longer_than_the_context_does_not_warn(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", numbered_lines(60))
-    records = []
+    messages = []
     handler = logging.Handler()
-    handler.emit = records.append
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
+    handler.handle = lambda record: messages.append(record.getMessage()) is None
+    logging.getLogger("transformers").addHandler(handler)
     try:
-        calibrate([path], tokenizer)
-        calibrate([path], tokenizer, packing=False, tokens=10, held_out_blocks=0)
+        calibrate(path, tokenizer)
+        calibrate(path, tokenizer, packing=False, tokens=10, held_out_blocks=0)
         evaluation_blocks([path], tokenizer, seq_len=16)
-        assert records == []
+        assert messages == []
         tokenizer(numbered_lines(60))
-        assert "longer than the specified maximum" in records[0].getMessage()
+        assert "longer than the specified maximum" in messages[0]
     finally:
-        logger.removeHandler(handler)
-
-
-# Calibration, padded
-
-
-def padded_rows(blocks) -> list[list[int]]:
-    """The real tokens of each block; checks that the padding is on the right."""
-    lengths = blocks.mask.sum(dim=1).tolist()
-    for mask, length in zip(blocks.mask, lengths, strict=True):
-        assert mask.tolist() == [True] * length + [False] * (mask.numel() - length)
-    return [ids[:n].tolist() for ids, n in zip(blocks.input_ids, lengths, strict=True)]
+        logging.getLogger("transformers").removeHandler(handler)
 
 
 @pytest.mark.parametrize(("pad", "pad_id"), [(True, 1), (False, 0)], ids=["pad", "eos"])
 def test_calibration_blocks_padded_rows_and_mask(tmp_path, pad, pad_id):
     tokenizer = make_tokenizer(pad=pad)
-    texts = ["abc" * (i % 7 + 1) + str(i) for i in range(40)]
-    path = write_rows(tmp_path / "a.jsonl", *({"text": text} for text in [*texts, "x"]))
-    train, held_out = calibrate(
-        [path], tokenizer, tokens=120, seq_len=12, held_out_blocks=5, packing=False
-    )
-    known = [ids_of(tokenizer, text)[:12] for text in texts]
-    rows = padded_rows(train) + padded_rows(held_out)
-    assert all(row in known for row in rows)
+    texts = [f"{i:02d}" + "abc" * (i % 7) for i in range(40)]
+    path = write_rows(tmp_path / "a.jsonl", *texts, "x", "y", "z")
+    options = {"tokens": 120, "seq_len": 12, "held_out_blocks": 5, "packing": False}
+    train, held_out = calibrate(path, tokenizer, **options)
+    rows = padded_rows(train)
+    decoded = [tokenizer.decode(row) for row in rows + padded_rows(held_out)]
+    assert set(decoded) <= {text[:12] for text in texts}
+    assert len(set(decoded)) == len(decoded)
     assert train.mask is not None
     assert (train.mask.dtype, train.input_ids.dtype) == (torch.bool, torch.int64)
-    assert train.input_ids.shape == train.mask.shape
     assert set(train.input_ids[~train.mask].tolist()) == {pad_id}
     assert held_out.input_ids.shape == (5, 12)
     # enough, and not one sample more
-    lengths = [len(row) for row in padded_rows(train)]
-    assert train.num_tokens == sum(lengths)
-    assert sum(lengths) >= 120 > sum(lengths[:-1])
+    assert train.num_tokens >= 120 > sum(map(len, rows[:-1]))
 
 
-def test_calibration_blocks_padded_held_out_is_disjoint_and_from_all_over(tmp_path, tokenizer):
-    path = write_rows(tmp_path / "a.jsonl", *({"text": f"{i:03d}"} for i in range(200)))
-    train, held_out = calibrate(
-        [path], tokenizer, tokens=400, seq_len=4, held_out_blocks=20, packing=False
+def test_calibration_blocks_padded_held_out_is_from_all_over(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "a.jsonl", *(f"{i:03d}" for i in range(200)))
+    options = {"tokens": 400, "seq_len": 4, "held_out_blocks": 20, "packing": False}
+    train, held_out = (
+        {int(tokenizer.decode(row)) for row in padded_rows(blocks)}
+        for blocks in calibrate(path, tokenizer, **options)
     )
-    train_rows, held_out_rows = (
-        {tokenizer.decode(row) for row in padded_rows(blocks)} for blocks in (train, held_out)
-    )
-    assert len(train_rows) == 134
-    assert len(held_out_rows) == 20
-    assert not train_rows & held_out_rows
-    assert int(min(held_out_rows)) < 50
-    assert int(max(held_out_rows)) > 150
+    assert (len(train), len(held_out), len(train | held_out)) == (134, 20, 154)
+    assert min(held_out) < 50
+    assert max(held_out) > 150
 
 
 def test_calibration_blocks_padded_plain_text_by_paragraphs(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(data, "_PIECE_BYTES", 8)
-    text = "\r\none\r\n  two\r\n\r\nthree and a long line\n \t\n\n\nfour\n\nx\n"
-    train, held_out = calibrate(
-        [write(tmp_path / "a.txt", text)],
-        tokenizer,
-        tokens=30,
-        seq_len=40,
-        held_out_blocks=0,
-        packing=False,
-    )
-    decoded = {tokenizer.decode(row) for row in padded_rows(train)}
     # "x" is one token: no sample
+    text = "\r\none\r\n  two\r\n\r\nthree and a long line\n \t\n\n\nfour\n\nx\n"
+    options = {"tokens": 30, "seq_len": 40, "held_out_blocks": 0, "packing": False}
+    train, held_out = calibrate(write(tmp_path / "a.txt", text), tokenizer, **options)
+    decoded = {tokenizer.decode(row) for row in padded_rows(train)}
     assert decoded == {"one\r\n  two", "three and a long line", "four"}
     assert held_out.input_ids.shape == (0, 40)
 
 
-def test_calibration_blocks_padded_has_no_mask_if_all_real(tmp_path, tokenizer):
-    path = write_rows(tmp_path / "a.jsonl", *({"text": "abcdef" * 10} for _ in range(5)))
-    train, held_out = calibrate([path], tokenizer, tokens=48, packing=False)
-    assert train.mask is None
-    assert held_out.mask is None
-    assert train.num_tokens == 48
-
-
-def test_calibration_blocks_padded_adds_bos(tmp_path):
-    tokenizer = make_tokenizer(bos=True)
-    path = write_rows(tmp_path / "a.jsonl", *({"text": "ab"} for _ in range(9)))
-    train, _ = calibrate([path], tokenizer, tokens=9, seq_len=4, packing=False)
-    assert padded_rows(train) == [[1, *ids_of(tokenizer, "ab")]] * 3
-
-
-def test_token_blocks_digest_covers_ids_mask_and_shape():
-    ids = torch.arange(6).view(2, 3)
-    mask = torch.ones(2, 3, dtype=torch.bool)
-    other_mask = mask.clone()
-    other_mask[0, 2] = False
-    blocks = [
-        data.TokenBlocks(ids),
-        data.TokenBlocks(ids.view(3, 2)),
-        data.TokenBlocks(ids + 1),
-        data.TokenBlocks(ids, mask),
-        data.TokenBlocks(ids, other_mask),
-    ]
-    assert len({b.sha256 for b in blocks}) == 5
-    assert data.TokenBlocks(ids.t().contiguous().t()).sha256 == blocks[0].sha256
-    assert [b.num_tokens for b in blocks] == [6, 6, 6, 6, 5]
-
-
-# Calibration, errors
+def test_calibration_blocks_padded_adds_bos_and_needs_no_mask(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", *["abcdef"] * 9)
+    for seq_len, has_mask in ((8, True), (7, False), (4, False)):
+        tokenizer = make_tokenizer(bos=True)
+        train, _ = calibrate(path, tokenizer, tokens=12, seq_len=seq_len, packing=False)
+        assert (train.mask is not None) == has_mask
+        assert train.input_ids[0, :4].tolist() == [1, *ids_of(tokenizer, "abc")]
 
 
 @pytest.mark.parametrize(
@@ -534,39 +447,41 @@ def test_token_blocks_digest_covers_ids_mask_and_shape():
         ({"tokens": 0}, "--tokens must be at least 1, got 0"),
         ({"seq_len": 1}, "--seq-len must be at least 2, got 1"),
         ({"held_out_blocks": -1}, "held_out_blocks must be at least 0, got -1"),
+        ({"tokens": 16}, "20 tokens, needed are 48 (3 blocks of 16, 2 of them held out); lower"),
         (
-            {"tokens": 1000},
-            r"too short: 20 tokens, needed are 1040 \(65 blocks of 16, 2 of them held out\); "
-            "lower --tokens or add --text",
+            {"tokens": 18, "packing": False},
+            "18 tokens in 2 samples of at most 16, needed are 18 to",
         ),
-        (
-            {"tokens": 1000, "packing": False},
-            "too short: 18 tokens in 2 samples of at most 16, needed are 1000 to train and "
-            "2 samples held out; lower --tokens, add --text",
-        ),
-        ({"tokens": 16, "packing": False}, "too short: 18 tokens in 2 samples"),
     ],
 )
 def test_calibration_blocks_rejects(tmp_path, tokenizer, options, message):
     path = write(tmp_path / "a.txt", "123456789\n\n123456789")
-    with pytest.raises(InputError, match=message) as caught:
-        calibrate([path], tokenizer, **options)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        calibrate(path, tokenizer, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_calibration_blocks_exactly_enough(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", "x" * 96)
-    train, held_out = calibrate([path], tokenizer)
-    assert (train.num_tokens, held_out.num_tokens) == (64, 32)
+    assert [blocks.num_tokens for blocks in calibrate(path, tokenizer)] == [64, 32]
     with pytest.raises(InputError, match="too short: 96 tokens, needed are 112"):
-        calibrate([path], tokenizer, tokens=65)
+        calibrate(path, tokenizer, tokens=65)
 
 
 def test_calibration_blocks_rejects_bad_files(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", numbered_lines(60))
-    with pytest.raises(InputError, match="is given twice"):
-        calibrate([path, tmp_path / "." / "a.txt"], tokenizer)
+    with pytest.raises(InputError, match="is given twice.*give it once"):
+        calibrate([path, str(tmp_path / "." / "a.txt")], tokenizer)
     with pytest.raises(InputError, match="check the path"):
         calibrate([path, tmp_path / "b.txt"], tokenizer)
     with pytest.raises(InputError, match="too short: 0 tokens"):
         calibrate([], tokenizer)
+
+
+def test_token_blocks_digest_covers_ids_mask_and_shape():
+    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[True] * 3, [True, True, False]])
+    blocks = [TokenBlocks(ids), TokenBlocks(ids.view(3, 2)), TokenBlocks(ids + 1)]
+    blocks += [TokenBlocks(ids, mask), TokenBlocks(ids, mask.flip(0))]
+    assert len({b.sha256 for b in blocks}) == 5
+    assert TokenBlocks(ids.t().contiguous().t()).sha256 == blocks[0].sha256
+    assert [b.num_tokens for b in blocks] == [6, 6, 6, 5, 5]

@@ -90,7 +90,7 @@ def replace_modules(
         weight = old.get_parameter("down_proj")
         num_experts, hidden_size, intermediate_size = weight.shape
         new_experts = LowRankExperts(
-            config,
+            old.config,  # the module's own: it knows the experts implementation in use
             num_experts,
             hidden_size,
             intermediate_size,
