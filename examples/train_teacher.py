@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import platform
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -198,7 +199,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     summary = {
-        "command": f"python examples/train_teacher.py {args.kind} {args.out} --tokens {args.tokens}",
+        "command": " ".join(["python", *sys.argv]),
         "lr": args.lr,
         "batch_size": args.batch_size,
         "seq_len": args.seq_len,

@@ -1,0 +1,321 @@
+"""Seeded inputs for every op, and the one tolerance rule that tests and benchmarks share.
+
+The rule: error(actual, fp64 truth) <= 2 * (error(baseline, fp64 truth) + eps * max|truth|), where
+error is the largest absolute difference and the baseline is a plain implementation run in the same
+dtype as actual. Inputs are drawn on the CPU in fp32 and then rounded, so every dtype and device
+sees the same numbers. Letters as in reference.py.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lillama_kernels.reference import ExpertFactors, ProjectionFactors
+
+__all__ = [
+    "assert_close_to_truth",
+    "causal_conv1d_inputs",
+    "check_op",
+    "distill_loss_inputs",
+    "expert_factors",
+    "low_rank_experts_inputs",
+    "low_rank_linear_inputs",
+    "poison_empty",
+    "selective_scan_inputs",
+    "values_and_grads",
+]
+
+# Largest error allowed to an fp64 result, as a share of max|truth|: no implementation in fp64 has a
+# reason to be worse, whatever the order of its sums.
+FP64_TOLERANCE = 1e-10
+
+Results = dict[str, Tensor]
+
+
+# The rule
+def assert_close_to_truth(
+    actual: Tensor, truth_fp64: Tensor, baseline: Tensor, name: str = "result"
+) -> None:
+    """Apply the tolerance rule of this module to one tensor.
+
+    Args:
+        actual: what is judged; any floating dtype.
+        truth_fp64: the same quantity computed in fp64 from the same (rounded) inputs.
+        baseline: a plain implementation in the dtype of actual.
+        name: how the message calls actual.
+
+    Raises:
+        AssertionError: actual is too far, not finite, or of another shape or dtype than asked.
+    """
+    if not actual.shape == baseline.shape == truth_fp64.shape:
+        raise AssertionError(
+            f"{name}: shape {list(actual.shape)}, wanted {list(truth_fp64.shape)} "
+            f"(baseline {list(baseline.shape)})"
+        )
+    if actual.dtype != baseline.dtype or truth_fp64.dtype != torch.float64:
+        raise AssertionError(
+            f"{name}: dtype {actual.dtype}, wanted {baseline.dtype} as in the baseline; "
+            f"truth must be torch.float64, got {truth_fp64.dtype}"
+        )
+    for role, tensor in (("actual", actual), ("truth", truth_fp64), ("baseline", baseline)):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            raise AssertionError(f"{name}: {bad} of {tensor.numel()} {role} values are NaN or inf")
+    if actual.numel() == 0:
+        return
+    error = float((actual.double() - truth_fp64).abs().max())
+    baseline_error = float((baseline.double() - truth_fp64).abs().max())
+    scale, eps = float(truth_fp64.abs().max()), torch.finfo(actual.dtype).eps
+    allowed = 2 * (baseline_error + eps * scale)
+    if actual.dtype == torch.float64:
+        allowed = FP64_TOLERANCE * scale
+    if not error <= allowed:
+        raise AssertionError(
+            f"{name} ({actual.dtype}, {list(actual.shape)}): error {error:.3e} > allowed "
+            f"{allowed:.3e}; baseline error {baseline_error:.3e}, max|truth| {scale:.3e}"
+        )
+
+
+@contextlib.contextmanager
+def poison_empty() -> Iterator[None]:
+    """Inside the block uninitialised memory is NaN (largest integer), so reading it shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _outputs(function: Callable[..., Tensor | Sequence[Tensor]], leaves: Results) -> list[Tensor]:
+    outputs = function(**leaves)
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def values_and_grads(
+    function: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+    grad_outputs: Sequence[Tensor],
+) -> Results:
+    """Run function(**inputs) and its backward twice.
+
+    Returns:
+        "output 0", "output 1", ... and "grad <input>" for every input; zeros where no gradient
+        arrives.
+
+    Raises:
+        AssertionError: the two backward passes differ in a bit, or an input was written to.
+    """
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    outputs = _outputs(function, leaves)
+    args = (outputs, list(leaves.values()), list(grad_outputs))
+    first = torch.autograd.grad(*args, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(*args, allow_unused=True)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    for name, one, two in zip(leaves, first, second, strict=True):
+        one, two = (torch.zeros_like(leaves[name]) if g is None else g for g in (one, two))
+        if not torch.equal(one.nan_to_num(), two.nan_to_num()):
+            raise AssertionError(f"grad {name}: the second backward differs from the first")
+        if not torch.equal(leaves[name].detach(), before[name]):
+            raise AssertionError(f"{name}: the op wrote to its input")
+        results[f"grad {name}"] = one
+    return results
+
+
+def check_op(
+    op: Callable[..., Tensor | Sequence[Tensor]],
+    oracle: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+    *,
+    noncontiguous: bool = False,
+    seed: int = 1,
+) -> None:
+    """Hold op to the tolerance rule: every output, every gradient, a random grad_output.
+
+    Args:
+        op, oracle: functions of the inputs by name. The truth is the oracle in fp64, the baseline
+            the oracle in the inputs' dtype.
+        inputs: floating tensors; all get gradients.
+        noncontiguous: give op inputs and grad_outputs whose last stride is 2.
+        seed: of grad_output.
+
+    Raises:
+        AssertionError: see `assert_close_to_truth` and `values_and_grads`.
+    """
+    with torch.no_grad():
+        shapes = [(t.shape, t.dtype, t.device) for t in _outputs(oracle, dict(inputs))]
+    generator = torch.Generator().manual_seed(seed)
+    grads = [_normal(generator, *shape).to(device, dtype) for shape, dtype, device in shapes]
+    given = {n: _strided(t) for n, t in inputs.items()} if noncontiguous else inputs
+    with poison_empty():
+        actual = values_and_grads(op, given, list(map(_strided, grads)) if noncontiguous else grads)
+    double = {name: tensor.double() for name, tensor in inputs.items()}
+    truth = values_and_grads(oracle, double, [g.double() for g in grads])
+    baseline = values_and_grads(oracle, inputs, grads)
+    if actual.keys() != truth.keys():
+        raise AssertionError(f"results {sorted(actual)}, wanted {sorted(truth)}")
+    for name, tensor in actual.items():
+        assert_close_to_truth(tensor, truth[name], baseline[name], name)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """The same values at every second place of a larger tensor whose other places are NaN."""
+    wide = tensor.new_full((*tensor.shape, 2), float("nan"))
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+# Inputs
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def _placed(tensors: Results, dtype: torch.dtype, device: torch.device | str) -> Results:
+    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+
+
+def low_rank_linear_inputs(
+    rows: Sequence[int],
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Results:
+    """x [*rows, K], A [R, K], B [N, R], bias [N]; y of order 1."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": _normal(g, *rows, in_features),
+        "A": _normal(g, rank, in_features) * in_features**-0.5,
+        "B": _normal(g, out_features, rank) * rank**-0.5,
+        "bias": _normal(g, out_features),
+    }
+    return _placed(tensors, dtype, device)
+
+
+def low_rank_experts_inputs(
+    num_rows: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    ranks: Mapping[str, Sequence[int]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> tuple[Results, Tensor]:
+    """Floating tensors (hidden, topk_weight and the factors "gate_A" ... "down_W") and topk_index.
+
+    ranks: for "gate", "up" and "down" the E ranks, 0 for a dense expert. Each token has top_k
+    different experts, weights that sum to 1. Factors are padded with zeros to the largest rank.
+    """
+    g = torch.Generator().manual_seed(seed)
+    num_experts = len(ranks["gate"])
+    scores = _normal(g, num_rows, num_experts)
+    weight, index = scores.softmax(-1).topk(top_k)
+    tensors = {
+        "hidden": _normal(g, num_rows, hidden_size),
+        "topk_weight": weight / weight.sum(-1, keepdim=True),
+    }
+    sizes = {"gate": (hidden_size, intermediate_size), "down": (intermediate_size, hidden_size)}
+    for name in ("gate", "up", "down"):
+        (k, n), each = sizes.get(name, sizes["gate"]), ranks[name]
+        if max(each) > 0:
+            A, B = _normal(g, num_experts, max(each), k), _normal(g, num_experts, n, max(each))
+            for expert, rank in enumerate(each):
+                A[expert, rank:], B[expert, :, rank:] = 0.0, 0.0
+                B[expert] *= max(rank, 1) ** -0.5
+            tensors[f"{name}_A"], tensors[f"{name}_B"] = A * k**-0.5, B
+        if 0 in each:
+            tensors[f"{name}_W"] = _normal(g, list(each).count(0), n, k) * k**-0.5
+    return _placed(tensors, dtype, device), index.to(device)
+
+
+def expert_factors(
+    tensors: Mapping[str, Tensor], ranks: Mapping[str, Sequence[int]]
+) -> ExpertFactors:
+    """The factors among `low_rank_experts_inputs`' tensors as the op takes them."""
+    projections = (
+        ProjectionFactors(
+            tuple(ranks[name]), *(tensors.get(f"{name}_{letter}") for letter in ("A", "B", "W"))
+        )
+        for name in ("gate", "up", "down")
+    )
+    return ExpertFactors(*projections)
+
+
+def distill_loss_inputs(
+    rows: Sequence[int],
+    hidden_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> tuple[Results, Tensor]:
+    """student and teacher [*rows, H], the student near the teacher, and a mask [*rows] that
+    counts about two tokens in three and always the first."""
+    g = torch.Generator().manual_seed(seed)
+    teacher = _normal(g, *rows, hidden_size)
+    student = teacher + 0.5 * _normal(g, *rows, hidden_size)
+    mask = torch.rand(tuple(rows), generator=g) < 0.67
+    mask.view(-1)[:1] = True
+    return _placed({"student": student, "teacher": teacher}, dtype, device), mask.to(device)
+
+
+def selective_scan_inputs(
+    batch: int,
+    channels: int,
+    state_size: int,
+    steps: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Results:
+    """Every tensor of the scan; A as Mamba initialises it (-1 ... -S), delta for softplus with
+    steps of about 0.05 to 0.7."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": _normal(g, batch, channels, steps),
+        "delta": _normal(g, batch, channels, steps),
+        "A": -torch.arange(1.0, state_size + 1).expand(channels, -1) * torch.exp(
+            0.1 * _normal(g, channels, state_size)
+        ),
+        "B": _normal(g, batch, state_size, steps),
+        "C": _normal(g, batch, state_size, steps),
+        "D": _normal(g, channels),
+        "z": _normal(g, batch, channels, steps),
+        "delta_bias": -1.5 + 0.5 * _normal(g, channels),
+        "initial_state": _normal(g, batch, channels, state_size),
+    }  # fmt: skip
+    return _placed(tensors, dtype, device)
+
+
+def causal_conv1d_inputs(
+    batch: int,
+    channels: int,
+    steps: int,
+    width: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Results:
+    """x [B, D, T], weight [D, W], bias [D], initial_state [B, D, W-1]."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": _normal(g, batch, channels, steps),
+        "weight": _normal(g, channels, width) * width**-0.5,
+        "bias": _normal(g, channels),
+        "initial_state": _normal(g, batch, channels, width - 1),
+    }
+    return _placed(tensors, dtype, device)
