@@ -25,6 +25,7 @@ __all__ = [
     "QUANT_METHOD",
     "TensorHeader",
     "check_factors",
+    "check_ranks",
     "compression_of",
     "read_config",
     "read_headers",
@@ -65,19 +66,26 @@ def read_config(path: Path) -> PretrainedConfig:
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file} is not a JSON object: {error}") from error
     family_of(str(model_type))
-    return AutoConfig.from_pretrained(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # a config class may fail on a bad value in any way
+        text = " ".join(str(error).split())
+        raise InputError(f"{file} is not a config of {model_type}: {text}") from error
 
 
 def compression_of(config: PretrainedConfig) -> dict | None:
     """The `quantization_config` of a model compressed by lillama as a dict, None for a dense one.
 
     Raises:
-        InputError: the model is quantized by something else, or its format version is unknown.
+        InputError: the model is quantized by something else, its format version is unknown, or its
+            ranks cannot be used.
     """
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    values = found if isinstance(found, dict) else found.to_dict()
+    values = found.to_dict() if hasattr(found, "to_dict") else found
+    if not isinstance(values, dict):
+        raise InputError(f"quantization_config must be an object, got {values!r}")
     if values.get("quant_method") != QUANT_METHOD:
         raise InputError(
             f"the model is quantized with {values.get('quant_method')!r}; "
@@ -88,7 +96,17 @@ def compression_of(config: PretrainedConfig) -> dict | None:
             f"format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}; "
             "the checkpoint was written by another version of lillama"
         )
+    check_ranks(values.get("ranks"))
     return values
+
+
+def check_ranks(ranks: object) -> None:
+    """Raises InputError unless `ranks` is {matrix name: R} with at least one entry, each R > 0."""
+    if not isinstance(ranks, dict) or not ranks:
+        raise InputError("quantization_config has no ranks; nothing says what is factorised")
+    for name, rank in ranks.items():
+        if type(rank) is not int or rank < 1:
+            raise InputError(f"the rank of {name} must be a positive integer, got {rank!r}")
 
 
 def _shard_files(path: Path) -> list[Path]:
@@ -103,6 +121,8 @@ def _shard_files(path: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} is not an index of shards: {error!r}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{index} is not an index of shards: it names {names}")
     for name in names:
         if not (path / name).is_file():
             raise InputError(f"shard {path / name} is missing; the index {index.name} names it")
@@ -129,7 +149,7 @@ def read_shard_headers(file: Path) -> dict[str, TensorHeader]:
                 for name, entry in entries.items()
             }
             end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"shard {file} has a broken safetensors header: {error!r}") from error
     if size != 8 + length + end:
         raise InputError(
@@ -153,7 +173,7 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 
 def sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
     """Name and shape of the mis-shaped tensor that makes a load without lillama raise."""
-    first = next(iter(ranks))
+    first = min(ranks)  # of the names, as save_pretrained sorts the keys of config.json
     parsed = None if family.experts is None else family.experts.parse(first)
     if parsed is None:
         return f"{first}.weight", (1,)
@@ -163,16 +183,18 @@ def sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, 
 def sentinel_names(names: Iterable[str], family: Family, ranks: Mapping[str, int]) -> list[str]:
     """The sentinel among a checkpoint's tensors, however it was written.
 
-    save_pretrained of transformers splits an experts module's sentinel into one tensor an expert.
+    save_pretrained of transformers renames an experts module's sentinel, or splits it into one
+    tensor an expert.
     """
-    first = next(iter(ranks))
+    first = min(ranks)
     parsed = None if family.experts is None else family.experts.parse(first)
     own = sentinel(family, ranks)[0]
     if parsed is None or family.experts is None:
         return [name for name in names if name == own]
     block = first.partition(f".{family.experts.hub}.")[0]
-    split = re.compile(rf"{re.escape(block)}\.{re.escape(family.experts.hub)}\.\d+\.[^.]+\.weight")
-    return [name for name in names if name == own or split.fullmatch(name)]
+    inside = rf"{re.escape(block)}\.{re.escape(family.experts.hub)}"
+    saved = re.compile(rf"{inside}\.(\d+\.[^.]+\.weight|down_proj)")
+    return [name for name in names if name == own or saved.fullmatch(name)]
 
 
 def check_factors(

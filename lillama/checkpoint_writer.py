@@ -1,11 +1,11 @@
 """Write a checkpoint folder: at any moment either the old state or the whole new one is there."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from lillama.errors import InputError, RunError
 __all__ = ["CheckpointWriter", "check_space"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
@@ -52,22 +52,27 @@ class CheckpointWriter:
 
     Files go to `OUT.unfinished` beside OUT, are flushed to disk, and the folder is renamed in
     `finish`. A folder left by a killed run is taken over by the very same command (same recipe)
-    and refused to any other.
+    and refused to any other. While a new OUT takes the place of an old one, the old one waits
+    inside the staging folder: a kill at that moment loses nothing, the next run puts it back.
 
     Use as a context manager: leaving it by an exception removes the unfinished folder.
 
     Raises (on construction):
         InputError: OUT exists and may not be replaced, its parent is missing, or another command's
             unfinished run is in the way.
+        RunError: the disk is full.
     """
 
     def __init__(self, out: Path, recipe: Mapping[str, object], *, overwrite: bool = False) -> None:
+        if out.name in ("", ".."):
+            raise InputError(f"{out} is not the name of a new folder; choose another OUT")
         self.out = out
         self.staging = out.with_name(out.name + ".unfinished")
         self.recipe = dict(recipe)
         self._shards: list[tuple[Path, dict[str, int]]] = []
         if not out.parent.is_dir():
             raise InputError(f"the folder {out.parent} does not exist; create it first")
+        self._put_back()
         if out.exists() or out.is_symlink():
             if not overwrite:
                 raise InputError(f"{out} exists; choose another OUT or pass --overwrite")
@@ -76,33 +81,65 @@ class CheckpointWriter:
                 raise InputError(
                     f"{out} is not a model compressed by lillama; --overwrite does not replace it"
                 )
-        if self.staging.exists():
+        if self.staging.exists() or self.staging.is_symlink():
             self._take_over()
         with _disk_errors(self.staging):
             self.staging.mkdir()
+        try:
             self._write_json("recipe.json", self.recipe)
             self._file_mode = (self.staging / "recipe.json").stat().st_mode & 0o777
+        except BaseException:
+            self._discard()
+            raise
+
+    @property
+    def _replaced(self) -> Path:
+        """Where the old OUT waits while the new one takes its place."""
+        return self.staging / ".replaced"
+
+    def _put_back(self) -> None:
+        """Undo the first half of an exchange that was cut short."""
+        if self._replaced.is_dir() and not self.staging.is_symlink() and not self.out.exists():
+            with _disk_errors(self.out):
+                self._replaced.rename(self.out)
+
+    def _discard(self) -> None:
+        self._put_back()
+        # the recipe goes last: what a kill leaves over is still known to be ours
+        for entry in self.staging.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != "recipe.json":
+                entry.unlink()
+        shutil.rmtree(self.staging)
 
     def _take_over(self) -> None:
+        problem = f"{self.staging} is in the way and is no unfinished run; move it away"
+        if self.staging.is_symlink() or not self.staging.is_dir():
+            raise InputError(problem)
+        recipe = self.staging / "recipe.json"
         try:
-            recorded = json.loads((self.staging / "recipe.json").read_text("utf-8"))
+            recorded = json.loads(recipe.read_text("utf-8"))
         except (OSError, ValueError):
-            recorded = None
-        # a kill between mkdir and the recipe leaves an empty folder: nobody's work
-        nothing_there = recorded is None and not any(self.staging.glob("*.safetensors"))
-        if not nothing_there and recorded != json.loads(json.dumps(self.recipe)):
-            raise InputError(
-                f"{self.staging} is the unfinished run of another command; "
-                "delete it or choose another OUT"
-            )
-        shutil.rmtree(self.staging)
+            # a kill before the recipe was complete leaves at most that file: nobody's work
+            if any(path != recipe for path in self.staging.iterdir()):
+                raise InputError(problem) from None
+        else:
+            if recorded != json.loads(json.dumps(self.recipe)):
+                raise InputError(
+                    f"{self.staging} is the unfinished run of another command; "
+                    "delete it or choose another OUT"
+                )
+        with _disk_errors(self.staging):
+            self._discard()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is not None:
-            shutil.rmtree(self.staging, ignore_errors=True)
+        if error is not None and self.staging.is_dir():
+            with contextlib.suppress(OSError, RunError):  # the first error counts
+                self._discard()
 
     def add_shard(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one shard of CPU tensors and flush it to disk."""
@@ -156,18 +193,15 @@ class CheckpointWriter:
             self._put_in_place()
 
     def _put_in_place(self) -> None:
-        old = self.out.with_name(self.out.name + ".replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.out.exists():
-            self.out.rename(old)
         try:
+            if self.out.exists():
+                self.out.rename(self._replaced)
             self.staging.rename(self.out)
-        except OSError:
-            if old.exists():
-                old.rename(self.out)
+        except BaseException:
+            self._put_back()
             raise
         _sync(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self.out / self._replaced.name, ignore_errors=True)
 
 
 def check_space(out: Path, needed_bytes: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -50,7 +51,7 @@ class Recipe:
     # share of the Gram's mean diagonal added to it before whitening
     shrinkage: float = 1e-3
     # how often a block is judged on held-out tokens while it trains
-    evaluations: int = 8
+    evaluations: int = 6
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         if self.learning_rate_width is None:
@@ -62,7 +63,7 @@ PRESETS: dict[str, Recipe] = {
     "default": Recipe(
         init="whitened",
         strategy="uniform",
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         learning_rate_width=128,
         schedule="cosine",
         warmup_fraction=0.05,
@@ -93,7 +94,7 @@ def _at_least(name: str, value: int, minimum: int) -> None:
 
 
 def _device(value: str) -> None:
-    if value != "auto" and value.split(":")[0] not in ("cpu", "cuda"):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {value!r}")
 
 

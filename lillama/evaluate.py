@@ -30,7 +30,7 @@ from lillama.data import EvaluationText, evaluation_blocks
 from lillama.errors import InputError, RunError
 from lillama.families import family_of
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import choose_device, load_model, load_tokenizer
+from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
 __all__ = ["evaluate", "stored_size"]
 
@@ -105,10 +105,12 @@ def _measure(
         done += batch.numel()
         if progress is not None:
             progress("eval", done, total)
-        if not math.isfinite(sums.nll):
-            raise RunError(
-                f"the loss became {sums.nll} within the first {done} tokens; the model is broken"
-            )
+        for name, nll in (("MODEL", sums.nll), ("--against", sums.base_nll)):
+            if not math.isfinite(nll):
+                raise RunError(
+                    f"the loss of {name} became {nll} within the first {done} tokens; "
+                    "its weights are broken"
+                )
     return sums
 
 
@@ -156,6 +158,9 @@ def evaluate(
     tokenizer = load_tokenizer(config.model)
     blocks = evaluation_blocks(config.text, tokenizer, seq_len=config.seq_len)
     ours = load_model(config.model, device, config.dtype)
+    for ids in (blocks.input_ids, blocks.tail):
+        if ids is not None and ids.numel():
+            check_vocabulary(ids, ours.config.vocab_size)
     base = None
     if config.against is not None:
         base = load_model(config.against, device, config.dtype)

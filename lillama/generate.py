@@ -8,7 +8,7 @@ import torch
 from lillama.config import GenerateConfig
 from lillama.errors import InputError
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import choose_device, load_model, load_tokenizer
+from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
 __all__ = ["generate"]
 
@@ -34,18 +34,20 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
     loaded = load_model(config.model, device)
     inputs = tokenizer(config.prompt, return_tensors="pt").to(device)
     length = inputs["input_ids"].shape[1]
+    check_vocabulary(inputs["input_ids"], loaded.config.vocab_size)
     limit = getattr(loaded.config, "max_position_embeddings", None)
     if limit is not None and length + config.max_new_tokens > limit:
         raise InputError(
             f"prompt ({length} tokens) and --max-new-tokens ({config.max_new_tokens}) exceed the "
             f"model's {limit} positions; shorten one of them"
         )
-    torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
     if config.temperature > 0:
         sampling["temperature"] = config.temperature
     pad = tokenizer.pad_token_id
-    with fast_mamba():
+    devices = [device] if device.type == "cuda" else []
+    with fast_mamba(), torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
         output = loaded.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

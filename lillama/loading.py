@@ -15,7 +15,7 @@ from lillama.checkpoint import compression_of, read_config, read_headers
 from lillama.errors import InputError
 from lillama.integrations.transformers import register
 
-__all__ = ["choose_device", "load_model", "load_tokenizer"]
+__all__ = ["check_vocabulary", "choose_device", "load_model", "load_tokenizer"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,12 +37,23 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Raises InputError when the folder holds no tokenizer."""
+    """Raises InputError when the folder is no checkpoint or holds no tokenizer."""
+    read_config(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{path} holds no tokenizer that can be read: {first}") from error
+
+
+def check_vocabulary(token_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises InputError when the tokenizer gave a token that the model does not have."""
+    largest = int(token_ids.max())
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {largest}, the model has {vocab_size}; "
+            "they do not belong together"
+        )
 
 
 def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:
@@ -59,7 +70,16 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     read_headers(path)
     register()
     wanted = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=wanted if dtype == "auto" else getattr(torch, dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=wanted if dtype == "auto" else getattr(torch, dtype),
+        output_loading_info=True,
     )
+    # transformers fills what is missing with random numbers and goes on
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(
+            f"{path} lacks tensors the model needs: {', '.join(missing[:5])}"
+            + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        )
     return model.to(device).eval()

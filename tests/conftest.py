@@ -1,13 +1,218 @@
-"""The device that tests of ops run on: `pytest --device=cuda`, the CPU by default."""
+"""Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import lillama
+from lillama.families import PROJECTIONS
+from lillama.integrations.mamba import fast_mamba
+from lillama.integrations.transformers import LillamaConfig, attach_quantizer
+from lillama.modules.low_rank_experts import LowRankExperts
+from lillama.modules.replace import copy_dense_experts, replace_modules
+
+WORDS = (
+    "the cat sat on a mat while old dogs ran past some green hills and nobody saw them go".split()
+)
+END = "<|endoftext|>"
+
+# Tiny tensors: a second thread only waits, up to 100 times longer when the machine is busy.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="device of the ops")
+    parser.addoption(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="where the tests compute"
+    )
 
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+def sentences(count: int, seed: int = 0) -> str:
+    """`count` lines of pseudo-random words: learnable, deterministic, no download."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(count):
+        picks = torch.randint(len(WORDS), (9,), generator=generator).tolist()
+        lines.append(" ".join(WORDS[i] for i in picks) + ".")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 300 pieces; END is bos, eos and pad."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([sentences(200)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=512
+    )
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 20,000 tokens of plain text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(sentences(1500, seed=1), "utf-8")
+    return path
+
+
+def mixtral_config(**changes: object) -> MixtralConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return MixtralConfig(**{**values, **changes})
+
+
+def mamba_config(**changes: object) -> MambaConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+        "time_step_rank": 4,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return MambaConfig(**{**values, **changes})
+
+
+def random_model(
+    config: MixtralConfig | MambaConfig, dtype: torch.dtype, seed: int = 0
+) -> PreTrainedModel:
+    """Random weights, scaled up so that every matrix matters."""
+    torch.manual_seed(seed)
+    model_class = MixtralForCausalLM if isinstance(config, MixtralConfig) else MambaForCausalLM
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name and parameter.ndim >= 2:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+            if name.endswith("bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    for parameter in model.parameters():
+        # not model.to: from_pretrained keeps buffers such as the rotary frequencies in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model("mixtral" | "mamba", dtype=..., seed=..., **config changes) -> a tiny random dense
+    model in eval mode, on the CPU."""
+
+    def make(
+        kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
+    ) -> PreTrainedModel:
+        config = {"mixtral": mixtral_config, "mamba": mamba_config}[kind](**changes)
+        model = random_model(config, dtype, seed)
+        model.config.dtype = dtype
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_low_rank(make_model):
+    """make_low_rank("mixtral" | "mamba", {hub name: rank}, dtype=..., **config changes) -> a tiny
+    model compressed in memory: random factors, biases and dense experts kept, fit for
+    save_pretrained."""
+
+    @torch.no_grad()
+    def make(
+        kind: str, ranks: dict[str, int], dtype: torch.dtype = torch.float32, **changes: object
+    ) -> PreTrainedModel:
+        model = make_model(kind, dtype, **changes)
+        replaced = replace_modules(model, model.config, ranks, base_prefix=model.base_model_prefix)
+        for path, old in replaced.items():
+            new = model.get_submodule(path)
+            if isinstance(new, LowRankExperts):
+                copy_dense_experts(new, old)
+                stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
+            else:
+                stored = [dict(new.named_parameters())]
+                if new.bias is not None:
+                    new.bias.copy_(old.bias)
+            for tensors in stored:
+                for key in tensors.keys() & {"lr_A", "lr_B"}:
+                    tensors[key].normal_(std=tensors[key].shape[-1] ** -0.5)
+        attach_quantizer(model, LillamaConfig(ranks=ranks))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast):
+    """make_checkpoint("mixtral" | "mamba", dtype=..., edit=..., **config changes) -> folder.
+
+    `edit(model)` may change the weights before they are saved.
+    """
+
+    def make(kind: str, dtype: torch.dtype = torch.float32, edit=None, **changes: object) -> Path:
+        config = {"mixtral": mixtral_config, "mamba": mamba_config}[kind](**changes)
+        model = random_model(config, dtype)
+        if edit is not None:
+            edit(model)
+        path = tmp_path_factory.mktemp("checkpoints") / kind
+        model.config.dtype = dtype
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mixtral(make_checkpoint) -> Path:
+    """A tiny random Mixtral in fp32; do not change the folder."""
+    return make_checkpoint("mixtral")
+
+
+@pytest.fixture(scope="session")
+def mamba(make_checkpoint) -> Path:
+    """A tiny random Mamba with tied embeddings in fp32; do not change the folder."""
+    return make_checkpoint("mamba")
+
+
+@pytest.fixture(autouse=True)
+def _fast_mamba():
+    """Every test runs Mamba on our scan: transformers' own is too slow for a test."""
+    with fast_mamba():
+        yield
+
+
+assert lillama.__version__  # importing it registers the format with transformers

@@ -3,7 +3,7 @@
 `impl="auto"` means Triton for tensors on a CUDA device when the op has a Triton kernel, and the
 reference everywhere else. An explicit `impl="reference"` or `impl="triton"` is obeyed or raises;
 it never falls back. `kernels_impl(...)` replaces "auto" for everything that runs inside it, in
-this thread or async task.
+this thread or async task; code under torch.compile keeps what was in force when it was traced.
 """
 
 import contextlib
@@ -33,6 +33,12 @@ def _check(impl: str) -> None:
         raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
 
 
+# torch.compile cannot trace ContextVar.get
+@torch.compiler.assume_constant_result
+def _forced_impl() -> Impl:
+    return _forced.get()
+
+
 @contextlib.contextmanager
 def kernels_impl(impl: Impl) -> Iterator[None]:
     """Force the implementation of every op called with `impl="auto"` inside the block.
@@ -59,7 +65,7 @@ def resolve_impl(op: str, impl: Impl, tensor: torch.Tensor) -> Literal["referenc
         NotImplementedError: Triton was asked for and the op has no Triton kernel.
     """
     _check(impl)
-    wanted = _forced.get() if impl == "auto" else impl
+    wanted = _forced_impl() if impl == "auto" else impl
     if wanted == "auto":
         wanted = "triton" if tensor.is_cuda and op in TRITON_OPS else "reference"
     elif wanted == "triton" and op not in TRITON_OPS:

@@ -8,6 +8,7 @@ sees the same numbers. Letters as in reference.py.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ __all__ = [
 # reason to be worse, whatever the order of its sums.
 FP64_TOLERANCE = 1e-10
 
-Results = dict[str, Tensor]
+# Tensors by name. Any, so that f(**inputs) type-checks when f has other parameters too.
+Results = dict[str, Any]
 
 
 # The rule
@@ -281,8 +283,8 @@ def selective_scan_inputs(
     device: torch.device | str,
     seed: int = 0,
 ) -> Results:
-    """Every tensor of the scan; A as Mamba initialises it (-1 ... -S), delta for softplus with
-    steps of about 0.05 to 0.7."""
+    """Every tensor of the scan; A and D near Mamba's initial values (-1 ... -S and 1), delta for
+    softplus with steps of about 0.05 to 0.7."""
     g = torch.Generator().manual_seed(seed)
     tensors = {
         "x": _normal(g, batch, channels, steps),
@@ -292,7 +294,7 @@ def selective_scan_inputs(
         ),
         "B": _normal(g, batch, state_size, steps),
         "C": _normal(g, batch, state_size, steps),
-        "D": _normal(g, channels),
+        "D": 1.0 + 0.1 * _normal(g, channels),
         "z": _normal(g, batch, channels, steps),
         "delta_bias": -1.5 + 0.5 * _normal(g, channels),
         "initial_state": _normal(g, batch, channels, state_size),

@@ -103,13 +103,16 @@ class TeacherBlocks:
         """One tensor of the checkpoint, on the CPU, in its own dtype.
 
         Raises:
-            RunError: the shard vanished or cannot be read.
+            RunError: the shard vanished or cannot be read, or the tensor holds NaN or infinity.
         """
         header: TensorHeader = self.headers[hub_name]
         try:
-            return self._handle(header.file).get_tensor(hub_name)
+            tensor = self._handle(header.file).get_tensor(hub_name)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read {hub_name} from {header.file}: {error}") from error
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RunError(f"the weight {hub_name} holds NaN or infinity; repair the checkpoint")
+        return tensor
 
     def _load(self, prefix: str) -> nn.Module:
         names = self.hub_names(prefix)

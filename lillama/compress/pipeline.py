@@ -20,12 +20,12 @@ from lillama.compress.calibrate import GramCollector
 from lillama.compress.describe import config_json, model_card, recipe_json
 from lillama.compress.distill import Stream, held_out_loss, train_block
 from lillama.compress.plan import Plan, make_plan
-from lillama.compress.student import block_tensors, make_student, round_parameters
+from lillama.compress.student import block_tensors, make_student, round_parameters, stored_as
 from lillama.config import CompressConfig
 from lillama.data import TokenBlocks, calibration_blocks
-from lillama.errors import InputError
+from lillama.errors import InputError, RunError
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import choose_device, load_tokenizer
+from lillama.loading import check_vocabulary, choose_device, load_tokenizer
 
 __all__ = ["Progress", "compress"]
 
@@ -86,16 +86,12 @@ class _Run:
             tokenizer,
             tokens=options.tokens,
             seq_len=options.seq_len,
-            held_out_blocks=min(64, max(8, count // 20)),
+            held_out_blocks=min(32, max(8, count // 40)),
             seed=options.seed,
             packing=options.packing,
         )
-        largest = int(self.train.input_ids.max())
-        if largest >= plan.config.vocab_size:
-            raise InputError(
-                f"the tokenizer gives token {largest}, the model has {plan.config.vocab_size}; "
-                "they do not belong together"
-            )
+        for blocks in (self.train, self.held_out):
+            check_vocabulary(blocks.input_ids, plan.config.vocab_size)
         self.teacher = TeacherBlocks(
             options.model, plan.config, plan.family, self.device, torch.float32
         )
@@ -105,7 +101,7 @@ class _Run:
     def tick(self, stage: str, tokens: int) -> None:
         self.done_tokens += tokens
         if self.progress is not None:
-            self.progress(stage, self.done_tokens, max(self.total_tokens, self.done_tokens))
+            self.progress(stage, self.done_tokens, self.total_tokens)
 
     def rows(self, count: int) -> list[Tensor]:
         return list(torch.arange(count).split(self.recipe.batch_size))
@@ -145,7 +141,11 @@ class _Run:
         grams: GramCollector | None,
     ) -> Tensor:
         """Run a block over a whole stream [n, T, H]; with `grams`, its hooks see each batch's
-        mask."""
+        mask.
+
+        Raises:
+            RunError: the block's output is not finite (names the block).
+        """
         kwargs = self.kwargs_of(data, index)
         out = torch.empty_like(source)
         for rows in self.rows(len(source)):
@@ -156,6 +156,11 @@ class _Run:
             ):
                 hidden = block_output(block, source[rows].to(self.device), kwargs(rows))
             out[rows] = hidden.to("cpu", out.dtype)
+            if not bool(torch.isfinite(out[rows]).all()):
+                raise RunError(
+                    f"the output of {self.teacher.block_path}.{index} ({stage.split()[-1]}) holds "
+                    "NaN or infinity; the weights of this block or of one before it are broken"
+                )
             self.tick(stage, rows.numel() * source.shape[1])
         return out
 
@@ -242,9 +247,13 @@ class _Run:
         """Every block in order, then the rest; returns the report's rows."""
         compressed = self.plan.blocks
         last = compressed[-1]
-        tokens = len(self.train.input_ids) * self.options.seq_len
-        passes = 3 if self.options.train else 2
-        self.total_tokens = tokens * (passes * len(compressed) + 2 * (last + 1 - len(compressed)))
+        train = self.train.input_ids.numel()
+        both = train + self.held_out.input_ids.numel()
+        # the teacher runs blocks 0..last, the student's stream goes from the first compressed to
+        # last
+        self.total_tokens = both * (last + 1 + last - compressed[0])
+        if self.options.train:
+            self.total_tokens += train * len(compressed)
         sets = [self.embed(self.train), self.embed(self.held_out)]
         rows = []
         for index in range(len(self.teacher.blocks)):
@@ -265,6 +274,7 @@ class _Run:
                 self.advance(block if student is None else student, index, sets, index == last)
             ranks = self.plan.ranks_of_block(index)
             writer.add_shard(block_tensors(self.teacher, index, student, ranks, self.save_dtype))
+            del student  # before the next block's is made
         writer.add_shard(self.rest())
         return rows
 
@@ -288,8 +298,7 @@ class _Run:
         for name, runtime in self.teacher.runtime.items():
             if not runtime.startswith(inside):
                 value = self.teacher.read(name)
-                floating = value.is_floating_point() and self.save_dtype is not None
-                tensors[name] = value.to(self.save_dtype) if floating else value
+                tensors[name] = stored_as(name, value, self.save_dtype or value.dtype)
         name, shape = sentinel(self.plan.family, self.plan.ranks)
         tensors[name] = torch.zeros(shape)
         return tensors

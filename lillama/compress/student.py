@@ -12,12 +12,13 @@ from lillama.compress.calibrate import GramCollector
 from lillama.compress.factorize import blend_gram, plain_svd, whitened_svd
 from lillama.compress.plan import Plan
 from lillama.config import Recipe
+from lillama.errors import RunError
 from lillama.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.replace import copy_dense_experts, dense_expert, replace_modules
 
-__all__ = ["block_tensors", "make_student", "round_parameters"]
+__all__ = ["block_tensors", "make_student", "round_parameters", "stored_as"]
 
 
 def _factors(
@@ -113,6 +114,21 @@ def round_parameters(student: nn.Module, dtype: torch.dtype) -> None:
         parameter.copy_(parameter.to(dtype))
 
 
+def stored_as(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as the checkpoint stores it, on the CPU; integers stay integers.
+
+    Raises:
+        RunError: a value is too large for the dtype.
+    """
+    stored = value.to("cpu", dtype if value.is_floating_point() else value.dtype)
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise RunError(
+            f"{name} reaches {float(value.abs().max()):.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32"
+        )
+    return stored
+
+
 @torch.no_grad()
 def block_tensors(
     teacher: TeacherBlocks,
@@ -132,8 +148,7 @@ def block_tensors(
     tensors: dict[str, Tensor] = {}
 
     def add(name: str, value: Tensor, source: Tensor) -> None:
-        wanted = source.dtype if dtype is None or not source.is_floating_point() else dtype
-        tensors[name] = value.to("cpu", wanted)
+        tensors[name] = stored_as(name, value, source.dtype if dtype is None else dtype)
 
     for name in teacher.hub_names(prefix):
         source = teacher.read(name)

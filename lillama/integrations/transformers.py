@@ -27,6 +27,7 @@ from lillama.checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
     check_factors,
+    check_ranks,
     read_shard_headers,
     sentinel,
 )
@@ -37,6 +38,9 @@ from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.replace import replace_modules
 
 __all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "dense_shapes", "register"]
+
+# where torch places the tensors it allocates itself
+ALIGNMENT_BYTES = 64
 
 
 class LillamaConfig(QuantizationConfigMixin):
@@ -77,8 +81,7 @@ class LillamaConfig(QuantizationConfigMixin):
                 f"format_version {format_version!r} with gauge {gauge!r} cannot be read; this "
                 f"lillama reads version {FORMAT_VERSION} with gauge 'plain'"
             )
-        if not ranks:
-            raise InputError("quantization_config has no ranks; nothing says what is factorised")
+        check_ranks(ranks)
         self.quant_method = quant_method
         self.format_version = format_version
         self.gauge = gauge
@@ -235,12 +238,17 @@ class LillamaQuantizer(HfQuantizer):
                     raise InputError(
                         f"{path}.{key} holds NaN or infinity; the checkpoint is damaged"
                     )
-        # tensors that went through a conversion keep the dtype of the file
+        # tensors that went through a conversion keep the dtype of the file; tensors mapped from a
+        # file lie at any address, and products on a CPU then differ in their last bit
         strict_fp32 = model._keep_in_fp32_modules_strict or ()
         for name, parameter in state.items():
+            if parameter.is_meta:
+                continue
             kept = any(part in name for part in strict_fp32)
-            if parameter.is_floating_point() and not parameter.is_meta and not kept:
+            if parameter.is_floating_point() and not kept:
                 parameter.data = parameter.data.to(model.config.dtype)
+            if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT_BYTES:
+                parameter.data = parameter.data.clone()
         return model
 
     def get_state_dict_and_metadata(

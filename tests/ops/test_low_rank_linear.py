@@ -84,4 +84,4 @@ def test_low_rank_linear_autocast(device):
 def test_low_rank_linear_rejects(change, message, device):
     shapes = {"x": (63, 100), "A": (7, 100), "B": (48, 7), "bias": (48,)} | change
     with pytest.raises(ValueError, match=message):
-        low_rank_linear(**{n: torch.zeros(shape, device=device) for n, shape in shapes.items()})
+        low_rank_linear(*(torch.zeros(shape, device=device) for shape in shapes.values()))

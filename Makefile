@@ -1,0 +1,92 @@
+# Each target is one line that a person can run: `make` lists them.
+# Needs make, a network for the first setup, and Python 3.11 or newer; PYTHON=... chooses which.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+BENCH := -o python_files='bench_*.py' -o python_functions='bench_*'
+
+.PHONY: help setup demo test check bench gpu clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.installed ## create .venv with lillama and the development tools in it
+	@:
+
+demo: setup ## compress the two embedded models by 20% and print what it cost
+	@$(BIN)/python examples/demo.py
+
+test: setup ## run the tests on the CPU
+	@$(BIN)/pytest
+
+check: setup ## lint, formatting and types
+	@echo "ruff check" && $(BIN)/ruff check .
+	@echo "ruff format --check" && $(BIN)/ruff format --check .
+	@echo "pyright" && $(BIN)/pyright
+
+bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.json, which git ignores
+	@mkdir -p .benchmarks
+	@$(BIN)/pytest benchmarks $(BENCH) --benchmark-json=.benchmarks/cpu.json
+
+gpu: ## tests, then benchmarks if they pass, on the CUDA device here; installs nothing
+	@set -e; \
+	export PYTHONPATH=.:kernels; \
+	run=$$($(PYTHON) -c "$$GPU_CHECK"); \
+	echo "gpu: tests" && $(PYTHON) -m pytest --device=cuda; \
+	mkdir -p benchmarks/results; \
+	for file in benchmarks/bench_*.py; do \
+	    suite=$$(basename "$$file" .py); \
+	    echo "gpu: $$suite"; \
+	    $(PYTHON) -m pytest "$$file" $(BENCH) --device=cuda \
+	        --benchmark-json="benchmarks/results/$$run-$${suite#bench_}.json"; \
+	done
+
+clean: ## remove .venv and everything else that these targets made
+	rm -rf $(VENV) .benchmarks .hypothesis .pytest_cache .ruff_cache build dist demo-out *.egg-info
+	find lillama kernels tests benchmarks examples -name __pycache__ -exec rm -rf {} +
+
+# Done once: again only when a dependency changed, or when the last attempt did not finish.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@for python in $(PYTHON) python3.14 python3.13 python3.12 python3.11; do \
+	    "$$python" -c "$$HAS_VERSION" 2>/dev/null || continue; \
+	    new_enough=$$python; \
+	    "$$python" -c "import ensurepip, venv" 2>/dev/null || continue; \
+	    found=$$python; \
+	    break; \
+	done; \
+	if [ -z "$$new_enough" ]; then \
+	    echo "make: Python 3.11 or newer is needed, none found; install one or name it: PYTHON=..." >&2; \
+	    exit 1; \
+	fi; \
+	if [ -z "$$found" ]; then \
+	    echo "make: $$new_enough has no venv module; install it (Debian: python3-venv)" >&2; \
+	    exit 1; \
+	fi; \
+	echo "setup: creating $(VENV) with $$found"; \
+	"$$found" -m venv $(VENV)
+	@echo "setup: installing lillama and its tools, once (torch is large; this takes minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+define HAS_VERSION
+import sys
+sys.exit(sys.version_info < (3, 11))
+endef
+export HAS_VERSION
+
+# Prints <gpu-name>-<date>, the start of the result files' names.
+define GPU_CHECK
+import importlib.util, re, sys, time
+needed = "torch triton transformers safetensors numpy typer rich pytest pytest_benchmark hypothesis"
+missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"make gpu: {sys.executable} lacks {', '.join(missing)}")
+import torch
+if not torch.cuda.is_available():
+    sys.exit(f"make gpu: torch {torch.__version__} finds no CUDA device here")
+name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+print(name + time.strftime("-%Y-%m-%d", time.gmtime()))
+endef
+export GPU_CHECK

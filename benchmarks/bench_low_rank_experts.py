@@ -1,0 +1,56 @@
+"""low_rank_experts beside transformers' dense MixtralExperts with grouped_mm."""
+
+import pytest
+import torch
+from lillama_kernels import low_rank_experts, reference
+from lillama_kernels.testing import check_op, expert_factors, low_rank_experts_inputs
+from torch import Tensor
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from benchmarks.shapes import EXPERTS, ExpertsShape
+from benchmarks.timing import interleaved, record, step
+
+
+def dense_experts(shape: ExpertsShape, dtype: torch.dtype, device: torch.device) -> MixtralExperts:
+    config = MixtralConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_local_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+    )
+    config._experts_implementation = "grouped_mm"
+    with device:
+        experts = MixtralExperts(config).to(dtype)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    return experts
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("shape", EXPERTS, ids=lambda s: s.name)
+def bench_low_rank_experts(benchmark, shape, backward, dtype, device):
+    m, h, i, k = shape.rows, shape.hidden_size, shape.intermediate_size, shape.top_k
+    ranks = {name: (shape.rank,) * shape.num_experts for name in ("gate", "up", "down")}
+    inputs, index = low_rank_experts_inputs(m, k, h, i, ranks, dtype=dtype, device=device)
+    experts = dense_experts(shape, dtype, device)
+
+    def op(hidden: Tensor, topk_weight: Tensor, **factors: Tensor) -> Tensor:
+        return low_rank_experts(hidden, index, topk_weight, expert_factors(factors, ranks))
+
+    def truth(hidden: Tensor, topk_weight: Tensor, **factors: Tensor) -> Tensor:
+        return reference.low_rank_experts(
+            hidden, index, topk_weight, expert_factors(factors, ranks)
+        )
+
+    def dense(hidden: Tensor, topk_weight: Tensor, **weights: Tensor) -> Tensor:
+        return torch.func.functional_call(experts, weights, (hidden, index, topk_weight))
+
+    check_op(op, truth, inputs)
+    dense_inputs = {name: inputs[name] for name in ("hidden", "topk_weight")}
+    dense_inputs |= dict(experts.named_parameters())
+    ours = step(op, inputs, backward)
+    seconds = interleaved({"ours": ours, "dense": step(dense, dense_inputs, backward)}, rounds=10)
+    flop = 2.0 * m * k * 3 * shape.rank * (h + i) * (3 if backward else 1)
+    record(benchmark, seconds, "dense", shape=shape, dtype=dtype, device=device, flop=flop)
+    benchmark.pedantic(ours, rounds=10, warmup_rounds=1)

@@ -1,0 +1,174 @@
+"""Shapes that the benchmarks run, each with its source.
+
+Tiny ones are those of the teachers in examples/teachers and run on a CPU in milliseconds; large
+ones are those of published models, at the rows of decoding (16) and prefill (4096).
+"""
+
+from dataclasses import dataclass
+
+__all__ = [
+    "EXPERTS",
+    "LINEARS",
+    "LOSSES",
+    "SCANS",
+    "ExpertsShape",
+    "LinearShape",
+    "LossShape",
+    "ScanShape",
+    "Shape",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """name: the benchmark's id. needs_gpu: too large for a CPU."""
+
+    name: str
+    needs_gpu: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearShape(Shape):
+    rows: int
+    in_features: int
+    out_features: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsShape(Shape):
+    rows: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossShape(Shape):
+    rows: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanShape(Shape):
+    """min_speedup: over transformers' eager scan, below which the benchmark fails on a CPU."""
+
+    batch: int
+    channels: int
+    state_size: int
+    steps: int
+    min_speedup: float = 0.0
+
+
+# Mixtral-8x7B: mistralai/Mixtral-8x7B-v0.1 config.json
+MIXTRAL_8X7B_HIDDEN = 4096
+MIXTRAL_8X7B_INTERMEDIATE = 14336
+MIXTRAL_8X7B_EXPERTS = 8
+MIXTRAL_8X7B_TOP_K = 2
+# Mamba-2.8B: state-spaces/mamba-2.8b-hf config.json
+MAMBA_2_8B_HIDDEN = 2560
+MAMBA_2_8B_INTERMEDIATE = 5120
+MAMBA_2_8B_STATE = 16
+# Phi-2: microsoft/phi-2 config.json
+PHI_2_HIDDEN = 2560
+PHI_2_INTERMEDIATE = 10240
+# the teachers of this repository: examples/teachers/*/config.json
+TINY_HIDDEN = 128
+TINY_MIXTRAL_INTERMEDIATE = 192
+TINY_MIXTRAL_EXPERTS = 8
+TINY_MAMBA_INTERMEDIATE = 256
+TINY_MAMBA_STATE = 16
+
+# Mixtral's w1 and Mamba's in_proj at half their parameters or less, Phi-2's fc1 at 40%
+LINEARS = [
+    LinearShape(
+        name="tiny-mamba-in_proj-M2048",
+        needs_gpu=False,
+        rows=2048,
+        in_features=TINY_HIDDEN,
+        out_features=2 * TINY_MAMBA_INTERMEDIATE,
+        rank=48,
+    ),
+    LinearShape(
+        name="tiny-mamba-in_proj-M16",
+        needs_gpu=False,
+        rows=16,
+        in_features=TINY_HIDDEN,
+        out_features=2 * TINY_MAMBA_INTERMEDIATE,
+        rank=48,
+    ),
+    *(
+        LinearShape(
+            name=f"{model}-M{rows}", rows=rows, in_features=k, out_features=n, rank=rank
+        )
+        for rows in (16, 4096)
+        for model, k, n, rank in (
+            ("mixtral-8x7b-w1", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, 1024),
+            ("mamba-2.8b-in_proj", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, 1024),
+            ("phi-2-fc1", PHI_2_HIDDEN, PHI_2_INTERMEDIATE, 768),
+        )
+    ),
+]  # fmt: skip
+
+EXPERTS = [
+    ExpertsShape(
+        name="tiny-mixtral-M1024",
+        needs_gpu=False,
+        rows=1024,
+        hidden_size=TINY_HIDDEN,
+        intermediate_size=TINY_MIXTRAL_INTERMEDIATE,
+        num_experts=TINY_MIXTRAL_EXPERTS,
+        top_k=2,
+        rank=48,
+    ),
+    *(
+        ExpertsShape(
+            name=f"mixtral-8x7b-M{rows}",
+            rows=rows,
+            hidden_size=MIXTRAL_8X7B_HIDDEN,
+            intermediate_size=MIXTRAL_8X7B_INTERMEDIATE,
+            num_experts=MIXTRAL_8X7B_EXPERTS,
+            top_k=MIXTRAL_8X7B_TOP_K,
+            rank=1024,
+        )
+        for rows in (16, 4096)
+    ),
+]
+
+LOSSES = [
+    LossShape(name="tiny-M2048-H128", needs_gpu=False, rows=2048, hidden_size=TINY_HIDDEN),
+    LossShape(name="mamba-2.8b-M8192", rows=8192, hidden_size=MAMBA_2_8B_HIDDEN),
+    LossShape(name="mixtral-8x7b-M8192", rows=8192, hidden_size=MIXTRAL_8X7B_HIDDEN),
+]
+
+# The second is the project's acceptance line: on a CPU, training a tiny Mamba (batches of 8, 256
+# tokens, 384 channels) at least 20 times as fast as transformers' eager scan. The first, the shipped teacher's
+# width at batch 2, is quick to repeat.
+SCANS = [
+    ScanShape(
+        name="tiny-mamba-B2-D256-T256",
+        needs_gpu=False,
+        batch=2,
+        channels=TINY_MAMBA_INTERMEDIATE,
+        state_size=TINY_MAMBA_STATE,
+        steps=256,
+    ),
+    ScanShape(
+        name="acceptance-B8-D384-T256",
+        needs_gpu=False,
+        batch=8,
+        channels=384,
+        state_size=TINY_MAMBA_STATE,
+        steps=256,
+        min_speedup=20.0,
+    ),
+    ScanShape(
+        name="mamba-2.8b-B1-T1024",
+        batch=1,
+        channels=MAMBA_2_8B_INTERMEDIATE,
+        state_size=MAMBA_2_8B_STATE,
+        steps=1024,
+    ),
+]

@@ -1,0 +1,148 @@
+"""Ranks under a budget: the promises of every strategy, over random shapes and reductions."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
+from lillama.config import RANK_MULTIPLE
+from lillama.errors import InputError
+
+STRATEGIES = ("uniform", "bottom", "top")
+few = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[list[Matrix], int, RankRules]:
+    """(matrices of up to 4 blocks, parameters of the whole model, rules)."""
+    size = st.integers(20, 400)
+    shapes = draw(st.lists(st.tuples(size, size), min_size=1, max_size=4))
+    blocks = draw(st.integers(1, 4))
+    matrices = [
+        Matrix(f"layers.{block}.m{number}", block, N, K)
+        for block in range(blocks)
+        for number, (N, K) in enumerate(shapes)
+    ]
+    rest = draw(st.integers(0, 200_000))
+    rules = RankRules.for_hidden_size(draw(st.sampled_from([32, 64, 128, 192])))
+    return matrices, rest + sum(m.N * m.K for m in matrices), rules
+
+
+def largest_step(matrices: list[Matrix], strategy: str, rules: RankRules) -> int:
+    """The most parameters that one rank step of any matrix removes."""
+    if strategy == "uniform":
+        return max(RANK_MULTIPLE * (m.N + m.K) for m in matrices)
+    steps = [rules.step * (m.N + m.K) for m in matrices]
+    for m in matrices:
+        candidates = [r for r in range(rules.min_rank, min(m.N, m.K), rules.step) if m.saved(r) > 0]
+        if candidates:
+            steps.append(m.saved(max(candidates)))
+    return max(steps)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@few
+@given(model=models(), share=st.floats(0.01, 1))
+def test_allocate_removes_what_is_asked_and_at_most_one_step_more(strategy, model, share):
+    matrices, params, rules = model
+    reduction = share * max_removable(matrices, strategy, rules) / params
+    ranks = allocate(matrices, params, reduction, strategy, rules)
+    total = removed(matrices, ranks)
+    assert total >= reduction * params - 1e-6
+    if ranks:
+        assert total < reduction * params + largest_step(matrices, strategy, rules)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@few
+@given(model=models(), share=st.floats(0.01, 1))
+def test_allocate_gives_ranks_that_are_allowed(strategy, model, share):
+    matrices, params, rules = model
+    reduction = share * max_removable(matrices, strategy, rules) / params
+    ranks = allocate(matrices, params, reduction, strategy, rules)
+    by_name = {m.name: m for m in matrices}
+    assert list(ranks) == [m.name for m in matrices if m.name in ranks], "order of the matrices"
+    smallest = RANK_MULTIPLE if strategy == "uniform" else rules.min_rank
+    for name, rank in ranks.items():
+        assert rank % RANK_MULTIPLE == 0
+        assert smallest <= rank <= by_name[name].break_even_rank
+        assert by_name[name].saved(rank) > 0
+
+
+@pytest.mark.parametrize("strategy", ["bottom", "top"])
+@few
+@given(model=models(), share=st.floats(0.01, 0.99))
+def test_allocate_layered_presses_blocks_in_order(strategy, model, share):
+    """A block is touched only when those before it are at their smallest ranks; within a block no
+    matrix is more than one step ahead."""
+    matrices, params, rules = model
+    reduction = share * max_removable(matrices, strategy, rules) / params
+    ranks = allocate(matrices, params, reduction, strategy, rules)
+    touched = sorted({m.block for m in matrices if m.name in ranks})
+    if not touched:
+        return
+    last = max(touched) if strategy == "bottom" else min(touched)
+    for m in matrices:
+        can = any(m.saved(r) > 0 for r in range(rules.min_rank, min(m.N, m.K), rules.step))
+        is_before = m.block < last if strategy == "bottom" else m.block > last
+        is_after = m.block > last if strategy == "bottom" else m.block < last
+        if is_before and can:
+            assert ranks[m.name] == rules.min_rank
+        if is_after:
+            assert m.name not in ranks
+    current = [m for m in matrices if m.block == last and m.name in ranks]
+    levels = {}
+    for m in current:
+        levels.setdefault((m.N, m.K), []).append(ranks[m.name])
+    assert all(max(same) - min(same) <= rules.step for same in levels.values())
+
+
+@few
+@given(model=models(), share=st.floats(0.01, 1))
+def test_allocate_uniform_treats_equal_shapes_equally(model, share):
+    matrices, params, rules = model
+    reduction = share * max_removable(matrices, "uniform", rules) / params
+    ranks = allocate(matrices, params, reduction, "uniform", rules)
+    levels: dict[tuple[int, int], list[int]] = {}
+    for m in matrices:
+        # a dense matrix counts as the first multiple at which nothing is saved
+        dense = m.break_even_rank + RANK_MULTIPLE
+        levels.setdefault((m.N, m.K), []).append(ranks.get(m.name, dense))
+    assert all(max(same) - min(same) <= RANK_MULTIPLE for same in levels.values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@few
+@given(model=models())
+def test_allocate_unreachable_reduction_names_a_maximum_that_works(strategy, model):
+    matrices, params, rules = model
+    reachable = max_removable(matrices, strategy, rules) / params
+    with pytest.raises(InputError, match="cannot be reached") as caught:
+        allocate(matrices, params, reachable + 0.001, strategy, rules)
+    found = re.search(r"at most ([\d.e-]+) of the model's parameters", str(caught.value))
+    assert found is not None, str(caught.value)
+    maximum = float(found[1])
+    assert reachable - 2e-4 < maximum <= reachable
+    if maximum > 0:
+        ranks = allocate(matrices, params, maximum, strategy, rules)
+        assert removed(matrices, ranks) >= maximum * params - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "min_rank", "step"),
+    [(4096, 1024, 256), (128, 32, 8), (192, 48, 16), (32, 8, 8), (100, 24, 8), (2, 8, 8)],
+)
+def test_rank_rules_scale_with_hidden_size(hidden_size, min_rank, step):
+    assert RankRules.for_hidden_size(hidden_size) == RankRules(min_rank=min_rank, step=step)
+
+
+@few
+@given(N=st.integers(1, 500), K=st.integers(1, 500))
+def test_matrix_break_even_rank_is_the_largest_multiple_that_saves(N, K):
+    m = Matrix("m", 0, N, K)
+    rank = m.break_even_rank
+    assert rank % RANK_MULTIPLE == 0
+    assert rank == 0 or m.saved(rank) > 0
+    assert m.saved(rank + RANK_MULTIPLE) <= 0

@@ -1,0 +1,150 @@
+"""Factors of one matrix: optimal in the metric they claim, exact where they can be, never NaN."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lillama.compress.factorize import balanced, blend_gram, plain_svd, whitened_svd
+
+SHAPES = [pytest.param(24, 40, id="N24-K40"), pytest.param(40, 24, id="N40-K24")]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def anisotropic_gram(K: int, seed: int = 5) -> Tensor:
+    """E x x^T with eigenvalues over four orders of magnitude, in no special basis."""
+    basis, _ = torch.linalg.qr(random(K, K, seed=seed))
+    return (basis * torch.logspace(0, -4, K, dtype=torch.float64)) @ basis.mT
+
+
+def expected_error(W: Tensor, A: Tensor, B: Tensor, gram: Tensor) -> Tensor:
+    """E ||(W - B A) x||^2."""
+    D = W - B @ A
+    return ((D @ gram) * D).sum()
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_plain_svd_is_the_truncated_svd_and_optimal(N, K):
+    W = random(N, K)
+    A, B = plain_svd(W.float(), 8)
+    assert A.shape == (8, K) and B.shape == (N, 8) and A.dtype == B.dtype == torch.float64
+    u, s, vh = torch.linalg.svd(W.float().double(), full_matrices=False)
+    torch.testing.assert_close(B @ A, (u[:, :8] * s[:8]) @ vh[:8], rtol=1e-9, atol=1e-9)
+    # Eckart-Young: no other product of this rank does better
+    error = (W.float().double() - B @ A).square().sum()
+    torch.testing.assert_close(error, s[8:].square().sum(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_balanced_keeps_the_product_and_equalises_the_factors(N, K):
+    B, A = random(N, 6) * 100, random(6, K, seed=1) / 100
+    new_A, new_B = balanced(B, A)
+    torch.testing.assert_close(new_B @ new_A, B @ A, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(new_A @ new_A.mT, new_B.mT @ new_B, rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(A @ A.mT, B.mT @ B, rtol=0.5)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_beats_plain_svd_on_anisotropic_inputs(N, K):
+    W, gram = random(N, K), anisotropic_gram(K)
+    plain = expected_error(W, *plain_svd(W, 8), gram)
+    white = expected_error(W, *whitened_svd(W, gram, 8), gram)
+    assert white < 0.5 * plain
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_attains_the_analytic_optimum(N, K):
+    """The smallest error is the sum of the squares of the discarded singular values of W S."""
+    W, gram = random(N, K), anisotropic_gram(K)
+    S = torch.linalg.cholesky(gram)
+    optimum = torch.linalg.svdvals(W @ S)[8:].square().sum()
+    A, B = whitened_svd(W, gram, 8)
+    torch.testing.assert_close(expected_error(W, A, B, gram), optimum, rtol=1e-6, atol=0)
+    torch.testing.assert_close(A @ A.mT, B.mT @ B, rtol=1e-6, atol=1e-9)
+
+
+def test_whitened_svd_of_the_identity_is_plain_svd():
+    W = random(24, 40)
+    A, B = whitened_svd(W, torch.eye(40, dtype=torch.float64), 8)
+    plain_A, plain_B = plain_svd(W, 8)
+    torch.testing.assert_close(B @ A, plain_B @ plain_A, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("init", ["plain", "whitened"])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_factors_of_a_low_rank_weight_are_exact(init, rank):
+    W = random(48, 8) @ random(8, 32, seed=1)
+    gram = anisotropic_gram(32)
+    A, B = plain_svd(W, rank) if init == "plain" else whitened_svd(W, gram, rank)
+    torch.testing.assert_close(B @ A, W, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+@pytest.mark.parametrize("with_shared", [True, False], ids=["shared", "alone"])
+def test_whitened_svd_after_blend_gram_of_few_tokens_is_finite(num_tokens, with_shared):
+    W = random(24, 40)
+    x = random(num_tokens, 40, seed=2)
+    shared, shared_count = (x.mT @ x, num_tokens) if with_shared else (None, 0)
+    gram = blend_gram(x.mT @ x, num_tokens, shared, shared_count, 1e-3)
+    A, B = whitened_svd(W, gram, 8)
+    assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
+    error = ((W - B @ A) @ x.mT).square().sum()
+    if num_tokens:
+        # rank 8 holds what 1 or 3 tokens need almost exactly
+        assert error < 1e-3 * (W @ x.mT).square().sum()
+    else:
+        best_A, best_B = plain_svd(W, 8)
+        torch.testing.assert_close(B @ A, best_B @ best_A, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30], ids=["zero", "tiny", "huge"])
+def test_whitened_svd_after_blend_gram_of_any_scale_is_finite(scale):
+    W = random(24, 40)
+    x = random(100, 40, seed=2) * scale**0.5
+    A, B = whitened_svd(W, blend_gram(x.mT @ x, 100, None, 0, 1e-3), 8)
+    assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
+    assert (W - B @ A).square().sum() < W.square().sum()
+
+
+def test_whitened_svd_of_a_zero_weight_is_zero():
+    A, B = whitened_svd(torch.zeros(24, 40), anisotropic_gram(40), 8)
+    assert bool((B @ A == 0).all()) and bool(torch.isfinite(A).all())
+
+
+def test_whitened_svd_of_a_singular_gram_is_finite():
+    """Without any shrinkage: inputs that never leave a plane."""
+    W, x = random(24, 40), random(50, 2, seed=3) @ random(2, 40, seed=4)
+    A, B = whitened_svd(W, x.mT @ x / 50, 8)
+    assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
+    torch.testing.assert_close(x @ (B @ A).mT, x @ W.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_blend_gram_without_shared_is_the_second_moment():
+    x = random(500, 16)
+    gram = blend_gram(x.mT @ x, 500, None, 0, 0.0)
+    torch.testing.assert_close(gram, x.mT @ x / 500)
+
+
+def test_blend_gram_shrinks_the_diagonal_by_its_mean():
+    x = random(500, 16)
+    moment = x.mT @ x / 500
+    wanted = moment + 0.1 * moment.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(blend_gram(x.mT @ x, 500, None, 0, 0.1), wanted)
+
+
+def test_blend_gram_leans_on_shared_the_more_the_fewer_tokens():
+    K = 16
+    own, shared = random(4000, K), random(9000, K, seed=1) * 3
+    moment_own, moment_shared = own.mT @ own / 4000, shared.mT @ shared / 9000
+    shared_gram = shared.mT @ shared
+
+    def distance_to_shared(count: int) -> float:
+        blended = blend_gram(moment_own * count, count, shared_gram, 9000, 0.0)
+        return float((blended - moment_shared).norm() / (moment_own - moment_shared).norm())
+
+    # own and shared are mixed as count : K
+    assert distance_to_shared(0) == pytest.approx(0, abs=1e-12)
+    assert distance_to_shared(K) == pytest.approx(0.5)
+    assert distance_to_shared(4000) == pytest.approx(4000 / (4000 + K))

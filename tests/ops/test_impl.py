@@ -1,0 +1,170 @@
+"""The rule that chooses an implementation, and the switch that forces it."""
+
+import logging
+import threading
+from types import SimpleNamespace
+from typing import cast
+
+import lillama_kernels
+import pytest
+import torch
+from lillama_kernels import impl as rule
+from lillama_kernels import kernels_impl
+from lillama_kernels.impl import resolve_impl
+from lillama_kernels.testing import (
+    causal_conv1d_inputs,
+    distill_loss_inputs,
+    expert_factors,
+    low_rank_experts_inputs,
+    low_rank_linear_inputs,
+    selective_scan_inputs,
+)
+from torch import Tensor
+
+NOT_OPS = {"ExpertFactors", "ProjectionFactors", "kernels_impl"}
+OPS = sorted(set(lillama_kernels.__all__) - NOT_OPS)
+CPU = torch.zeros(1)
+# resolve_impl asks a tensor only for is_cuda
+CUDA = cast(Tensor, SimpleNamespace(is_cuda=True))
+
+
+def inputs_of(op: str, device: torch.device) -> dict:
+    where = {"dtype": torch.float32, "device": device}
+    ranks = {"gate": (2, 2), "up": (2, 2), "down": (2, 2)}
+    inputs: dict[str, object] = {}
+    match op:
+        case "causal_conv1d":
+            inputs |= causal_conv1d_inputs(1, 2, 3, 4, **where)
+        case "distill_loss":
+            inputs |= distill_loss_inputs([3], 4, **where)[0]
+        case "low_rank_experts":
+            tensors, index = low_rank_experts_inputs(3, 1, 4, 6, ranks, **where)
+            inputs |= {n: tensors[n] for n in ("hidden", "topk_weight")}
+            inputs |= {"topk_index": index, "factors": expert_factors(tensors, ranks)}
+        case "low_rank_linear":
+            inputs |= low_rank_linear_inputs([3], 4, 5, 2, **where)
+        case "selective_scan":
+            inputs |= selective_scan_inputs(1, 2, 3, 4, **where)
+        case _:
+            raise AssertionError(f"{op} has no case here; add it")
+    return inputs
+
+
+def call(op: str, device: torch.device, **arguments):
+    return getattr(lillama_kernels, op)(**inputs_of(op, device), **arguments)
+
+
+def assert_equal(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(rule, "TRITON_OPS", frozenset())
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    monkeypatch.setattr(rule, "TRITON_OPS", frozenset({"fast"}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_without_a_kernel_is_refused(op, no_kernels, device):
+    with pytest.raises(NotImplementedError, match=f"{op} has no Triton kernel yet"):
+        call(op, device, impl="triton")
+    with kernels_impl("triton"), pytest.raises(NotImplementedError, match=op):
+        call(op, device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unknown_impl_is_refused(op, device):
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, triton, got 'cuda'"):
+        call(op, device, impl="cuda")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_explicit_argument_wins_over_the_switch(op, no_kernels, device):
+    with kernels_impl("triton"):
+        forced = call(op, device, impl="reference")
+    with kernels_impl("reference"), pytest.raises(NotImplementedError, match=op):
+        call(op, device, impl="triton")
+    plain = call(op, device)
+    assert_equal(forced, plain)
+
+
+def test_auto_rule(one_kernel):
+    assert resolve_impl("fast", "auto", CUDA) == "triton"
+    assert resolve_impl("fast", "auto", CPU) == "reference"
+    assert resolve_impl("plain", "auto", CUDA) == "reference"
+    assert resolve_impl("fast", "reference", CUDA) == "reference"
+    assert resolve_impl("fast", "triton", CPU) == "triton"
+
+
+def test_switch_forces_and_restores(one_kernel):
+    with kernels_impl("reference"):
+        assert resolve_impl("fast", "auto", CUDA) == "reference"
+        with kernels_impl("triton"):
+            assert resolve_impl("fast", "auto", CPU) == "triton"
+            with kernels_impl("auto"):
+                assert resolve_impl("fast", "auto", CPU) == "reference"
+                assert resolve_impl("fast", "auto", CUDA) == "triton"
+            assert resolve_impl("fast", "auto", CPU) == "triton"
+        assert resolve_impl("fast", "auto", CUDA) == "reference"
+    assert resolve_impl("fast", "auto", CUDA) == "triton"
+
+
+def test_switch_restores_after_an_exception(one_kernel):
+    with pytest.raises(KeyError), kernels_impl("reference"):
+        raise KeyError
+    assert resolve_impl("fast", "auto", CUDA) == "triton"
+
+
+def test_switch_refuses_unknown_names(one_kernel):
+    with pytest.raises(ValueError, match="impl must be one of .* got 'fastest'"):
+        with kernels_impl("fastest"):  # type: ignore[arg-type]
+            pass
+    assert resolve_impl("fast", "auto", CUDA) == "triton"
+
+
+def test_switch_stays_in_its_thread(one_kernel):
+    seen = []
+    with kernels_impl("reference"):
+        thread = threading.Thread(target=lambda: seen.append(resolve_impl("fast", "auto", CUDA)))
+        thread.start()
+        thread.join()
+    assert seen == ["triton"]
+
+
+def test_choice_is_logged_once(one_kernel, monkeypatch, caplog):
+    monkeypatch.setattr(rule, "_logged", set())
+    with caplog.at_level(logging.INFO, logger=rule.__name__):
+        for _ in range(2):
+            resolve_impl("fast", "auto", CUDA)
+        resolve_impl("fast", "auto", CPU)
+    assert [record.getMessage() for record in caplog.records] == [
+        "fast runs its triton implementation (asked: auto)",
+        "fast runs its reference implementation (asked: auto)",
+    ]
+
+
+# torch 2.13's tracer instantiates autograd functions and so warns about itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("op", OPS)
+def test_ops_compile_into_one_graph(op, device):
+    torch.compiler.reset()
+    compiled = torch.compile(getattr(lillama_kernels, op), fullgraph=True, backend="aot_eager")
+    expected = call(op, device)
+    torch.testing.assert_close(compiled(**inputs_of(op, device)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("forced", "expected"), [("triton", 1.0), ("reference", 2.0)])
+def test_compiled_code_keeps_the_switch_it_was_traced_under(forced, expected, one_kernel):
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def number(x: Tensor) -> Tensor:
+        return x + (1 if resolve_impl("fast", "auto", x) == "triton" else 2)
+
+    with kernels_impl(forced):
+        assert number(CPU) == expected
+    assert number(CPU) == expected

@@ -1,0 +1,146 @@
+"""The public names: functions with the documented defaults, whatever was imported before."""
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+import lillama
+from lillama.config import CompressConfig, EvalConfig, GenerateConfig, PlanConfig
+from lillama.errors import InputError, LillamaError, RunError
+
+SUBMODULES = [
+    "lillama.compress",
+    "lillama.compress.blocks",
+    "lillama.compress.plan",
+    "lillama.compress.pipeline",
+    "lillama.evaluate",
+    "lillama.generate",
+    "lillama.cli",
+]
+
+
+@pytest.mark.parametrize("name", ["compress", "plan", "eval", "generate"])
+def test_api_names_stay_functions_after_importing_submodules(name):
+    for module in SUBMODULES:
+        importlib.import_module(module)
+    assert inspect.isfunction(getattr(lillama, name))
+
+
+def test_api_all_lists_every_public_name():
+    assert sorted(lillama.__all__) == list(lillama.__all__)
+    public = {
+        name
+        for name, value in vars(lillama).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and not hasattr(value, "compiler_flag")
+    }
+    assert public == set(lillama.__all__) - {"__version__"}
+    assert isinstance(lillama.__version__, str)
+
+
+def test_api_submodules_all_name_things_that_exist():
+    for name in SUBMODULES[1:]:
+        module = importlib.import_module(name)
+        # `lillama.generate` the attribute is the function, sys.modules has the module
+        assert inspect.ismodule(module)
+        for public in module.__all__:
+            assert hasattr(module, public), f"{name}.{public}"
+
+
+def test_api_kernels_impl_is_exported_and_checks_its_name():
+    with pytest.raises(ValueError, match="impl must be one of"), lillama.kernels_impl("fast"):
+        pass
+
+
+def test_api_errors_have_the_exit_codes():
+    assert (InputError.exit_code, RunError.exit_code) == (2, 1)
+    assert issubclass(InputError, LillamaError) and issubclass(RunError, LillamaError)
+    assert issubclass(InputError, ValueError) and issubclass(RunError, RuntimeError)
+
+
+# What the options are and what they default to: a change here is a change for every user.
+DEFAULTS = {
+    CompressConfig: {
+        "preset": "default",
+        "strategy": None,
+        "targets": None,
+        "tokens": 2_000_000,
+        "seq_len": 512,
+        "loss": "joint",
+        "packing": True,
+        "train": True,
+        "seed": 0,
+        "dtype": "auto",
+        "device": "auto",
+        "overwrite": False,
+    },
+    PlanConfig: {"preset": "default", "strategy": None, "targets": None},
+    EvalConfig: {
+        "against": None,
+        "seq_len": 512,
+        "batch_size": 8,
+        "dtype": "auto",
+        "device": "auto",
+    },
+    GenerateConfig: {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "device": "auto"},
+}
+
+
+@pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.__name__)
+def test_config_defaults_are_the_documented_ones(config):
+    found = {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING
+    }
+    assert found == DEFAULTS[config]
+
+
+def test_api_plan_defaults_are_those_of_the_config():
+    parameters = inspect.signature(lillama.plan).parameters
+    found = {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    assert found == DEFAULTS[PlanConfig]
+
+
+@pytest.mark.parametrize("name", ["compress", "eval", "generate"])
+def test_api_unknown_option_is_refused(name, tmp_path):
+    arguments = {
+        "compress": {"reduction": 0.2, "text": "t"},
+        "eval": {"text": "t"},
+        "generate": {"prompt": "p"},
+    }[name]
+    target = {"out": tmp_path / "out"} if name == "compress" else {}
+    with pytest.raises(TypeError, match="rank_step"):
+        getattr(lillama, name)(tmp_path, **target, **arguments, rank_step=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": 0.0}, "--reduction must lie between 0 and 1"),
+        ({"reduction": 1.0}, "--reduction must lie between 0 and 1"),
+        ({"reduction": float("nan")}, "--reduction must lie between 0 and 1"),
+        ({"preset": "best"}, "--preset must be one of default, paper, got 'best'"),
+        ({"strategy": "middle"}, "--strategy must be one of uniform, bottom, top, got 'middle'"),
+        ({"loss": "both"}, "--loss must be one of joint, teacher, student, got 'both'"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
+        ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ({"device": "cuda:first"}, "--device must be auto, cpu, cuda or cuda:N, got 'cuda:first'"),
+        ({"device": "cpu:1"}, "--device must be auto, cpu, cuda or cuda:N, got 'cpu:1'"),
+        ({"tokens": 0}, "--tokens must be at least 1, got 0"),
+        ({"seq_len": 1}, "--seq-len must be at least 2, got 1"),
+        ({"text": ()}, "give at least one --text FILE"),
+    ],
+)
+def test_api_compress_refuses_values_out_of_range(options, message, tmp_path):
+    arguments = {"reduction": 0.2, "text": "t.txt", **options}
+    with pytest.raises(InputError) as caught:
+        lillama.compress(tmp_path, tmp_path / "out", **arguments)
+    assert message in str(caught.value)

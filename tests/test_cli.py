@@ -1,0 +1,294 @@
+"""The commands as a user runs them: stdout, stderr and exit codes."""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lillama import cli
+
+COMPRESS_KEYS = {
+    "params_before",
+    "params_after",
+    "reduction",
+    "target_reduction",
+    "tokens",
+    "seconds",
+    "peak_memory_bytes",
+    "blocks",
+}
+PLAN_KEYS = {
+    "params_before",
+    "params_after",
+    "bytes_before",
+    "bytes_after",
+    "max_reduction",
+    "matrices",
+}
+EVAL_KEYS = {"perplexity", "bits_per_byte", "tokens", "params", "bytes"}
+AGAINST_KEYS = {"base_perplexity", "retained", "kl", "top1_agreement"}
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """The last line of stdout, which must be the only JSON document."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def lillama_command(monkeypatch, capfd):
+    """lillama_command("plan", MODEL, ...) -> Result, in this process."""
+    package = logging.getLogger("lillama")
+    saved = package.handlers, package.level, package.propagate
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["lillama", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Result(int(caught.value.code or 0), out, err)
+
+    yield run
+    package.handlers, package.level, package.propagate = saved
+
+
+@pytest.fixture
+def compress(lillama_command, mamba, text_file, tmp_path, device):
+    """compress(model=..., out=..., "--option", value) -> (Result, OUT) with few tokens.
+
+    A failure must be one line and leave nothing: checked here for every case.
+    """
+
+    def run(
+        *options: object, model: Path = mamba, text: Path = text_file, reduction: object = 0.2
+    ) -> tuple[Result, Path]:
+        out = tmp_path / "out"
+        before = snapshot(model)
+        result = lillama_command(
+            *("compress", model, out, "--reduction", reduction, "--text", text),
+            *("--tokens", 300, "--seq-len", 32, "--device", device, *options),
+        )
+        assert snapshot(model) == before
+        if result.code:
+            assert not [f.name for f in tmp_path.iterdir() if f.name.startswith("out")]
+        return result, out
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.is_dir() else {}
+
+
+def assert_one_line(result: Result, code: int, *parts: str) -> None:
+    """The promise of the issue: one clear line and the right exit code."""
+    lines = result.err.splitlines()
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("lillama: error: "), lines[0]
+    for part in parts:
+        assert part in lines[0], lines[0]
+    assert result.code == code
+    assert result.out == ""
+
+
+# success
+
+
+def test_cli_compress_json_is_the_last_line_and_the_report(compress):
+    result, out = compress("--json", "--seed", 4, "--no-packing", "--loss", "teacher")
+    assert result.code == 0
+    assert result.document.keys() >= COMPRESS_KEYS
+    assert result.document == json.loads((out / "report.json").read_text())
+    assert result.err == "", "no log, no progress bar where stderr is no terminal"
+    options = json.loads((out / "recipe.json").read_text())["options"]
+    assert (options["seed"], options["packing"], options["loss"]) == (4, False, "teacher")
+
+
+def test_cli_compress_without_json_prints_a_table(compress):
+    result, out = compress("--no-train", "--strategy", "bottom", "--targets", "in_proj, out_proj")
+    assert result.code == 0 and out.is_dir()
+    assert "params_after" in result.out and "2 blocks compressed" in result.out
+    assert json.loads((out / "recipe.json").read_text())["options"]["targets"] == [
+        "in_proj",
+        "out_proj",
+    ]
+
+
+def test_cli_verbose_logs_go_to_stderr(lillama_command, mamba, text_file, tmp_path, device):
+    result = lillama_command(
+        *("--verbose", "compress", mamba, tmp_path / "out", "--reduction", 0.2, "--text", text_file),
+        *("--tokens", 300, "--seq-len", 32, "--device", device, "--json"),
+    )
+    assert result.code == 0
+    assert len(result.out.splitlines()) == 1 and result.document
+    assert "held-out loss" in result.err and "backbone.layers.1" in result.err
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "table"])
+def test_cli_plan(as_json, lillama_command, mixtral):
+    result = lillama_command(
+        "plan", mixtral, "--reduction", 0.2, "--preset", "paper", *(["--json"] if as_json else [])
+    )
+    assert (result.code, result.err) == (0, "")
+    if as_json:
+        assert len(result.out.splitlines()) == 1
+        assert result.document.keys() >= PLAN_KEYS
+        row = {"name", "shape", "rank", "break_even_rank"}
+        assert all(matrix.keys() >= row for matrix in result.document["matrices"])
+    else:
+        assert "break-even" in result.out and "max_reduction" in result.out
+
+
+@pytest.mark.parametrize("against", [True, False], ids=["against", "alone"])
+def test_cli_eval_json(against, lillama_command, mamba, text_file, device):
+    options = ["--against", mamba] if against else []
+    result = lillama_command(
+        *("eval", mamba, "--text", text_file, "--seq-len", 128, "--device", device, "--json"),
+        *options,
+    )
+    assert (result.code, result.err) == (0, "")
+    assert len(result.out.splitlines()) == 1
+    assert result.document.keys() >= EVAL_KEYS
+    assert (result.document.keys() >= AGAINST_KEYS) == against
+
+
+def test_cli_generate_prints_prompt_and_text_only(lillama_command, mamba, device):
+    result = lillama_command(
+        *("generate", mamba, "--prompt", "the cat", "--max-new-tokens", 4, "--device", device)
+    )
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("the cat") and len(result.out.strip()) > len("the cat")
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "eval", "generate"])
+def test_cli_help_shows_every_option_with_its_default(command, lillama_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = lillama_command(command, "--help")
+    assert result.code == 0 and result.err == ""
+    wanted = {
+        "compress": ["--reduction", "--text", "--tokens", "2000000", "--no-packing", "--overwrite"],
+        "plan": ["--reduction", "--strategy", "--json"],
+        "eval": ["--text", "--against", "--seq-len", "512"],
+        "generate": ["--prompt", "--max-new-tokens", "128", "--temperature"],
+    }[command]
+    assert all(part in result.out for part in wanted), result.out
+
+
+def test_cli_version(lillama_command):
+    result = lillama_command("--version")
+    assert result.code == 0 and result.out.startswith("lillama ")
+
+
+# usage errors
+
+
+def test_cli_without_arguments_shows_the_help_on_stderr(lillama_command):
+    result = lillama_command()
+    assert (result.code, result.out) == (2, "")
+    assert "compress" in result.err and "Usage" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--fast"], ["No such option", "--fast"]),
+        (["squash"], ["No such command", "squash"]),
+        (["compress"], ["Missing argument"]),
+        (["plan", "m"], ["Missing option", "--reduction"]),
+        (["plan", "m", "--reduction", "a lot"], ["a lot"]),
+        (["plan", "m", "--reduction", "0.2", "--rank", "8"], ["No such option", "--rank"]),
+        (["eval", "m"], ["Missing option", "--text"]),
+        (["generate", "m"], ["Missing option", "--prompt"]),
+        (["plan", "m", "extra", "--reduction", "0.2"], ["extra"]),
+    ],
+)
+def test_cli_usage_error_is_one_line(arguments, parts, lillama_command):
+    assert_one_line(lillama_command(*arguments), 2, *parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--preset", "best"], "--preset must be one of default, paper, got 'best'"),
+        (["--strategy", "middle"], "--strategy must be one of uniform, bottom, top"),
+        (["--loss", "both"], "--loss must be one of joint, teacher, student"),
+        (["--dtype", "int8"], "--dtype must be one of auto, float32, float16, bfloat16"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "--device cuda:99 is not available"),
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--seq-len", "1"], "--seq-len must be at least 2, got 1"),
+        (["--targets", "dt_proj"], "--targets must be some of in_proj, out_proj, x_proj for mamba"),
+        (["--targets", ","], "got none"),
+    ],
+)
+def test_cli_compress_bad_value_is_one_line(options, part, compress):
+    assert_one_line(compress(*options)[0], 2, part)
+
+
+@pytest.mark.parametrize("reduction", ["0", "1", "-1", "nan", "inf", "1.5"])
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_cli_reduction_outside_0_1_is_refused(command, reduction, compress, lillama_command, mamba):
+    if command == "compress":
+        result = compress(reduction=reduction)[0]
+    else:
+        result = lillama_command("plan", mamba, "--reduction", reduction)
+    assert_one_line(result, 2, "--reduction must lie between 0 and 1, both excluded", reduction[:3])
+
+
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_cli_unreachable_reduction_says_the_maximum(command, compress, lillama_command, mamba):
+    if command == "compress":
+        result = compress(reduction=0.9)[0]
+    else:
+        result = lillama_command("plan", mamba, "--reduction", 0.9)
+    assert_one_line(result, 2, "--reduction 0.9 cannot be reached", "at most 0.3")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["compress", "eval", "generate"])
+def test_cli_cuda_without_a_gpu_is_refused(command, compress, lillama_command, mamba, text_file):
+    if command == "compress":
+        result = compress("--device", "cuda")[0]
+    else:
+        option = ["--text", text_file] if command == "eval" else ["--prompt", "the"]
+        result = lillama_command(command, mamba, *option, "--device", "cuda")
+    assert_one_line(result, 2, "--device cuda is not available: 0 CUDA devices found; use cpu")
+
+
+def test_cli_unexpected_error_keeps_its_traceback(compress, monkeypatch):
+    """A defect of ours is not dressed up as the user's mistake."""
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(sys.modules["lillama.compress.pipeline"], "make_student", fail)
+    with pytest.raises(ZeroDivisionError):
+        compress()
+
+
+def test_cli_runs_in_the_callers_folder_with_relative_paths(
+    lillama_command, mamba, text_file, tmp_path, monkeypatch, device
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_bytes(text_file.read_bytes())
+    relative = os.path.relpath(mamba, tmp_path)
+    result = lillama_command(
+        *("compress", relative, "out", "--reduction", 0.2, "--text", "text.txt", "--no-train"),
+        *("--tokens", 300, "--seq-len", 32, "--device", device),
+    )
+    assert result.code == 0, result.err
+    assert load_file(next((tmp_path / "out").glob("*.safetensors")))
