@@ -3,6 +3,8 @@
 The loop's backward fills a full-size zero tensor per step, so its time grows with the square of T.
 """
 
+from typing import Any
+
 import pytest
 from lillama_kernels import reference, selective_scan
 from lillama_kernels.testing import assert_close_to_truth, selective_scan_inputs, values_and_grads
@@ -18,15 +20,15 @@ EAGER = getattr(
 )
 
 
-def ours(**inputs: Tensor) -> Tensor:
+def ours(**inputs: Any) -> Tensor:
     return selective_scan(**inputs, delta_softplus=True)[0]
 
 
-def truth(**inputs: Tensor) -> Tensor:
+def truth(**inputs: Any) -> Tensor:
     return reference.selective_scan(**inputs, delta_softplus=True)[0]
 
 
-def eager(x: Tensor, delta: Tensor, **inputs: Tensor) -> Tensor:
+def eager(x: Tensor, delta: Tensor, **inputs: Any) -> Tensor:
     return EAGER(x, delta, **inputs, delta_softplus=True)
 
 

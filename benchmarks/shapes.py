@@ -144,8 +144,8 @@ LOSSES = [
 ]
 
 # The second is the project's acceptance line: on a CPU, training a tiny Mamba (batches of 8, 256
-# tokens, 384 channels) at least 20 times as fast as transformers' eager scan. The first, the shipped teacher's
-# width at batch 2, is quick to repeat.
+# tokens, 384 channels) at least 20 times as fast as transformers' eager scan. The first, of the
+# shipped teacher's width at batch 2, is quick to repeat.
 SCANS = [
     ScanShape(
         name="tiny-mamba-B2-D256-T256",

@@ -162,7 +162,7 @@ def main() -> None:
             else 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup)))
         ),
     )
-    log, start, window = [], time.time(), 0.0
+    log, start, window, counted = [], time.time(), 0.0, 0
     # eval mode: no dropout in either family, and it keeps Mamba off its fused training call
     model.eval()
     for step in range(1, steps + 1):
@@ -175,21 +175,22 @@ def main() -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        window += loss.item()
+        window += float(loss.detach())
+        counted += 1
         every = max(1, steps // 40)
         if step % every == 0 or step == steps:
             done = step * args.batch_size * args.seq_len
             entry = {
                 "step": step,
                 "tokens": done,
-                "train_loss": round(window / every, 4),
+                "train_loss": round(window / counted, 4),
                 "held_out_loss": round(held_out_loss(model, held_out), 4),
-                "lr": round(schedule.get_last_lr()[0], 6),
+                "lr": round(float(schedule.get_last_lr()[0]), 6),
                 "seconds": round(time.time() - start),
             }
-            window = 0.0
+            window, counted = 0.0, 0
             log.append(entry)
-            print(json.dumps(entry), flush=True)  # noqa: T201
+            print(json.dumps(entry), flush=True)
 
     model.config.output_router_logits = False
     model = model.to(torch.bfloat16)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from lillama.errors import InputError
@@ -27,6 +28,7 @@ __all__ = [
     "check_factors",
     "check_ranks",
     "compression_of",
+    "dtype_of",
     "read_config",
     "read_headers",
     "read_shard_headers",
@@ -71,6 +73,12 @@ def read_config(path: Path) -> PretrainedConfig:
     except Exception as error:  # a config class may fail on a bad value in any way
         text = " ".join(str(error).split())
         raise InputError(f"{file} is not a config of {model_type}: {text}") from error
+
+
+def dtype_of(config: PretrainedConfig) -> torch.dtype:
+    """The dtype config.json names; float32 when it names none."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def compression_of(config: PretrainedConfig) -> dict | None:
@@ -207,18 +215,22 @@ def check_factors(
     Args:
         names: every tensor of the checkpoint.
         ranks: {matrix name: R}.
-        shapes: {matrix name: (N, K)} of the dense model.
+        shapes: {matrix name: (N, K)} of the dense model, for every matrix with a rank and for
+            those stored as `lr_W`.
 
     Raises:
         InputError: a factor is missing, unexpected, or mis-shaped; all are named (at most 5 of
         each).
     """
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, rank in ranks.items():
-        N, K = shapes[name]
-        wanted[f"{name}.lr_A"] = (rank, K)
-        wanted[f"{name}.lr_B"] = (N, rank)
-    found = {name: shape for name, shape in names.items() if name.endswith(FACTOR_SUFFIXES[:2])}
+    for name, (N, K) in shapes.items():
+        rank = ranks.get(name)
+        if rank is None:
+            wanted[f"{name}.lr_W"] = (N, K)
+        else:
+            wanted[f"{name}.lr_A"] = (rank, K)
+            wanted[f"{name}.lr_B"] = (N, rank)
+    found = {name: shape for name, shape in names.items() if name.endswith(FACTOR_SUFFIXES)}
     problems = {
         "missing factors": [name for name in wanted if name not in found],
         "unexpected factors": [name for name in found if name not in wanted],

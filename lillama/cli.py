@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lillama.config import CompressConfig, EvalConfig, GenerateConfig
-from lillama.errors import LillamaError
+from lillama.errors import InputError, LillamaError
 from lillama.version import __version__
 
 __all__ = ["app", "main"]
@@ -34,11 +34,13 @@ _errors = Console(stderr=True)
 # BadParameter < UsageError < ClickException: typer exports the first only, and may vendor click.
 _CommandError: Any = typer.BadParameter.__mro__[2]
 
+
 # Defaults live in config.py; the options below only show them.
-_COMPRESS, _EVAL, _GENERATE = (
-    {field.name: field.default for field in dataclasses.fields(config)}
-    for config in (CompressConfig, EvalConfig, GenerateConfig)
-)
+def _defaults(config: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+_COMPRESS, _EVAL, _GENERATE = map(_defaults, (CompressConfig, EvalConfig, GenerateConfig))
 
 
 def _names(values: str | None) -> tuple[str, ...] | None:
@@ -100,7 +102,10 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         _Rate(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_errors, transient=True) as bar:
+    # on a file or pipe rich would still write an empty line
+    with Progress(
+        *columns, console=_errors, transient=True, disable=not _errors.is_terminal
+    ) as bar:
         task = bar.add_task("start", total=None)
 
         def update(stage: str, done: int, total: int) -> None:
@@ -287,8 +292,7 @@ def _root(
     package.setLevel(logging.INFO if verbose else logging.WARNING)
     package.propagate = False
     if context.invoked_subcommand is None:
-        print(context.get_help(), file=sys.stderr)
-        raise typer.Exit(2)
+        raise InputError("no command given; use compress, plan, eval or generate (see --help)")
 
 
 def _quiet_transformers() -> None:
@@ -302,7 +306,10 @@ def main() -> None:
     """Entry point: errors become one line on stderr and an exit code, 2 usage and 1 failure."""
     try:
         _quiet_transformers()
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # typer's silent answer to Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except _CommandError as error:
         message, code = error.format_message(), error.exit_code
     except LillamaError as error:

@@ -46,9 +46,10 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
         sampling["temperature"] = config.temperature
     pad = tokenizer.pad_token_id
     devices = [device] if device.type == "cuda" else []
+    generator: Any = loaded
     with fast_mamba(), torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
-        output = loaded.generate(
+        output = generator.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=config.max_new_tokens,

@@ -2,6 +2,7 @@
 act on."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -11,11 +12,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lillama.checkpoint import compression_of, read_config, read_headers
+from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
 from lillama.errors import InputError
 from lillama.integrations.transformers import register
 
 __all__ = ["check_vocabulary", "choose_device", "load_model", "load_tokenizer"]
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def choose_device(name: str) -> torch.device:
@@ -39,6 +42,9 @@ def choose_device(name: str) -> torch.device:
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Raises InputError when the folder is no checkpoint or holds no tokenizer."""
     read_config(path)
+    # without any, transformers makes an empty tokenizer
+    if not any((path / name).is_file() for name in VOCABULARY_FILES):
+        raise InputError(f"{path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -69,12 +75,13 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     compression_of(config)
     read_headers(path)
     register()
-    wanted = torch.float32 if device.type == "cpu" else (config.dtype or torch.float32)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    wanted = torch.float32 if device.type == "cpu" else dtype_of(config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=wanted if dtype == "auto" else getattr(torch, dtype),
         output_loading_info=True,
     )
+    model, info = loaded
     # transformers fills what is missing with random numbers and goes on
     missing = sorted(info["missing_keys"])
     if missing:

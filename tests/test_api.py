@@ -51,7 +51,7 @@ def test_api_submodules_all_name_things_that_exist():
 
 
 def test_api_kernels_impl_is_exported_and_checks_its_name():
-    with pytest.raises(ValueError, match="impl must be one of"), lillama.kernels_impl("fast"):
+    with pytest.raises(ValueError, match="impl must be one of"), lillama.kernels_impl("fast"):  # type: ignore[arg-type]
         pass
 
 

@@ -228,7 +228,18 @@ ALL = dict.fromkeys(SHAPES, 2)
 
 
 def test_check_factors_that_fit():
-    check_factors({**FITTING, "norm.weight": (9,), "m9.lr_W": (1, 1)}, ALL, SHAPES)
+    check_factors({**FITTING, "norm.weight": (9,)}, ALL, SHAPES)
+    check_factors({**FITTING, "m8.lr_W": (3, 5)}, ALL, {**SHAPES, "m8": (3, 5)})
+
+
+def test_check_factors_matrix_without_a_rank_is_dense():
+    shapes = {**SHAPES, "m8": (3, 5)}
+    with pytest.raises(InputError, match=r"missing factors: m8\.lr_W$"):
+        check_factors(FITTING, ALL, shapes)
+    with pytest.raises(InputError, match=r"mis-shaped factors: m8\.lr_W \[5, 3\] instead of"):
+        check_factors({**FITTING, "m8.lr_W": (5, 3)}, ALL, shapes)
+    with pytest.raises(InputError, match=r"unexpected factors: m7\.lr_W$"):
+        check_factors({**FITTING, "m7.lr_W": (6, 4)}, ALL, SHAPES)
 
 
 @pytest.mark.parametrize("name", ["m3.lr_A", "m3.lr_B"])

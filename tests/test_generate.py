@@ -1,6 +1,7 @@
 """generate: transformers' own output, a seed that repeats, and prompts that cannot be used."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def compressed(mixtral: Path, text_file: Path, tmp_path_factory, device) -> Path
 @pytest.mark.parametrize("kind", [*KINDS, "compressed"])
 def test_generate_greedy_equals_transformers(kind, request, tokenizer, device):
     path = request.getfixturevalue(kind)
-    model = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
     inputs = tokenizer(PROMPT, return_tensors="pt").to(device)
     output = model.generate(
         input_ids=inputs["input_ids"],
@@ -41,9 +42,7 @@ def test_generate_greedy_equals_transformers(kind, request, tokenizer, device):
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    wanted = tokenizer.decode(
-        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    wanted = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     found = lillama.generate(path, PROMPT, max_new_tokens=12, device=str(device))
     assert found == wanted and found
 

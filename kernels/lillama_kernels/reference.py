@@ -155,6 +155,8 @@ def distill_loss(
     """
     work = torch.promote_types(student.dtype, torch.float32)
     a, y = student.to(work), teacher.to(work)
+    if mask is not None:  # a masked row may hold anything, NaN included
+        a, y = (t.masked_fill(~mask[..., None], 0.0) for t in (a, y))
     l1 = (a - y).abs().mean(-1)
     loss = l1 - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
     if mask is not None:
@@ -203,7 +205,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx, *grads):  # type: ignore[override]
         grad_y, grad_last = grads
         u, dt, A, B, C, *borders = ctx.saved_tensors
         grad_u, grad_dt = torch.empty_like(u), torch.empty_like(dt)

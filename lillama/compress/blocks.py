@@ -116,6 +116,7 @@ class TeacherBlocks:
 
     def _load(self, prefix: str) -> nn.Module:
         names = self.hub_names(prefix)
+        mapping: Any = get_model_conversion_mapping(self.model)
         try:
             slices = {name: self._handle(self.headers[name].file).get_slice(name) for name in names}
         except (OSError, SafetensorError) as error:
@@ -126,7 +127,7 @@ class TeacherBlocks:
             LoadStateDictConfig(
                 device_map={"": self.device},
                 dtype=self.dtype,
-                weight_mapping=get_model_conversion_mapping(self.model),
+                weight_mapping=mapping,
             ),
             None,
         )

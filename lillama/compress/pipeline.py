@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lillama.checkpoint import sentinel
+from lillama.checkpoint import dtype_of, sentinel
 from lillama.checkpoint_writer import CheckpointWriter, check_space
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import GramCollector
@@ -266,7 +266,7 @@ class _Run:
                 if index in compressed:
                     student, row = self.compress_block(block, index, sets)
                     rows.append(row)
-                    dtype = self.save_dtype or self.plan.config.dtype or torch.float32
+                    dtype = self.save_dtype or dtype_of(self.plan.config)
                     round_parameters(student, dtype)
                 else:
                     student = None
@@ -350,7 +350,7 @@ def compress(
         text=tuple(Path(file) for file in files),
         **options,
     )
-    plan = make_plan(config)
+    plan = make_plan(config, needs_weights=True)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")

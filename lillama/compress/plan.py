@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lillama.checkpoint import compression_of, read_config, read_headers
+from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
 from lillama.config import PlanConfig, Preset, Strategy
 from lillama.errors import InputError
@@ -114,9 +114,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
     """The model on the meta device: shapes and modules, no memory."""
     config = copy.deepcopy(config)  # the model keeps and edits the object it is given
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype or config.dtype or torch.float32
-        ).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(config)).eval()
 
 
 def count_params(config: PretrainedConfig, ranks: dict[str, int] | None = None) -> int:
@@ -134,7 +132,9 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path and list of the decoder blocks."""
     decoder = model.get_decoder()
     path = next(name for name, module in model.named_modules() if module is decoder)
-    return f"{path}.layers", decoder.layers
+    blocks = decoder.get_submodule("layers")
+    assert isinstance(blocks, nn.ModuleList)
+    return f"{path}.layers", blocks
 
 
 def find_matrices(
@@ -173,16 +173,16 @@ def find_matrices(
     return tuple(matrices)
 
 
-def _bytes_before(path: Path, config: PretrainedConfig, params: int) -> int:
+def _bytes_before(path: Path, config: PretrainedConfig, params: int, needs_weights: bool) -> int:
     """From the headers; a folder with only config.json is counted in the config's dtype."""
-    if any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
+    if needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
         return sum(header.num_bytes for header in read_headers(path).values())
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
-    return params * (config.dtype or torch.float32).itemsize
+    return params * dtype_of(config).itemsize
 
 
-def make_plan(options: PlanConfig) -> Plan:
-    """Choose the ranks.
+def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
+    """Choose the ranks. With `needs_weights` a folder with only config.json is refused.
 
     Raises:
         InputError: MODEL cannot be compressed (no checkpoint, unknown architecture, truncated,
@@ -198,7 +198,7 @@ def make_plan(options: PlanConfig) -> Plan:
     params = sum(parameter.numel() for parameter in model.parameters())
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     rules = RankRules.for_hidden_size(config.hidden_size)
-    bytes_before = _bytes_before(path, config, params)
+    bytes_before = _bytes_before(path, config, params, needs_weights)
     return Plan(
         config=config,
         family=family,

@@ -51,12 +51,14 @@ def _fill_experts(
     copy_dense_experts(new, old)
     for projection in PROJECTIONS:
         kind = "down" if projection == "down" else "gate"
-        shared = grams.shared(path, kind) if grams.grams else (None, 0)
+        all_experts, all_tokens = grams.shared(path, kind) if grams.grams else (None, 0)
         for expert, rank in enumerate(new.ranks[projection]):
             if rank == 0:
                 continue
             key = (path, expert, kind)
-            gram = (grams.grams[key], grams.counts[key], *shared) if key in grams.grams else None
+            gram = None
+            if key in grams.grams:
+                gram = (grams.grams[key], grams.counts[key], all_experts, all_tokens)
             A, B = _factors(dense_expert(old, projection, expert), rank, recipe, gram)
             stored = new.stored(projection, expert)
             stored["lr_A"].copy_(A)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import (
-    HfQuantizer,
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama.checkpoint import (
@@ -57,6 +57,8 @@ class LillamaConfig(QuantizationConfigMixin):
         InputError: unknown keys, another format version or gauge, or no ranks.
     """
 
+    ranks: dict[str, int]
+
     def __init__(
         self,
         ranks: dict[str, int] | None = None,
@@ -82,7 +84,8 @@ class LillamaConfig(QuantizationConfigMixin):
                 f"lillama reads version {FORMAT_VERSION} with gauge 'plain'"
             )
         check_ranks(ranks)
-        self.quant_method = quant_method
+        assert ranks is not None
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.gauge = gauge
         self.ranks = ranks
@@ -150,8 +153,13 @@ def dense_shapes(
         parsed = None if family.experts is None else family.experts.parse(name)
         tensor = f"{name}.weight" if parsed is None else f"{parsed[0]}.down_proj"
         found = parameters.get(tensor, parameters.get(tensor.removeprefix(f"{prefix}.")))
-        if found is None or (parsed is not None and parsed[1] >= found.shape[0]):
-            raise InputError(f"quantization_config names {name}, which this model does not have")
+        wanted_ndim = 2 if parsed is None else 3
+        if (
+            found is None
+            or found.ndim != wanted_ndim
+            or (parsed is not None and parsed[1] >= found.shape[0])
+        ):
+            raise InputError(f"quantization_config names {name}, which is no matrix of this model")
         if parsed is None:
             shapes[name] = (found.shape[0], found.shape[1])
         else:
@@ -161,12 +169,27 @@ def dense_shapes(
     return shapes
 
 
+def _kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> list[str]:
+    """Hub names of the matrices without a rank in experts modules that have one elsewhere."""
+    naming, ranked = family.experts, set(ranks)
+    if naming is None:
+        return []
+    return [
+        name
+        for block in {name.partition(f".{naming.hub}.")[0] for name in ranked if naming.parse(name)}
+        for expert in range(model.config.num_local_experts)
+        for projection in PROJECTIONS
+        if (name := f"{block}.{naming.hub}.{expert}.{naming.hub_projection(projection)}")
+        not in ranked
+    ]
+
+
 class LillamaQuantizer(HfQuantizer):
     """Builds the factorised modules before the weights are loaded and verifies them afterwards."""
 
-    requires_calibration = (
-        True  # a dense checkpoint cannot be loaded with our config: compress it instead
-    )
+    quantization_config: LillamaConfig  # type: ignore[assignment]
+    # a dense checkpoint cannot be loaded with our config: compress it instead
+    requires_calibration = True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -182,7 +205,7 @@ class LillamaQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         family = family_of(model.config.model_type)
         ranks: dict[str, int] = self.quantization_config.ranks
-        shapes = dense_shapes(model, family, ranks)
+        shapes = dense_shapes(model, family, [*ranks, *_kept_dense(model, family, ranks)])
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files and all(file.suffix == ".safetensors" for file in files):
             present = {
@@ -222,6 +245,7 @@ class LillamaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        family = family_of(model.config.model_type)
         state = model.state_dict(keep_vars=True)
         for name, wanted in self._shapes.items():
             if name in state and tuple(state[name].shape) != wanted:
@@ -235,9 +259,9 @@ class LillamaQuantizer(HfQuantizer):
                 if not getattr(parameter, "_is_hf_initialized", False):
                     raise InputError(f"{path}.{key} is missing from the checkpoint")
                 if not bool(torch.isfinite(parameter).all()):
-                    raise InputError(
-                        f"{path}.{key} holds NaN or infinity; the checkpoint is damaged"
-                    )
+                    name = _damaged_name(family, path, module, key, parameter)
+                    name = self._canonical(name, model, family)
+                    raise InputError(f"{name} holds NaN or infinity; the checkpoint is damaged")
         # tensors that went through a conversion keep the dtype of the file; tensors mapped from a
         # file lie at any address, and products on a CPU then differ in their last bit
         strict_fp32 = model._keep_in_fp32_modules_strict or ()
@@ -251,7 +275,7 @@ class LillamaQuantizer(HfQuantizer):
                 parameter.data = parameter.data.clone()
         return model
 
-    def get_state_dict_and_metadata(
+    def get_state_dict_and_metadata(  # type: ignore[override]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For save_pretrained: experts one by one without padding, and the sentinel."""
@@ -271,11 +295,11 @@ class LillamaQuantizer(HfQuantizer):
         state[name] = torch.zeros(shape)
         return state, {"quant_method": QUANT_METHOD}
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         return True
 
     @property
@@ -293,6 +317,18 @@ def _factorised(model: nn.Module) -> list[tuple[str, LowRankLinear | LowRankExpe
         for path, module in model.named_modules()
         if isinstance(module, LowRankLinear | LowRankExperts)
     ]
+
+
+def _damaged_name(family: Family, path: str, module: nn.Module, key: str, parameter: Tensor) -> str:
+    """What the checkpoint calls the first part of a parameter that is not finite."""
+    naming = family.experts
+    if not isinstance(module, LowRankExperts) or naming is None:
+        return f"{path}.{key}"
+    projection, suffix = key.split("_")
+    row = int((~torch.isfinite(parameter)).flatten(1).any(1).nonzero()[0])
+    if suffix == "W":
+        row = [e for e, rank in enumerate(module.ranks[projection]) if rank == 0][row]
+    return f"{path}.{row}.{naming.hub_projection(projection)}.lr_{suffix}"
 
 
 def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:

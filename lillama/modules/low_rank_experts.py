@@ -40,7 +40,6 @@ for _name in ("grouped_mm", "batched_mm"):
     _INTERFACE.register(_name, _forward)
 
 
-@use_experts_implementation(experts_interface=_INTERFACE)
 class LowRankExperts(nn.Module):
     """out = sum_k w_k down(silu(gate(x)) * up(x)); parameters `<projection>_A`, `<projection>_B`,
     `<projection>_W`.
@@ -126,3 +125,7 @@ class LowRankExperts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_dim}, "
             f"intermediate_size={self.intermediate_dim}, ranks: {ranks}"
         )
+
+
+# Edits the class in place; as a decorator it would hide the class from type checkers.
+use_experts_implementation(LowRankExperts, experts_interface=_INTERFACE)

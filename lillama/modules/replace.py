@@ -15,14 +15,14 @@ __all__ = ["copy_dense_experts", "dense_expert", "group_ranks", "replace_modules
 ExpertRanks = dict[str, list[int]]
 
 
-def _find(root: nn.Module, name: str, base_prefix: str) -> tuple[str, nn.Module] | None:
+def _find(root: nn.Module, name: str, base_prefix: str) -> tuple[str, nn.Module | None]:
     """The submodule called `name`, with or without the base model's prefix (AutoModel drops it)."""
     for candidate in (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}"):
         try:
             return candidate, root.get_submodule(candidate)
         except AttributeError:
             continue
-    return None
+    return name, None
 
 
 def group_ranks(
@@ -66,12 +66,11 @@ def replace_modules(
     linears, experts = group_ranks(family, ranks, num_experts)
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():
-        found = _find(root, name, base_prefix)
-        if found is None or not isinstance(found[1], nn.Linear):
+        path, old = _find(root, name, base_prefix)
+        if not isinstance(old, nn.Linear):
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
-        path, old = found
         new = LowRankLinear(
             old.in_features,
             old.out_features,
@@ -83,14 +82,15 @@ def replace_modules(
         root.set_submodule(path, new)
         replaced[path] = old
     for name, expert_ranks in experts.items():
-        found = _find(root, name, base_prefix)
-        if found is None or not hasattr(found[1], "gate_up_proj"):
+        path, old = _find(root, name, base_prefix)
+        if old is None or not hasattr(old, "gate_up_proj"):
             raise ValueError(f"{name} is not a stacked experts module of this model")
-        path, old = found
         weight = old.get_parameter("down_proj")
         num_experts, hidden_size, intermediate_size = weight.shape
         new_experts = LowRankExperts(
-            old.config,  # the module's own: it knows the experts implementation in use
+            getattr(
+                old, "config", config
+            ),  # the module's own: it knows the experts implementation in use
             num_experts,
             hidden_size,
             intermediate_size,

@@ -109,7 +109,8 @@ def test_allocate_uniform_treats_equal_shapes_equally(model, share):
     for m in matrices:
         # a dense matrix counts as the first multiple at which nothing is saved
         dense = m.break_even_rank + RANK_MULTIPLE
-        levels.setdefault((m.N, m.K), []).append(ranks.get(m.name, dense))
+        rank = ranks[m.name] if m.name in ranks else dense
+        levels.setdefault((m.N, m.K), []).append(rank)
     assert all(max(same) - min(same) <= RANK_MULTIPLE for same in levels.values())
 
 

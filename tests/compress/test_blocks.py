@@ -1,6 +1,7 @@
 """TeacherBlocks: one block at a time computes what the whole model computes, and nothing stays."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def full_model_states(path: Path, ids: Tensor, mask: Tensor | None, device) -> l
     def after(module, args, output):
         states.append(output[0] if isinstance(output, tuple) else output)
 
-    layers = model.get_decoder().layers
+    layers: Any = model.get_decoder().layers
     layers[0].register_forward_pre_hook(before, with_kwargs=True)
     for layer in layers:
         layer.register_forward_hook(after)

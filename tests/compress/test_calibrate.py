@@ -47,8 +47,11 @@ def collect(teacher, block, grams: GramCollector, mask: Tensor | None) -> dict[s
             block_output(block, hidden, calls[0])
     for handle in handles:
         handle.remove()
-    return {name: torch.cat([x.reshape(-1, 11, x.shape[-1]) for x in xs if x.ndim > 1]) 
-            for name, xs in seen.items() if all(x.numel() % 11 == 0 for x in xs)}
+    return {
+        name: torch.cat([x.reshape(-1, 11, x.shape[-1]) for x in xs if x.ndim > 1])
+        for name, xs in seen.items()
+        if all(x.numel() % 11 == 0 for x in xs)
+    }
 
 
 @pytest.mark.parametrize("mask", MASKS)

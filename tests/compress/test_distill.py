@@ -59,7 +59,7 @@ def make_stream(
 def damaged_block(device: torch.device) -> Block:
     block = Block(1).to(device)
     with torch.no_grad():
-        block.weight += 0.3 * Block(2).to(device).weight
+        block.weight.add_(0.3 * Block(2).to(device).weight)
     return block
 
 
@@ -178,7 +178,9 @@ def test_batch_loss_feeds_what_its_name_says(noise, masked, device):
     student = expected(block, stream.student, stream, rows, device)
     found = {loss: batch_loss(block, stream, rows, loss, device) for loss in LOSSES}
     # bf16 autocast on a GPU
-    close = {"rtol": 1e-5, "atol": 1e-6} if device.type == "cpu" else {"rtol": 2e-2, "atol": 1e-2}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+    if device.type == "cuda":
+        close = {"rtol": 2e-2, "atol": 1e-2}
     torch.testing.assert_close(found["teacher"], teacher, **close)
     torch.testing.assert_close(found["student"], student, **close)
     torch.testing.assert_close(found["joint"], teacher + student, **close)

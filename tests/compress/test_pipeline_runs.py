@@ -86,13 +86,17 @@ def test_compress_padded_samples_work_and_count_real_tokens_only(kind, small, re
     report, out = small(path, text=text, packing=False, tokens=300, seq_len=48)
     assert 300 <= report["tokens"] < 300 + 48
     assert json.loads((out / "recipe.json").read_text())["options"]["packing"] is False
-    assert all(row["held_out_loss_after"] <= row["held_out_loss_before"] for row in report["blocks"])
+    assert all(
+        row["held_out_loss_after"] <= row["held_out_loss_before"] for row in report["blocks"]
+    )
 
 
 def test_compress_train_false_takes_no_step(small, mamba):
     report, _ = small(mamba, train=False)
     assert all(row["steps"] == row["best_step"] == 0 for row in report["blocks"])
-    assert all(row["held_out_loss_before"] == row["held_out_loss_after"] for row in report["blocks"])
+    assert all(
+        row["held_out_loss_before"] == row["held_out_loss_after"] for row in report["blocks"]
+    )
 
 
 def test_compress_training_lowers_the_held_out_loss(small, mamba):
@@ -140,7 +144,9 @@ def test_compress_streams_one_teacher_and_one_student_block(
     assert entered == [0, 1, 2, 3] and len(students) == 4
 
 
-def test_compress_does_not_compute_blocks_above_the_last_compressed(small, make_checkpoint, monkeypatch):
+def test_compress_does_not_compute_blocks_above_the_last_compressed(
+    small, make_checkpoint, monkeypatch
+):
     entered: list[int] = []
     original = TeacherBlocks.block
 

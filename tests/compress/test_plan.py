@@ -143,7 +143,9 @@ def test_plan_mamba_is_uniform_over_in_proj_and_out_proj(preset, mamba):
     document = lillama.plan(mamba, 0.2, preset=preset)
     names = {row["name"] for row in document["matrices"]}
     assert document["strategy"] == "uniform"
-    assert names == {f"backbone.layers.{i}.mixer.{m}" for i in (0, 1) for m in ("in_proj", "out_proj")}
+    assert names == {
+        f"backbone.layers.{i}.mixer.{m}" for i in (0, 1) for m in ("in_proj", "out_proj")
+    }
     shapes = {row["name"].rsplit(".")[-1]: row["shape"] for row in document["matrices"]}
     assert shapes == {"in_proj": [128, 32], "out_proj": [32, 64]}
 
@@ -177,7 +179,10 @@ def test_plan_bottom_counts_the_targets_it_leaves_dense(mixtral):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": ("w1", "q_proj")}, "--targets must be some of w1, w2, w3 for mixtral, got q_proj"),
+        (
+            {"targets": ("w1", "q_proj")},
+            "--targets must be some of w1, w2, w3 for mixtral, got q_proj",
+        ),
         ({"targets": ()}, "--targets must be some of w1, w2, w3 for mixtral, got none"),
         ({"strategy": "middle"}, "--strategy must be one of"),
         ({"preset": "best"}, "--preset must be one of"),
@@ -190,7 +195,9 @@ def test_plan_unknown_names_are_refused(options, message, mixtral):
 
 
 def test_plan_never_factorises_dt_proj_or_conv(mamba):
-    with pytest.raises(InputError, match="in_proj, out_proj, x_proj for mamba, got conv1d, dt_proj"):
+    with pytest.raises(
+        InputError, match="in_proj, out_proj, x_proj for mamba, got conv1d, dt_proj"
+    ):
         lillama.plan(mamba, 0.1, targets=("dt_proj", "conv1d"))
 
 

@@ -127,8 +127,8 @@ def test_distill_loss_zero_vectors_are_finite(student_scale, teacher_scale, dtyp
     assert grad.isfinite().all()
 
 
-def test_distill_loss_large_bf16_does_not_overflow(device):
-    # squares of 1e19 and their sum overflow fp32: the cosine needs a scaled norm or a clear result
+def test_distill_loss_large_bf16_values(device):
+    # in range for bf16 and fp32, beyond fp16's 65504
     inputs, _ = distill_loss_inputs([5], 100, dtype=torch.bfloat16, device=device)
     scaled = {name: tensor * 1e6 for name, tensor in inputs.items()}
     check(**scaled)

@@ -83,5 +83,6 @@ def test_low_rank_linear_autocast(device):
 )
 def test_low_rank_linear_rejects(change, message, device):
     shapes = {"x": (63, 100), "A": (7, 100), "B": (48, 7), "bias": (48,)} | change
+    x, A, B, bias = (torch.zeros(shape, device=device) for shape in shapes.values())
     with pytest.raises(ValueError, match=message):
-        low_rank_linear(*(torch.zeros(shape, device=device) for shape in shapes.values()))
+        low_rank_linear(x, A, B, bias)
