@@ -88,7 +88,8 @@ def test_compression_of_dict_and_of_config_object():
     assert compression_of(quantized(**values)) == values
     config = AutoConfig.for_model("mixtral")
     config.quantization_config = LillamaConfig(ranks={"a": 8})
-    assert compression_of(config)["ranks"] == {"a": 8}
+    found = compression_of(config)
+    assert found is not None and found["ranks"] == {"a": 8}
 
 
 def test_compression_of_other_quantizer_raises():
@@ -316,8 +317,9 @@ def test_sentinel_names_of_our_writer(request, text_file, tmp_path, kind):
 def check_sentinel(folder: Path, kind: str, model_bytes: int) -> None:
     """One tensor of four bytes is the sentinel, and without it the bytes are the model's."""
     headers, family = read_headers(folder), FAMILIES[kind]
-    ranks = compression_of(read_config(folder))["ranks"]
-    names = sentinel_names(headers, family, ranks)
+    compression = compression_of(read_config(folder))
+    assert compression is not None
+    names = sentinel_names(headers, family, compression["ranks"])
     assert len(names) == 1 and headers[names[0]].num_bytes == 4
     assert tensor_bytes(headers, skip=names) == model_bytes
     shutil.rmtree(folder)

@@ -18,6 +18,7 @@ from lillama.checkpoint import read_headers
 from lillama.checkpoint_writer import CheckpointWriter
 from lillama.errors import InputError
 
+RECIPE = {"command": "compress"}
 CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
 FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 # what rmtree names without their folder
@@ -26,7 +27,7 @@ FILES = ("model-", "model.", "shard-", "README", "recipe", "report", "config")
 
 def write(out: Path, *, overwrite: bool = False, fill: float = 0.0) -> None:
     """One complete run of three shards; `fill` marks whose weights they are."""
-    with CheckpointWriter(out, {"command": "compress"}, overwrite=overwrite) as writer:
+    with CheckpointWriter(out, RECIPE, overwrite=overwrite) as writer:
         writer.add_shard({"a": torch.zeros(8), "b": torch.ones(2, 2)})
         writer.add_shard({"c": torch.arange(4.0)})
         writer.add_shard({"mark": torch.full((2,), fill)})
@@ -79,7 +80,8 @@ def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
 
     code = 1
     try:
-        checkpoint_writer.save_file, Path.write_text = slow_save, slow_write
+        checkpoint_writer.save_file = slow_save
+        Path.write_text = slow_write  # pyright: ignore[reportAttributeAccessIssue]
         sys.addaudithook(watch)
         work()
         code = 0
@@ -90,12 +92,14 @@ def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
+@pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
 def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
-    tmp_path, monkeypatch, overwrite
+    tmp_path, monkeypatch, start
 ):
     monkeypatch.setattr(checkpoint_writer, "_sync", lambda path: None)
+    overwrite = start == "old"
     write(tmp_path / "old", fill=1)
+    CheckpointWriter(tmp_path / "new", RECIPE).add_shard({"a": torch.ones(8)})
     found, moment = set(), 0
     while True:
         moment += 1
@@ -104,6 +108,8 @@ def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
         folder.mkdir()
         if overwrite:
             shutil.copytree(tmp_path / "old", out)
+        if start == "unfinished":
+            shutil.copytree(tmp_path / "new.unfinished", folder / "out.unfinished")
         if not killed_at(moment, folder, lambda out=out: write(out, overwrite=overwrite, fill=2)):
             break
         state = mark(out) if out.exists() else None

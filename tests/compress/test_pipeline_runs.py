@@ -60,6 +60,30 @@ def test_compress_same_seed_repeats_bit_for_bit_and_another_differs(
     assert weights(first) != weights(other)
 
 
+def test_compress_seed_orders_the_training_rows(small, mamba):
+    """The text is one piece: both seeds draw the same blocks and see them in another order."""
+    (_, first), (_, other) = (small(mamba, name, seed=i) for i, name in enumerate("ab"))
+    digests = [
+        json.loads((out / "recipe.json").read_text())["data_sha256"] for out in (first, other)
+    ]
+    assert digests[0] == digests[1]
+    assert weights(first) != weights(other)
+
+
+def test_compress_later_blocks_see_the_rounded_student(small, make_checkpoint, monkeypatch):
+    """What a user will run is bf16: the student's stream must come from those weights."""
+    seen: list[bool] = []
+    original = pipeline._Run.advance
+
+    def advance(self: Any, student: torch.nn.Module, *args: Any) -> None:
+        seen.extend(torch.equal(p, p.bfloat16().float()) for p in student.parameters())
+        original(self, student, *args)
+
+    monkeypatch.setattr(pipeline._Run, "advance", advance)
+    small(make_checkpoint("mamba", torch.bfloat16))
+    assert seen and all(seen)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compress_losses_give_different_models(kind, small, request):
     path = request.getfixturevalue(kind)

@@ -66,6 +66,12 @@ def logits(model: PreTrainedModel) -> Tensor:
     return out
 
 
+def check_alignment(model: PreTrainedModel) -> None:
+    """Products on a CPU may differ in the last bit for weights left at a file's odd addresses."""
+    if model.device.type == "cpu":
+        assert not [name for name, p in model.named_parameters() if p.data_ptr() % 64]
+
+
 def stored(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (h.dtype, h.shape) for name, h in read_headers(path).items()}
 
@@ -75,6 +81,7 @@ def test_load_gives_the_logits_in_memory_bit_for_bit(model, device, dtype, tmp_p
     loaded = load(tmp_path, device)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert torch.equal(logits(loaded), logits(model))
+    check_alignment(loaded)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
@@ -84,6 +91,7 @@ def test_load_gives_the_logits_in_memory_bit_for_bit(model, device, dtype, tmp_p
 def test_save_again_gives_same_names_and_logits(model, device, tmp_path, save_original_format):
     model.save_pretrained(tmp_path / "1", save_original_format=save_original_format)
     second = load(tmp_path / "1", device)
+    check_alignment(second)
     second.save_pretrained(tmp_path / "2", save_original_format=save_original_format)
     third = load(tmp_path / "2", device)
     assert stored(tmp_path / "2") == stored(tmp_path / "1")

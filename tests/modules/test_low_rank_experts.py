@@ -57,8 +57,8 @@ def dense_weight(experts: LowRankExperts, projection: str, expert: int) -> Tenso
 def fill_dense(dense: MixtralExperts, experts: LowRankExperts) -> MixtralExperts:
     for e in range(E):
         gate, up, down = (dense_weight(experts, p, e) for p in PROJECTIONS)
-        dense.gate_up_proj[e] = torch.cat([gate, up])
-        dense.down_proj[e] = down
+        dense.get_parameter("gate_up_proj")[e] = torch.cat([gate, up])
+        dense.get_parameter("down_proj")[e] = down
     return dense
 
 

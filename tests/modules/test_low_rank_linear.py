@@ -30,7 +30,7 @@ def test_from_linear_keeps_bias_dtype_device(device, dtype, bias):
     assert torch.equal(layer.lr_A, A.to(device, dtype))
     assert torch.equal(layer.lr_B, B.to(device, dtype))
     if bias:
-        assert torch.equal(layer.bias, dense.bias)
+        assert layer.bias is not None and torch.equal(layer.bias, dense.bias)
         assert layer.bias is not dense.bias
     else:
         assert layer.bias is None
@@ -68,6 +68,7 @@ def test_backward_reaches_factors_bias_and_input(device):
     layer, _ = factorised(device, torch.float32, True)
     x = torch.randn(6, K, device=device, requires_grad=True)
     weight = layer.weight.detach().requires_grad_()
+    assert layer.bias is not None
     bias = layer.bias.detach().clone().requires_grad_()
     twin = x.detach().clone().requires_grad_()
     grad = torch.randn(6, N, device=device)
@@ -75,6 +76,7 @@ def test_backward_reaches_factors_bias_and_input(device):
     F.linear(twin, weight, bias).backward(grad)
     torch.testing.assert_close(x.grad, twin.grad)
     torch.testing.assert_close(layer.bias.grad, bias.grad)
+    assert weight.grad is not None
     torch.testing.assert_close(layer.lr_A.grad, layer.lr_B.detach().T @ weight.grad)
     torch.testing.assert_close(layer.lr_B.grad, weight.grad @ layer.lr_A.detach().T)
 

@@ -140,10 +140,11 @@ def test_copy_dense_experts_takes_each_rank_0_projection(make_model):
     ).items()
     new = model.get_submodule(path)
     copy_dense_experts(new, old)
-    half = old.gate_up_proj.shape[1] // 2
-    assert torch.equal(new.stored("gate", 2)["lr_W"], old.gate_up_proj[2, :half])
-    assert torch.equal(new.stored("up", 3)["lr_W"], old.gate_up_proj[3, half:])
-    assert torch.equal(new.stored("down", 1)["lr_W"], old.down_proj[1])
+    gate_up, down = (old.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
+    half = gate_up.shape[1] // 2
+    assert torch.equal(new.stored("gate", 2)["lr_W"], gate_up[2, :half])
+    assert torch.equal(new.stored("up", 3)["lr_W"], gate_up[3, half:])
+    assert torch.equal(new.stored("down", 1)["lr_W"], down[1])
     assert not new.stored("gate", 0)["lr_A"].any()
 
 
