@@ -4,6 +4,7 @@ stdout."""
 import dataclasses
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -304,6 +305,9 @@ def _quiet_transformers() -> None:
 
 def main() -> None:
     """Entry point: errors become one line on stderr and an exit code, 2 usage and 1 failure."""
+    import torch
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, then end
     try:
         _quiet_transformers()
         code = app(standalone_mode=False) or 0
@@ -316,8 +320,10 @@ def main() -> None:
         message, code = str(error), error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         message, code = "interrupted; nothing was left half-written", 1
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         message, code = "out of memory; lower --seq-len or --tokens", 1
+    except OSError as error:  # a folder without permission, a disk that went away
+        message, code = str(error), 1
     print(f"lillama: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

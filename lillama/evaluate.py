@@ -116,7 +116,9 @@ def _measure(
 
 def _perplexity(nll: float, predicted: int) -> float:
     mean = nll / predicted
-    return math.exp(mean) if mean < 700 else math.inf
+    if mean > 700:
+        raise RunError(f"the mean loss is {mean:.0f} nats a token; the model is broken")
+    return math.exp(mean)
 
 
 def evaluate(

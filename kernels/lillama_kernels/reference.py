@@ -32,13 +32,11 @@ SCAN_CHUNK = 16
 LOG2_E = math.log2(math.e)
 
 
-# low_rank_linear
 def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x A^T B^T + bias. x [..., K], A [R, K], B [N, R], bias [N] -> y [..., N]."""
     return F.linear(F.linear(x, A), B, bias)
 
 
-# low_rank_experts
 class ProjectionFactors(NamedTuple):
     """One projection (gate, up or down) of every expert, padded with zeros to the largest rank.
 
@@ -143,7 +141,6 @@ def low_rank_experts(
     return y[inverse].view(*topk_index.shape, hidden.shape[1]).sum(1).to(hidden.dtype)
 
 
-# distill_loss
 def distill_loss(
     student: Tensor, teacher: Tensor, mask: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
@@ -168,7 +165,6 @@ def distill_loss(
     return loss.sum() / (loss.numel() if mask is None else mask.sum())
 
 
-# selective_scan
 class _Scan(torch.autograd.Function):
     """h_t = exp(dt_t A) h_(t-1) + dt_t u_t B_t;  y_t = h_t . C_t, time first, in chunks of
     SCAN_CHUNK.
@@ -276,7 +272,6 @@ def selective_scan(
     return y.to(x.dtype), last
 
 
-# causal_conv1d
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

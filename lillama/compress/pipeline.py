@@ -97,7 +97,6 @@ class _Run:
         )
         self.save_dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
 
-    # bookkeeping
     def tick(self, stage: str, tokens: int) -> None:
         self.done_tokens += tokens
         if self.progress is not None:
@@ -164,7 +163,6 @@ class _Run:
             self.tick(stage, rows.numel() * source.shape[1])
         return out
 
-    # one block
     def teacher_pass(self, block: nn.Module, index: int, sets: list[_Set]) -> GramCollector:
         """Targets of every stream; Gram matrices from the training stream when the init wants
         them."""
@@ -242,24 +240,21 @@ class _Run:
         )
         return student, report
 
-    # the model
     def run(self, writer: CheckpointWriter) -> list[dict]:
         """Every block in order, then the rest; returns the report's rows."""
         compressed = self.plan.blocks
         last = compressed[-1]
         train = self.train.input_ids.numel()
         both = train + self.held_out.input_ids.numel()
-        # the teacher runs blocks 0..last, the student's stream goes from the first compressed to
-        # last
+        # the teacher runs blocks 0..last, the student's stream from the first compressed to last
         self.total_tokens = both * (last + 1 + last - compressed[0])
         if self.options.train:
             self.total_tokens += train * len(compressed)
         sets = [self.embed(self.train), self.embed(self.held_out)]
         rows = []
         for index in range(len(self.teacher.blocks)):
-            if (
-                index > last
-            ):  # nothing above it is compressed: the bytes pass through, nothing is computed
+            # nothing above `last` is compressed: the bytes pass through, nothing is computed
+            if index > last:
                 writer.add_shard(block_tensors(self.teacher, index, None, {}, self.save_dtype))
                 continue
             with self.teacher.block(index) as block:
