@@ -269,7 +269,8 @@ def test_cli_ctrl_c_in_a_step_is_one_line(fails, monkeypatch):
     assert fails(1) == "lillama: error: interrupted; nothing was left half-written\n"
 
 
-def test_cli_sigint_while_training_leaves_nothing(mamba, text_file, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_cli_sigint_while_training_leaves_nothing(stop, mamba, text_file, tmp_path):
     """A real Ctrl-C to a real process."""
     out = tmp_path / "out"
     command = ["compress", mamba, out, "--reduction", 0.2, "--text", text_file]
@@ -286,7 +287,7 @@ def test_cli_sigint_while_training_leaves_nothing(mamba, text_file, tmp_path):
     while not unfinished.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None and unfinished.exists()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (1, "")
     assert stderr == "lillama: error: interrupted; nothing was left half-written\n"
