@@ -24,13 +24,18 @@ from lillama.checkpoint import (
     sentinel_names,
     tensor_bytes,
 )
-from lillama.compress.plan import count_params
 from lillama.config import EvalConfig
 from lillama.data import EvaluationText, evaluation_blocks
 from lillama.errors import InputError, RunError
 from lillama.families import family_of
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
+from lillama.loading import (
+    check_vocabulary,
+    choose_device,
+    count_params,
+    load_model,
+    load_tokenizer,
+)
 
 __all__ = ["evaluate", "stored_size"]
 

@@ -1,6 +1,7 @@
 """Open a model or tokenizer that is already on disk, dense or compressed, with errors a user can
 act on."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,24 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
 from lillama.errors import InputError
-from lillama.integrations.transformers import register
+from lillama.families import family_of
+from lillama.integrations.transformers import dense_shapes, register
 
-__all__ = ["check_vocabulary", "choose_device", "load_model", "load_tokenizer"]
+__all__ = [
+    "check_vocabulary",
+    "choose_device",
+    "count_params",
+    "load_model",
+    "load_tokenizer",
+    "skeleton",
+]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -60,6 +70,24 @@ def check_vocabulary(token_ids: torch.Tensor, vocab_size: int) -> None:
             f"the tokenizer gives token {largest}, the model has {vocab_size}; "
             "they do not belong together"
         )
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the meta device: shapes and modules, no memory."""
+    config = copy.deepcopy(config)  # the model keeps and edits the object it is given
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(config)).eval()
+
+
+def count_params(config: PretrainedConfig, ranks: dict[str, int] | None = None) -> int:
+    """Parameters of the dense model of this config, or with `ranks` of the factorised one; tied
+    ones once."""
+    model = skeleton(config)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    if not ranks:
+        return params
+    shapes = dense_shapes(model, family_of(config.model_type), ranks)
+    return params - sum(N * K - ranks[name] * (N + K) for name, (N, K) in shapes.items())
 
 
 def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:

@@ -19,9 +19,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lillama.checkpoint import TensorHeader, read_headers
-from lillama.compress.plan import block_list, skeleton
+from lillama.compress.plan import block_list
 from lillama.errors import InputError, RunError
 from lillama.families import Family
+from lillama.loading import skeleton
 
 __all__ = ["TeacherBlocks"]
 

@@ -1,23 +1,21 @@
 """What a compression would do, from config.json and the shards' headers alone: instant at any
 size."""
 
-import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
 from lillama.config import PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import Family, family_of
-from lillama.integrations.transformers import dense_shapes
+from lillama.loading import skeleton
 
-__all__ = ["Plan", "block_list", "count_params", "find_matrices", "make_plan", "plan", "skeleton"]
+__all__ = ["Plan", "block_list", "find_matrices", "make_plan", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -108,24 +106,6 @@ class Plan:
             "dense_targets": len(self.matrices) - len(rows),
             "matrices": rows,
         }
-
-
-def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the meta device: shapes and modules, no memory."""
-    config = copy.deepcopy(config)  # the model keeps and edits the object it is given
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(config)).eval()
-
-
-def count_params(config: PretrainedConfig, ranks: dict[str, int] | None = None) -> int:
-    """Parameters of the dense model of this config, or with `ranks` of the factorised one; tied
-    ones once."""
-    model = skeleton(config)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    if not ranks:
-        return params
-    shapes = dense_shapes(model, family_of(config.model_type), ranks)
-    return params - sum(N * K - ranks[name] * (N + K) for name, (N, K) in shapes.items())
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
