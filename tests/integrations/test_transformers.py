@@ -112,7 +112,8 @@ def test_saved_tensors_are_unpadded_under_hub_names(model, tmp_path):
         assert shapes.pop(f"{name}.lr_B") == (N, rank)
     assert shapes.pop(f"{EXPERTS}.2.w3.lr_W") == (64, 32)
     names = sentinel_names(list(shapes), family_of("mixtral"), MIXTRAL_RANKS)
-    assert [shapes.pop(name) for name in names] == [(1, 1)]
+    # transformers 5.17 squeezes it
+    assert [shapes.pop(name) in [(1, 1), ()] for name in names] == [True]
     assert not any(name.startswith(f"{EXPERTS}.") for name in shapes)
     dense = {n for n in shapes if n.startswith("model.layers.1.block_sparse_moe.experts.")}
     assert len(dense) == 12
