@@ -31,7 +31,7 @@ from lillama.loading import load_model
 HERE = Path(__file__).parent
 OUT = Path("demo-out")
 REDUCTION = 0.2
-TOKENS = 120_000
+TOKENS = 300_000
 SEQ_LEN = 256
 HELD_OUT_BYTES = 250_000
 PROMPT = "def read_file(path):\n"
