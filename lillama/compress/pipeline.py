@@ -358,13 +358,14 @@ def compress(
             item = plan.item_bytes if run.save_dtype is None else run.save_dtype.itemsize
             check_space(config.out, round(plan.params_after * item))
             blocks = run.run(writer)
-            bytes_after = writer.total_bytes - 4 * len(sentinel(plan.family, plan.ranks)[1][:1])
+            _, sentinel_shape = sentinel(plan.family, plan.ranks)
+            bytes_after = writer.total_bytes - torch.zeros(sentinel_shape).nbytes
             report = {
                 "params_before": plan.params_before,
                 "params_after": plan.params_after,
                 "reduction": plan.reduction,
                 "target_reduction": config.reduction,
-                "target_weights_reduction": plan.as_json()["target_weights_reduction"],
+                "target_weights_reduction": plan.target_weights_reduction,
                 "bytes_before": plan.bytes_before,
                 "bytes_after": bytes_after,
                 "tokens": run.train.num_tokens,

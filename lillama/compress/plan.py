@@ -43,6 +43,12 @@ class Plan:
         return 1 - self.params_after / self.params_before
 
     @property
+    def target_weights_reduction(self) -> float:
+        """Share of the target matrices' own parameters removed."""
+        targets = sum(m.N * m.K for m in self.matrices)
+        return (self.params_before - self.params_after) / targets
+
+    @property
     def bytes_after(self) -> int:
         return self.bytes_before - round(removed(self.matrices, self.ranks) * self.item_bytes)
 
@@ -91,13 +97,12 @@ class Plan:
                     "flops_per_token_after": now,
                 }
             )
-        targets = sum(m.N * m.K for m in self.matrices)
         return {
             "strategy": self.strategy,
             "params_before": self.params_before,
             "params_after": self.params_after,
             "reduction": self.reduction,
-            "target_weights_reduction": (self.params_before - self.params_after) / targets,
+            "target_weights_reduction": self.target_weights_reduction,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "max_reduction": self.max_reduction,
