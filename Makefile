@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test check bench gpu clean
+.PHONY: help setup demo test check compile-gate bench gpu clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.installed ## create .venv with lillama and the development tools in it
 	@:
@@ -25,6 +25,9 @@ check: setup ## lint, formatting and types
 	@echo "ruff check" && $(BIN)/ruff check .
 	@echo "ruff format --check" && $(BIN)/ruff format --check .
 	@echo "pyright" && $(BIN)/pyright
+
+compile-gate: setup ## compile every shipped Triton tile for five GPU targets; no GPU needed
+	@$(BIN)/python -m lillama_kernels.compile_gate
 
 bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.json, which git ignores
 	@mkdir -p .benchmarks

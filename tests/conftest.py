@@ -1,6 +1,12 @@
 """Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
 
+import os
+import sys
 from pathlib import Path
+
+# Triton binds its functions to its interpreter when it is imported, and torch may import it.
+if not any("cuda" in argument for argument in sys.argv):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

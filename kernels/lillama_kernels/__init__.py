@@ -1,13 +1,13 @@
 """Low-rank kernels: every op as a plain function with a documented contract.
 
-This package imports torch (and, once kernels land, triton) and nothing of models, configs or files.
+This package imports torch, and triton when a kernel runs; nothing of models, configs or files.
 """
 
 from lillama_kernels.causal_conv1d import causal_conv1d
 from lillama_kernels.distill_loss import distill_loss
 from lillama_kernels.impl import kernels_impl
 from lillama_kernels.low_rank_experts import ExpertFactors, ProjectionFactors, low_rank_experts
-from lillama_kernels.low_rank_linear import low_rank_linear
+from lillama_kernels.low_rank_linear import low_rank_linear, low_rank_linears
 from lillama_kernels.selective_scan import selective_scan
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "kernels_impl",
     "low_rank_experts",
     "low_rank_linear",
+    "low_rank_linears",
     "selective_scan",
 ]

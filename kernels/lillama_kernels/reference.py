@@ -8,6 +8,7 @@ Nothing here checks its arguments; the public function of the same name does tha
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "distill_loss",
     "low_rank_experts",
     "low_rank_linear",
+    "low_rank_linears",
     "selective_scan",
 ]
 
@@ -35,6 +37,14 @@ LOG2_E = math.log2(math.e)
 def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x A^T B^T + bias. x [..., K], A [R, K], B [N, R], bias [N] -> y [..., N]."""
     return F.linear(F.linear(x, A), B, bias)
+
+
+def low_rank_linears(
+    x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """y_i = x A_i^T B_i^T + bias_i for one x."""
+    pairs = zip(As, Bs, biases, strict=True)
+    return [low_rank_linear(x, A, B, bias) for A, B, bias in pairs]
 
 
 class ProjectionFactors(NamedTuple):

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -24,8 +25,8 @@ from torch import Tensor
 NOT_OPS = {"ExpertFactors", "ProjectionFactors", "kernels_impl"}
 OPS = sorted(set(lillama_kernels.__all__) - NOT_OPS)
 CPU = torch.zeros(1)
-# resolve_impl asks a tensor only for is_cuda
-CUDA = cast(Tensor, SimpleNamespace(is_cuda=True))
+# resolve_impl asks a tensor only for these
+CUDA = cast(Tensor, SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda"))
 
 
 def inputs_of(op: str, device: torch.device) -> dict:
@@ -43,6 +44,9 @@ def inputs_of(op: str, device: torch.device) -> dict:
             inputs |= {"topk_index": index, "factors": expert_factors(tensors, ranks)}
         case "low_rank_linear":
             inputs |= low_rank_linear_inputs([3], 4, 5, 2, **where)
+        case "low_rank_linears":
+            tensors = low_rank_linear_inputs([3], 4, 5, 2, **where)
+            inputs |= {"x": tensors["x"], "As": [tensors["A"]] * 2, "Bs": [tensors["B"]] * 2}
         case "selective_scan":
             inputs |= selective_scan_inputs(1, 2, 3, 4, **where)
         case _:
@@ -54,7 +58,7 @@ def call(op: str, device: torch.device, **arguments):
     return getattr(lillama_kernels, op)(**inputs_of(op, device), **arguments)
 
 
-def assert_equal(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]):
+def assert_equal(actual: Tensor | Sequence[Tensor], expected: Tensor | Sequence[Tensor]):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -70,9 +74,10 @@ def one_kernel(monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_triton_without_a_kernel_is_refused(op, no_kernels, device):
-    with pytest.raises(NotImplementedError, match=f"{op} has no Triton kernel yet"):
+    name = {"low_rank_linears": "low_rank_linear", "distill_loss_and_grad": "distill_loss"}
+    with pytest.raises(NotImplementedError, match=f"{name.get(op, op)} has no Triton kernel yet"):
         call(op, device, impl="triton")
-    with kernels_impl("triton"), pytest.raises(NotImplementedError, match=op):
+    with kernels_impl("triton"), pytest.raises(NotImplementedError, match=name.get(op, op)):
         call(op, device)
 
 
@@ -86,7 +91,7 @@ def test_unknown_impl_is_refused(op, device):
 def test_explicit_argument_wins_over_the_switch(op, no_kernels, device):
     with kernels_impl("triton"):
         forced = call(op, device, impl="reference")
-    with kernels_impl("reference"), pytest.raises(NotImplementedError, match=op):
+    with kernels_impl("reference"), pytest.raises(NotImplementedError, match="no Triton kernel"):
         call(op, device, impl="triton")
     plain = call(op, device)
     assert_equal(forced, plain)
@@ -111,6 +116,41 @@ def test_switch_forces_and_restores(one_kernel):
             assert resolve_impl("fast", "auto", CPU) == "triton"
         assert resolve_impl("fast", "auto", CUDA) == "reference"
     assert resolve_impl("fast", "auto", CUDA) == "triton"
+
+
+def test_switch_for_named_ops_only(one_kernel):
+    with kernels_impl("triton", ops=["fast"]):
+        assert resolve_impl("fast", "auto", CPU) == "triton"
+        assert resolve_impl("plain", "auto", CPU) == "reference"
+    assert resolve_impl("fast", "auto", CPU) == "reference"
+
+
+def test_the_ops_own_table_decides_for_auto_only(one_kernel):
+    assert resolve_impl("fast", "auto", CUDA, auto="reference") == "reference"
+    assert resolve_impl("fast", "triton", CUDA, auto="reference") == "triton"
+    assert resolve_impl("fast", "auto", CPU, auto="triton") == "reference"
+
+
+def test_auto_without_the_package_is_the_reference(one_kernel, monkeypatch):
+    monkeypatch.setattr(rule, "_has_triton", lambda: False)
+    assert resolve_impl("fast", "auto", CUDA) == "reference"
+    with pytest.raises(NotImplementedError, match="the package triton, which is not installed"):
+        resolve_impl("fast", "triton", CUDA)
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(one_kernel, monkeypatch):
+    monkeypatch.setattr(rule, "interpreting", lambda: False)
+    assert resolve_impl("fast", "triton", CUDA) == "triton"
+    with pytest.raises(NotImplementedError, match="needs tensors on a CUDA device, got cpu"):
+        resolve_impl("fast", "triton", CPU)
+
+
+def test_the_interpreter_refuses_bf16(one_kernel, monkeypatch):
+    monkeypatch.setattr(rule, "interpreting", lambda: True)
+    with pytest.raises(NotImplementedError, match="computes bfloat16 wrongly"):
+        resolve_impl("fast", "triton", CPU.bfloat16())
+    with pytest.raises(NotImplementedError, match="computes bfloat16 wrongly"):
+        resolve_impl("fast", "triton", CPU, dtype=torch.bfloat16)
 
 
 def test_switch_restores_after_an_exception(one_kernel):

@@ -1,0 +1,200 @@
+"""Committed tile tables per (op, target, dtype), and what a launch needs to know about its device.
+
+No autotuning in the library: a table is filled offline, reviewed, and says where its numbers come
+from. **No entry was measured on a GPU yet**; they follow from bytes, registers and shared memory,
+and the compile gate (`compile_gate.py`) holds every one of them to the limits below.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lillama_kernels.impl import interpreting
+
+__all__ = [
+    "CHAIN_MAX_RANK",
+    "DECODE_MAX_ROWS",
+    "DTYPES",
+    "MAX_SPLIT",
+    "NUM_PROGRAMS",
+    "PDL_TARGETS",
+    "SHARED_BYTES",
+    "TARGETS",
+    "Tile",
+    "chain_tile",
+    "cooperative_tile",
+    "decode_split",
+    "decode_tiles",
+    "dtype_name",
+    "matmul_tile",
+    "target_of",
+]
+
+# GPUs that the kernels are compiled for: A100, consumer Ampere and Ada, H100 and H200, B200, MI300
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+# Shared memory that one program may use, bytes (CUDA C++ Programming Guide 13.0, table 30; CDNA3
+# ISA: 64 KiB of LDS)
+SHARED_BYTES = {
+    "sm_80": 166_912,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+}
+# Multiprocessors of the largest common card; a split must not depend on the card at hand, or the
+# same inputs would round differently on an H100 with 114 of them than on one with 132
+NUM_PROGRAMS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# Where a kernel may start before the one in front of it has ended (programmatic dependent launch)
+PDL_TARGETS = ("sm_90", "sm_100")
+
+# torch dtypes that kernels take, with Triton's names
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """blocks: the BLOCK_* (and other) compile-time sizes of a kernel."""
+
+    blocks: Mapping[str, int]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What the compiler is told besides the sizes."""
+        # fp fusion is Triton's default of today; 3.9 warns when it is not named
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Triton's name of a dtype that the kernels take.
+
+    Raises:
+        TypeError: they do not take it.
+    """
+    if dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise TypeError(f"Triton kernels take {names}; got {str(dtype).removeprefix('torch.')}")
+    return DTYPES[dtype]
+
+
+@functools.cache
+def _target_of_card(index: int) -> str | None:
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+        return name if name in TARGETS else None
+    major, minor = torch.cuda.get_device_capability(index)
+    # 8.6, 8.7 and 8.9 and all of 12.x have the small shared memory of sm_89
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_89"
+    return {9: "sm_90", 10: "sm_100", 12: "sm_89"}.get(major)
+
+
+@torch.compiler.assume_constant_result
+def _target(device_type: str, index: int | None) -> str | None:
+    if interpreting():
+        return "sm_90"
+    if device_type != "cuda":
+        return None
+    return _target_of_card(torch.cuda.current_device() if index is None else index)
+
+
+def target_of(device: torch.device) -> str | None:
+    """The entry of TARGETS whose tiles a device runs, None where there is none.
+
+    The interpreter runs the tiles of sm_90.
+    """
+    return _target(device.type, device.index)
+
+
+# low_rank_linear
+
+# Rows up to which both stages go through the decode kernels
+DECODE_MAX_ROWS = 64
+# Ranks that the chain kernel can keep on the chip
+CHAIN_MAX_RANK = 256
+MAX_SPLIT = 4
+
+
+def decode_tiles(
+    target: str, dtype: torch.dtype, rows: int, aligned: bool = True
+) -> tuple[Tile, Tile]:
+    """Tiles of the first (BLOCK_M, BLOCK_R, BLOCK_K) and the second kernel (BLOCK_M, BLOCK_N,
+    BLOCK_R) for 1 to DECODE_MAX_ROWS rows.
+
+    aligned: rows of a multiple of 8 elements. Others load element by element, which takes more
+    registers.
+    """
+    block_m = next(size for size in (16, 32, DECODE_MAX_ROWS) if rows <= size)
+    # small shared memory takes fewer tiles in flight
+    stages = {"sm_89": 3, "gfx942": 1}.get(target, 4)
+    if dtype == torch.float32 or not aligned:  # small tiles, or registers spill
+        first = {"BLOCK_M": block_m, "BLOCK_R": 16, "BLOCK_K": 64}
+        second = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_R": 32 if aligned else 16}
+    else:
+        # narrow blocks of ranks: 1024 of them give 64 programs without splitting K
+        first = {"BLOCK_M": block_m, "BLOCK_R": 16, "BLOCK_K": 256 if block_m == 16 else 128}
+        wide = block_m == 16 and target != "sm_89"
+        second = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": 128 if wide else 64}
+    return (
+        Tile(blocks=first, num_warps=4, num_stages=stages),
+        Tile(blocks=second, num_warps=4, num_stages=stages),
+    )
+
+
+def cooperative_tile(target: str, dtype: torch.dtype, rows: int, aligned: bool = True) -> Tile:
+    """Tile of both stages in one launch (FIRST_R and BLOCK_K of the first stage; BLOCK_M, BLOCK_N
+    and BLOCK_R of the second): a weight tile is kept across the barrier, so a smaller one."""
+    first, second = decode_tiles(target, dtype, rows, aligned)
+    blocks = dict(second.blocks) | {
+        "BLOCK_R": min(second.blocks["BLOCK_R"], 64 if second.blocks["BLOCK_M"] == 16 else 32),
+        "FIRST_R": first.blocks["BLOCK_R"],
+        "BLOCK_K": first.blocks["BLOCK_K"],
+    }
+    return Tile(blocks=blocks, num_warps=4, num_stages=second.num_stages)
+
+
+def decode_split(target: str, dtype: torch.dtype, rank: int, in_features: int, tile: Tile) -> int:
+    """Parts of K for the first kernel: enough programs for half of the multiprocessors, each with
+    two blocks of K or more. Powers of 2, so that few kernels are compiled. 1 for fp32, where the
+    second kernel would pay for each part with as many products outside the tensor cores."""
+    if dtype == torch.float32:
+        return 1
+    # the cooperative tile has both stages' blocks
+    programs = -(-rank // tile.blocks.get("FIRST_R", tile.blocks["BLOCK_R"]))
+    split = 1
+    while (
+        split < MAX_SPLIT
+        and 2 * programs * split < NUM_PROGRAMS[target]
+        and 4 * split * tile.blocks["BLOCK_K"] <= in_features
+    ):
+        split *= 2
+    return split
+
+
+def matmul_tile(target: str, dtype: torch.dtype, aligned: bool = True) -> Tile:
+    """Tile of the plain product (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)."""
+    if dtype == torch.float32 or not aligned:
+        blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}
+        return Tile(blocks=blocks, num_warps=4, num_stages=1 if target == "gfx942" else 3)
+    if target in ("sm_90", "sm_100"):
+        blocks = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
+        return Tile(blocks=blocks, num_warps=8, num_stages=4)
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8}
+    return Tile(blocks=blocks, num_warps=8, num_stages=2 if target == "gfx942" else 3)
+
+
+def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
+    """Tile of the kernel that keeps z on the chip (BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K) for ranks up
+    to CHAIN_MAX_RANK."""
+    block_r = next(size for size in (16, 32, 64, 128, CHAIN_MAX_RANK) if rank <= size)
+    small = dtype == torch.float32 or target in ("sm_89", "gfx942")
+    block_m = 16 if dtype == torch.float32 else 64 if block_r == CHAIN_MAX_RANK or small else 128
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": 32 if small else 64, "BLOCK_R": block_r, "BLOCK_K": 32}
+    return Tile(blocks=blocks, num_warps=8, num_stages=1 if target == "gfx942" else 2)

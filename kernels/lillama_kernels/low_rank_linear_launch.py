@@ -1,0 +1,288 @@
+"""Launchers of low_rank_linear's Triton kernels, and the list of what is compiled for each GPU.
+
+Inputs are as `low_rank_linear.py` hands them over: x [M, K] with M > 0, A [R, K], every B_i
+[N_i, R_i], all of one dtype and device and with unit last stride.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lillama_kernels import low_rank_linear_triton
+from lillama_kernels.compile_gate import Variant
+from lillama_kernels.launch import (
+    CHAIN_MAX_RANK,
+    DECODE_MAX_ROWS,
+    DTYPES,
+    MAX_SPLIT,
+    NUM_PROGRAMS,
+    PDL_TARGETS,
+    Tile,
+    chain_tile,
+    cooperative_tile,
+    decode_split,
+    decode_tiles,
+    matmul_tile,
+    target_of,
+)
+
+__all__ = [
+    "low_rank_linear_chain",
+    "low_rank_linear_cooperative",
+    "low_rank_linear_decode",
+    "low_rank_linear_matmul",
+    "variants",
+]
+
+
+kernels: Any = low_rank_linear_triton  # jitted functions mean nothing to a type checker
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _target(tensor: Tensor) -> str:
+    target = target_of(tensor.device)
+    if target is None:
+        raise NotImplementedError(f"no Triton tiles for the GPU {tensor.device}; use the reference")
+    return target
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether all rows start at multiples of 8 elements, so that they load 16 bytes at a time."""
+    return all(t.shape[-1] % 8 == 0 and t.stride(0) % 8 == 0 for t in tensors)
+
+
+def low_rank_linear_decode(
+    x: Tensor,
+    A: Tensor,
+    Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    tiles: tuple[Tile, Tile] | None = None,
+    split: int | None = None,
+) -> list[Tensor]:
+    """Every y_i [M, N_i] for M <= DECODE_MAX_ROWS by two kernels; A is the pairs' concatenation.
+
+    tiles and split: other than the committed ones, to measure them.
+    """
+    target = _target(x)
+    rows, in_features = x.shape
+    rank = A.shape[0]
+    ys = [x.new_empty((rows, B.shape[0])) for B in Bs]
+    aligned = _aligned(x, A, *Bs, *ys)
+    first, second = tiles or decode_tiles(target, x.dtype, rows, aligned)
+    split = split or decode_split(target, x.dtype, rank, in_features, first)
+    z = x.new_empty((split, rows, rank))
+    pdl = {"launch_pdl": True} if target in PDL_TARGETS and x.is_cuda else {}
+    grid = (triton.cdiv(rank, first.blocks["BLOCK_R"]), split)
+    blocks_n = sum(triton.cdiv(B.shape[0], second.blocks["BLOCK_N"]) for B in Bs)
+    with _on(x):
+        kernels._low_rank_linear_first_kernel[grid](
+            x, A, z, rows, in_features, rank, x.stride(0), A.stride(0),
+            SPLIT_K=split, ALIGNED=aligned, USE_PDL=bool(pdl), **first.blocks, **first.options,
+        )  # fmt: skip
+        kernels._low_rank_linear_second_kernel[(blocks_n,)](
+            z, tuple(Bs), tuple(B if b is None else b for b, B in zip(biases, Bs, strict=True)),
+            tuple(ys), rows, rank, tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs),
+            tuple(B.stride(0) for B in Bs),
+            SPLIT_K=split, BIASES=sum(1 << i for i, b in enumerate(biases) if b is not None),
+            ALIGNED=aligned, USE_PDL=bool(pdl), **second.blocks, **second.options, **pdl,
+        )  # fmt: skip
+    return ys
+
+
+def low_rank_linear_cooperative(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    counter: Tensor,
+    tile: Tile | None = None,
+    split: int | None = None,
+) -> Tensor:
+    """y [M, N] for M <= DECODE_MAX_ROWS by one cooperative launch.
+
+    Not used by the public function: it ships when it measures faster than
+    `low_rank_linear_decode`. counter: int64 [1], zero before its first use, shared only by
+    launches that cannot overlap; every launch leaves it a multiple of the number of programs.
+    """
+    target = _target(x)
+    rows, in_features = x.shape
+    out_features, rank = B.shape
+    y = x.new_empty((rows, out_features))
+    aligned = _aligned(x, A, B, y)
+    tile = tile or cooperative_tile(target, x.dtype, rows, aligned)
+    split = split or decode_split(target, x.dtype, rank, in_features, tile)
+    z = x.new_empty((split, rows, rank))
+    # every program must be resident, or the barrier waits for ever; in the interpreter, which runs
+    # them one after the other, a few will do
+    programs = 4
+    if x.is_cuda:
+        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    options = tile.options
+    if x.is_cuda:
+        options["launch_cooperative_grid"] = True
+    with _on(x):
+        for phase in (0,) if x.is_cuda else (1, 2):
+            kernels._low_rank_linear_cooperative_kernel[(programs,)](
+                x, A, z, B, B if bias is None else bias, y, counter, rows, in_features,
+                out_features, rank, x.stride(0), A.stride(0), B.stride(0),
+                SPLIT_K=split, HAS_BIAS=bias is not None, ALIGNED=aligned, NUM_PROGRAMS=programs,
+                PHASE=phase, **tile.blocks, **options,
+            )  # fmt: skip
+    return y
+
+
+def low_rank_linear_chain(
+    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, tile: Tile | None = None
+) -> Tensor:
+    """y [M, N] for R <= CHAIN_MAX_RANK by one kernel that keeps z on the chip.
+
+    Not used by the public function until a measurement speaks for it.
+    """
+    target = _target(x)
+    rows, in_features = x.shape
+    out_features, rank = B.shape
+    tile = tile or chain_tile(target, x.dtype, rank)
+    y = x.new_empty((rows, out_features))
+    blocks_m = triton.cdiv(rows, tile.blocks["BLOCK_M"])
+    blocks_n = triton.cdiv(out_features, tile.blocks["BLOCK_N"])
+    # few rows: several programs share a block of rows, and each computes its z
+    shares = min(blocks_n, max(1, NUM_PROGRAMS[target] // blocks_m))
+    with _on(x):
+        kernels._low_rank_linear_chain_kernel[(blocks_m, shares)](
+            x, A, B, B if bias is None else bias, y, rows, in_features, out_features, rank,
+            x.stride(0), A.stride(0), B.stride(0),
+            HAS_BIAS=bias is not None, ALIGNED=_aligned(x, A, B, y), **tile.blocks, **tile.options,
+        )  # fmt: skip
+    return y
+
+
+def low_rank_linear_matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """a [M, K] times b [N, K]^T (+ bias [N]) -> [M, N], each operand a matrix with unit stride in
+    one of its dimensions; out may be a view with unit last stride."""
+    rows, inner = a.shape
+    columns = b.shape[0]
+    c = a.new_empty((rows, columns)) if out is None else out
+    a_rows, b_rows = a.stride(1) == 1, b.stride(1) == 1
+    aligned = _aligned(a if a_rows else a.T, b if b_rows else b.T, c)
+    tile = tile or matmul_tile(_target(a), a.dtype, aligned)
+    grid = triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(columns, tile.blocks["BLOCK_N"])
+    with _on(a):
+        kernels._low_rank_linear_matmul_kernel[(grid,)](
+            a, b, b if bias is None else bias, c, rows, columns, inner,
+            a.stride(0 if a_rows else 1), b.stride(0 if b_rows else 1), c.stride(0),
+            A_ROWS_ARE_M=a_rows, B_ROWS_ARE_N=b_rows, HAS_BIAS=bias is not None,
+            ALIGNED=aligned, **tile.blocks, **tile.options,
+        )  # fmt: skip
+    return c
+
+
+# What the compile gate compiles: each kernel as the launchers above call it
+def _variant(
+    name: str,
+    kernel: Any,
+    dtype: torch.dtype,
+    tile: Tile,
+    matrix: str,
+    pairs: int = 1,
+    aligned: bool = True,
+    **constants: Any,
+) -> Variant:
+    pointer, number = f"*{DTYPES[dtype]}:16", "i32:16" if aligned else "i32"
+    signature: dict[str, Any] = {}
+    constants |= {**tile.blocks, "ALIGNED": aligned, **constants}
+    for parameter in kernel.params:
+        argument = parameter.name
+        if argument in constants:
+            continue
+        if argument == "counter_ptr":
+            kind = "*i64:16"
+        elif argument.endswith(("_ptr", "_ptrs")):
+            kind = pointer
+        else:
+            kind = "i32" if parameter.do_not_specialize else number
+        signature[argument] = (kind,) * pairs if argument.endswith("s") else kind
+    label = f"low_rank_linear {name} {DTYPES[dtype]}" + ("" if aligned else " unaligned")
+    return Variant(label, kernel, signature, constants, tile.options, matrix)
+
+
+def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
+    first_kernel = kernels._low_rank_linear_first_kernel
+    second_kernel = kernels._low_rank_linear_second_kernel
+    together = kernels._low_rank_linear_cooperative_kernel
+    found = []
+    matrix = "none" if dtype == torch.float32 else "any"
+    pdl = target in PDL_TARGETS
+    splits = (1,) if dtype == torch.float32 else (1, 2, MAX_SPLIT)
+    for rows in (16, 32, DECODE_MAX_ROWS):
+        first, second = decode_tiles(target, dtype, rows)
+        for split in splits:
+            given = (dtype, first, matrix)
+            how: dict[str, Any] = {"SPLIT_K": split, "USE_PDL": pdl}
+            name = f"M{rows} split{split}"
+            found.append(_variant(f"first {name}", first_kernel, *given, **how))
+            # three pairs as in q/k/v
+            for pairs in (1, 3) if split == 1 else (1,):
+                given = (dtype, second, matrix, pairs)
+                label = f"second {name} pairs{pairs}"
+                found.append(_variant(label, second_kernel, *given, BIASES=1, **how))
+        how = {"SPLIT_K": splits[-1], "NUM_PROGRAMS": NUM_PROGRAMS[target], "PHASE": 0}
+        given = (dtype, cooperative_tile(target, dtype, rows), matrix)
+        found.append(_variant(f"cooperative M{rows}", together, *given, HAS_BIAS=True, **how))
+    how = {"SPLIT_K": splits[-1], "USE_PDL": pdl}
+    for rows in (16, DECODE_MAX_ROWS):
+        first, second = decode_tiles(target, dtype, rows, aligned=False)
+        given = (dtype, first, matrix, 1, False)
+        found.append(_variant(f"first M{rows}", first_kernel, *given, **how))
+        given = (dtype, second, matrix, 1, False)
+        found.append(_variant(f"second M{rows}", second_kernel, *given, BIASES=1, **how))
+    return found
+
+
+def variants(target: str) -> list[Variant]:
+    """Every tile that the launchers use on this target, for each dtype."""
+    found = []
+    for dtype in DTYPES:
+        found += _decode_variants(target, dtype)
+        plain = dtype == torch.float32
+        for name, a_rows, b_rows in (("xw", True, True), ("dx", True, False), ("dw", False, False)):
+            for aligned in (True, False):
+                found.append(
+                    _variant(
+                        f"matmul {name}",
+                        kernels._low_rank_linear_matmul_kernel,
+                        dtype,
+                        matmul_tile(target, dtype, aligned),
+                        # rows that are not aligned cannot be copied asynchronously
+                        "none" if plain else "wide" if aligned else "any",
+                        aligned=aligned,
+                        A_ROWS_ARE_M=a_rows,
+                        B_ROWS_ARE_N=b_rows,
+                        HAS_BIAS=name == "xw",
+                    )
+                )
+        for rank in (16, 32, 64, 128, CHAIN_MAX_RANK):
+            found.append(
+                _variant(
+                    f"chain R{rank}",
+                    kernels._low_rank_linear_chain_kernel,
+                    dtype,
+                    chain_tile(target, dtype, rank),
+                    "none" if plain else "any",
+                    HAS_BIAS=True,
+                )
+            )
+    return found

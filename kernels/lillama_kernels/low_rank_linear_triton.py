@@ -1,0 +1,322 @@
+# Triton's functions are not what they look like to a type checker:
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+"""Triton kernels of low_rank_linear: y_i = (x A_i^T) B_i^T + bias_i for one or more pairs, one x.
+
+Few rows (decode): a first kernel writes z = x A^T for all pairs at once, a second one all y_i. The
+second starts while the first still runs and waits, with its first weight tile already loaded, for z
+(programmatic dependent launch). The cooperative kernel does both in one launch. Many rows: plain
+tiled products. The chain kernel keeps z on the chip and is for ranks up to 256.
+low_rank_linear_launch.py launches them, low_rank_linear.py decides which.
+
+Letters as in reference.py; R is the sum of the pairs' ranks where A is the concatenation of theirs.
+K is summed in SPLIT_K parts, which are added up in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "_low_rank_linear_chain_kernel",
+    "_low_rank_linear_cooperative_kernel",
+    "_low_rank_linear_first_kernel",
+    "_low_rank_linear_matmul_kernel",
+    "_low_rank_linear_second_kernel",
+]
+
+
+@triton.jit
+def _multiple_of_8(value, ALIGNED: tl.constexpr):
+    """The same value; the compiler learns that it is a multiple of 8, so that 16-bit rows of such a
+    length load 16 bytes at a time."""
+    if ALIGNED:
+        return (value // 8) * 8
+    else:
+        return value
+
+
+@triton.jit
+def _first_tile(
+    x_ptr, a_ptr, z_ptr, pid_r, pid_s, M, K, R, stride_xm, stride_ar,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """z[s, :, r block] = x[:, part s of K] A[r block, part s of K]^T."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M
+    mask_r = offs_r < R
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar
+    blocks = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for block in tl.range(pid_s * blocks, (pid_s + 1) * blocks):
+        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(
+            x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        a = tl.load(
+            a_rows + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0
+        )  # [BLOCK_R, BLOCK_K]
+        acc = tl.dot(x, a.T, acc, input_precision="ieee")
+    z_rows = z_ptr + (pid_s.to(tl.int64) * M + offs_m)[:, None] * R
+    tl.store(
+        z_rows + offs_r[None, :],
+        acc.to(z_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_r[None, :],
+    )
+
+
+@triton.jit
+def _load_b(b_rows, mask_n, block, R, BLOCK_R: tl.constexpr):
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    return tl.load(
+        b_rows + offs_r[None, :], mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _add_parts(
+    acc, z_rows, b, mask_m, block, R, stride_zs, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr
+):
+    """acc + (sum of z's parts) b^T, part by part and in order.
+
+    Parts are stored rounded to the dtype of the weights. Together they err as much as z rounded
+    once: the squares of the parts' rounding errors add up to that of the whole.
+    """
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask = mask_m[:, None] & (offs_r < R)[None, :]
+    for s in tl.static_range(SPLIT_K):
+        part = z_rows + s * stride_zs + offs_r[None, :]
+        # through L2 only: other multiprocessors wrote z in this launch, or in one that still ends
+        z = tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")  # [BLOCK_M, BLOCK_R]
+        acc = tl.dot(z, b.T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _store_y(
+    y_ptr, bias_ptr, acc, offs_m, offs_n, mask_m, mask_n, N,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_rows = y_ptr + offs_m.to(tl.int64)[:, None] * N
+    tl.store(
+        y_rows + offs_n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & mask_n[None, :],
+    )
+
+
+# M is not specialised: serving changes it every step, and a new value must not compile again.
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_linear_first_kernel(
+    x_ptr, a_ptr, z_ptr, M, K, R, stride_xm, stride_ar,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, ALIGNED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    if USE_PDL:
+        # at once: the second kernel loads weights meanwhile and waits for z by itself
+        tl.extra.cuda.gdc_launch_dependents()
+    _first_tile(
+        x_ptr, a_ptr, z_ptr, tl.program_id(0), tl.program_id(1), M,
+        _multiple_of_8(K, ALIGNED), _multiple_of_8(R, ALIGNED),
+        _multiple_of_8(stride_xm, ALIGNED), _multiple_of_8(stride_ar, ALIGNED),
+        BLOCK_M, BLOCK_R, BLOCK_K, SPLIT_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_linear_second_kernel(
+    z_ptr, b_ptrs, bias_ptrs, y_ptrs, M, R, Ns, Rs, stride_bns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr, BIASES: tl.constexpr, ALIGNED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """Bit i of BIASES says whether pair i has a bias."""
+    pid = tl.program_id(0)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    stride_z = _multiple_of_8(R, ALIGNED)
+    stride_zs = M.to(tl.int64) * stride_z
+    first_block = 0
+    first_r = 0
+    for i in tl.static_range(len(b_ptrs)):
+        N = _multiple_of_8(Ns[i], ALIGNED)
+        rank = _multiple_of_8(Rs[i], ALIGNED)
+        blocks_n = tl.cdiv(N, BLOCK_N)
+        if (pid >= first_block) & (pid < first_block + blocks_n):
+            offs_n = (pid - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            b_rows = b_ptrs[i] + offs_n.to(tl.int64)[:, None] * _multiple_of_8(
+                stride_bns[i], ALIGNED
+            )
+            z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * stride_z + first_r
+            b = _load_b(b_rows, mask_n, 0, rank, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+            if USE_PDL:
+                tl.extra.cuda.gdc_wait()
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            acc = _add_parts(acc, z_rows, b, mask_m, 0, rank, stride_zs, BLOCK_R, SPLIT_K)
+            for block in tl.range(1, tl.cdiv(rank, BLOCK_R)):
+                b = _load_b(b_rows, mask_n, block, rank, BLOCK_R)
+                acc = _add_parts(acc, z_rows, b, mask_m, block, rank, stride_zs, BLOCK_R, SPLIT_K)
+            _store_y(
+                y_ptrs[i], bias_ptrs[i], acc, offs_m, offs_n, mask_m, mask_n, N,
+                (BIASES >> i) & 1,
+            )  # fmt: skip
+        first_block += blocks_n
+        first_r += rank
+
+
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_linear_cooperative_kernel(
+    x_ptr, a_ptr, z_ptr, b_ptr, bias_ptr, y_ptr, counter_ptr, M, K, N, R,
+    stride_xm, stride_ar, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    FIRST_R: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr, NUM_PROGRAMS: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """Both stages in one persistent launch with a grid barrier between them.
+
+    PHASE 0 runs all; 1 and 2 run the part before or after the barrier, for the interpreter, whose
+    programs run one after the other and would wait for ever. counter_ptr: int64, counts arrivals
+    for ever; NUM_PROGRAMS of them pass one barrier.
+    """
+    pid = tl.program_id(0)
+    K = _multiple_of_8(K, ALIGNED)
+    N = _multiple_of_8(N, ALIGNED)
+    R = _multiple_of_8(R, ALIGNED)
+    stride_bn = _multiple_of_8(stride_bn, ALIGNED)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_r = tl.cdiv(R, FIRST_R)
+    if PHASE != 2:
+        for tile in tl.range(pid, blocks_r * SPLIT_K, NUM_PROGRAMS):
+            _first_tile(
+                x_ptr, a_ptr, z_ptr, tile % blocks_r, tile // blocks_r, M, K, R,
+                _multiple_of_8(stride_xm, ALIGNED), _multiple_of_8(stride_ar, ALIGNED),
+                BLOCK_M, FIRST_R, BLOCK_K, SPLIT_K,
+            )  # fmt: skip
+    offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn
+    # before anyone waits: the first weight tile of the second stage does not depend on z
+    b = _load_b(b_rows, offs_n < N, 0, R, BLOCK_R)
+    if PHASE == 0:
+        # all stores of this program first, then one release that carries them to the others
+        tl.debug_barrier()
+        ticket = tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+        full = (ticket // NUM_PROGRAMS + 1) * NUM_PROGRAMS
+        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < full:
+            pass
+        tl.debug_barrier()
+    if PHASE != 1:
+        offs_m = tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        stride_zs = M.to(tl.int64) * R
+        z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * R
+        for tile in tl.range(pid, blocks_n, NUM_PROGRAMS):
+            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask_n = offs_n < N
+            b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn
+            if tile != pid:
+                b = _load_b(b_rows, mask_n, 0, R, BLOCK_R)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            acc = _add_parts(acc, z_rows, b, mask_m, 0, R, stride_zs, BLOCK_R, SPLIT_K)
+            for block in tl.range(1, tl.cdiv(R, BLOCK_R)):
+                b = _load_b(b_rows, mask_n, block, R, BLOCK_R)
+                acc = _add_parts(acc, z_rows, b, mask_m, block, R, stride_zs, BLOCK_R, SPLIT_K)
+            _store_y(y_ptr, bias_ptr, acc, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)
+
+
+# One of M, N and K is the number of rows, which one depends on the product: none is specialised.
+@triton.jit(do_not_specialize=["M", "N", "K"])
+def _low_rank_linear_matmul_kernel(
+    a_ptr, b_ptr, bias_ptr, c_ptr, M, N, K, stride_a, stride_b, stride_cm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    A_ROWS_ARE_M: tl.constexpr, B_ROWS_ARE_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """c[m, n] = sum_k a[m, k] b[n, k] (+ bias[n]).
+
+    a lies in memory as rows of m (A_ROWS_ARE_M) or as rows of k, b as rows of n or as rows of k;
+    stride_a and stride_b are the distances between rows.
+    """
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    # GROUP_M rows of tiles together, column by column, so that both operands stay in L2
+    group = pid // (GROUP_M * blocks_n)
+    first_m = group * GROUP_M
+    rows_here = min(blocks_m - first_m, GROUP_M)
+    within = pid % (GROUP_M * blocks_n)
+    offs_m = (first_m + within % rows_here) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (within // rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
+    stride_a = _multiple_of_8(stride_a, ALIGNED)
+    stride_b = _multiple_of_8(stride_b, ALIGNED)
+    # an extent along memory is aligned with its stride; the other extent may be any number
+    limit_m = M if A_ROWS_ARE_M else _multiple_of_8(M, ALIGNED)
+    limit_n = N if B_ROWS_ARE_N else _multiple_of_8(N, ALIGNED)
+    mask_m = offs_m < limit_m
+    mask_n = offs_n < limit_n
+    if A_ROWS_ARE_M or B_ROWS_ARE_N:
+        limit_k = _multiple_of_8(K, ALIGNED)
+    else:
+        limit_k = K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for block in tl.range(0, tl.cdiv(K, BLOCK_K)):
+        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < limit_k
+        if A_ROWS_ARE_M:
+            a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        else:
+            a_ptrs = a_ptr + offs_k.to(tl.int64)[:, None] * stride_a + offs_m[None, :]
+            a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0).T
+        if B_ROWS_ARE_N:
+            b_ptrs = b_ptr + offs_n.to(tl.int64)[:, None] * stride_b + offs_k[None, :]
+            b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_k[None, :], other=0.0).T
+        else:
+            b_ptrs = b_ptr + offs_k.to(tl.int64)[:, None] * stride_b + offs_n[None, :]
+            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    c_ptrs = c_ptr + offs_m.to(tl.int64)[:, None] * _multiple_of_8(stride_cm, ALIGNED)
+    tl.store(
+        c_ptrs + offs_n[None, :],
+        acc.to(c_ptr.dtype.element_ty),
+        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["M"])
+def _low_rank_linear_chain_kernel(
+    x_ptr, a_ptr, b_ptr, bias_ptr, y_ptr, M, K, N, R, stride_xm, stride_ar, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """y of BLOCK_M rows and one of the program's shares of N, z [BLOCK_M, BLOCK_R >= R] on the
+    chip; every share computes z again."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    K = _multiple_of_8(K, ALIGNED)
+    N = _multiple_of_8(N, ALIGNED)
+    R = _multiple_of_8(R, ALIGNED)
+    mask_m = offs_m < M
+    mask_r = offs_r < R
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * _multiple_of_8(stride_xm, ALIGNED)
+    a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * _multiple_of_8(stride_ar, ALIGNED)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for block in tl.range(0, tl.cdiv(K, BLOCK_K)):
+        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        a = tl.load(a_rows + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        acc = tl.dot(x, a.T, acc, input_precision="ieee")
+    z = acc.to(a_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
+    for tile in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * _multiple_of_8(stride_bn, ALIGNED)
+        b = _load_b(b_rows, mask_n, 0, R, BLOCK_R)
+        y = tl.dot(z, b.T, input_precision="ieee")
+        _store_y(y_ptr, bias_ptr, y, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)
