@@ -4,7 +4,7 @@ This package imports torch, and triton when a kernel runs; nothing of models, co
 """
 
 from lillama_kernels.causal_conv1d import causal_conv1d
-from lillama_kernels.distill_loss import distill_loss
+from lillama_kernels.distill_loss import distill_loss, distill_loss_and_grad
 from lillama_kernels.impl import kernels_impl
 from lillama_kernels.low_rank_experts import ExpertFactors, ProjectionFactors, low_rank_experts
 from lillama_kernels.low_rank_linear import low_rank_linear, low_rank_linears
@@ -15,6 +15,7 @@ __all__ = [
     "ProjectionFactors",
     "causal_conv1d",
     "distill_loss",
+    "distill_loss_and_grad",
     "kernels_impl",
     "low_rank_experts",
     "low_rank_linear",

@@ -1,59 +1,247 @@
-"""The distillation loss of one block: per token mean_H |a - y| - log sigmoid(cos(a, y))."""
+"""The distillation loss of one block: how far each token's features are from the teacher's."""
 
-from typing import Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lillama_kernels import reference
 from lillama_kernels.impl import Impl, resolve_impl
+from lillama_kernels.launch import DTYPES, dtype_name, target_of
+from lillama_kernels.reference import LossForm, Reduction
 
-__all__ = ["distill_loss"]
+__all__ = ["distill_loss", "distill_loss_and_grad"]
 
 
 def distill_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    form: LossForm = "l1_cosine",
     impl: Impl = "auto",
 ) -> Tensor:
-    """Feature-distillation loss of Sy et al. 2024 (arXiv 2412.16719), padding left out.
+    """Feature-distillation loss, by default that of Sy et al. 2024 (arXiv 2412.16719).
+
+    With a the student's and y the teacher's features of a token, H of them:
+        l1_cosine       mean_H |a - y| - log sigmoid(cos(a, y))
+        l1              mean_H |a - y|
+        smooth_l1       mean_H of (a - y)^2 / 2 where |a - y| < 1, else |a - y| - 1/2
+        nmse            |a - y|^2 / |y|^2
+        cosine          1 - cos(a, y)
+        norm_direction  (|a| - |y|)^2 / |y|^2 + 1 - cos(a, y)
+    A norm that divides is at least 1e-8. Gradients: kernels/README.md, "Loss forms".
+
+    Triton reads both tensors once and writes the gradient in the same pass, if one is needed;
+    autograd then scales it by its incoming gradient, which reads and writes it once more.
+    `distill_loss_and_grad` saves those two passes.
 
     Args:
-        student: [..., H], floating point; gradients flow here only.
-        teacher: [..., H], shape and device of student, must not require grad.
-        mask: [...] bool, True where a token counts; None counts all.
-        reduction: "mean" and "sum" over the counted tokens, "none" for [...] with 0 where masked.
-        impl: see `lillama_kernels.impl`.
+        student: [..., H], floating point; gradients flow here only. Autocast does not change it.
+        teacher: [..., H], floating point, on the device of student; must not require grad.
+        mask: [...] bool, True where a token counts; None counts all. What a masked token holds,
+            NaN included, reaches neither the loss nor the gradient.
+        weight: [...] floating point, factor of each token's loss; must not require grad.
+        reduction: "sum" over the counted tokens, "mean" the sum over the sum of their weights,
+            "none" for [...] with 0 where masked.
+        form: one of the above.
+        impl: see `lillama_kernels.impl`; Triton takes fp32, fp16 and bf16.
 
     Returns:
-        fp32 (fp64 for fp64 inputs). Its floor, student = teacher, is log(1 + 1/e) = 0.3133.
+        fp32 (fp64 for fp64 students). The floor of l1_cosine, student = teacher, is 0.3133.
 
     Raises:
-        ValueError: shapes differ, the teacher requires grad, no token counts (seen on the CPU; a
-            CUDA mask is not read back, there the mean over no tokens is NaN), or a name is unknown.
-        NotImplementedError: `impl="triton"`, which does not exist yet.
+        ValueError: shapes, dtypes or devices do not fit; teacher or weight requires grad; no token
+            counts (seen on the CPU; a mask or weight on a GPU is not read back, there the mean over
+            nothing is NaN); or a name is unknown.
+        TypeError: `impl="triton"` and a dtype that its kernels do not take.
+        NotImplementedError: `impl="triton"` where it cannot run.
     """
+    _check(student, teacher, mask, weight, reduction, form)
+    if not _runs_triton(student, teacher, impl):
+        return reference.distill_loss(student, teacher, mask, weight, reduction, form)
+    needs_grad = torch.is_grad_enabled() and student.requires_grad
+    rows, _ = torch.ops.lillama.distill_loss_rows(
+        *_flat(student, teacher, mask), None, form, needs_grad
+    )
+    return reference.reduce_rows(rows.view(student.shape[:-1]), mask, weight, reduction)
+
+
+def distill_loss_and_grad(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    form: LossForm = "l1_cosine",
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient in the student, outside autograd.
+
+    For a training loop that goes on with `student.backward(gradient)`: with Triton three passes
+    over memory (two reads, one write), where `distill_loss(...).backward()` takes five.
+
+    Args:
+        As `distill_loss`; reduction "mean" or "sum".
+
+    Returns:
+        The loss, and its gradient [..., H] in the dtype of student.
+
+    Raises:
+        As `distill_loss`.
+    """
+    _check(student, teacher, mask, weight, reduction, form)
+    if reduction == "none":
+        raise ValueError("distill_loss_and_grad needs reduction mean or sum, got 'none'")
+    if not _runs_triton(student, teacher, impl):
+        return reference.distill_loss_and_grad(student, teacher, mask, weight, reduction, form)
+    with torch.no_grad():
+        # of each token's loss in the result, computed where the mask lies: no host sync
+        tokens = student.shape[:-1]
+        share = student.new_ones(tokens, dtype=torch.float32) if weight is None else weight.float()
+        if mask is not None:
+            share = torch.where(mask, share, torch.zeros_like(share))
+        if reduction == "mean":
+            share = share / share.sum()
+        rows, grad = torch.ops.lillama.distill_loss_rows(
+            *_flat(student, teacher, mask), share.reshape(-1), form, True
+        )
+        loss = reference.reduce_rows(rows.view(tokens), mask, weight, reduction)
+        return loss, grad.view(student.shape)
+
+
+def _check(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    form: str,
+) -> None:
     if student.shape != teacher.shape or student.ndim < 2:
         raise ValueError(
             "student and teacher must both be [..., H] with at least one leading dimension, "
             f"got {list(student.shape)} and {list(teacher.shape)}"
         )
-    if teacher.requires_grad:
-        raise ValueError("teacher must not require grad; detach it")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-    if mask is not None:
-        if mask.shape != student.shape[:-1] or mask.dtype != torch.bool:
+    if student.shape[-1] == 0:
+        raise ValueError(f"student and teacher have no features, got {list(student.shape)}")
+    for name, known, given in (
+        ("reduction", get_args(Reduction), reduction),
+        ("form", get_args(LossForm), form),
+    ):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {given!r}")
+    tokens = list(student.shape[:-1])
+    if mask is not None and (mask.shape != student.shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool {tokens}, got {mask.dtype} {list(mask.shape)}")
+    if weight is not None and (
+        weight.shape != student.shape[:-1] or not weight.is_floating_point()
+    ):
+        raise ValueError(
+            f"weight must be floating {tokens}, got {weight.dtype} {list(weight.shape)}"
+        )
+    for name, tensor in (("student", student), ("teacher", teacher)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    for name, tensor in (("teacher", teacher), ("mask", mask), ("weight", weight)):
+        if tensor is None:
+            continue
+        if tensor.device != student.device:
             raise ValueError(
-                f"mask must be bool {list(student.shape[:-1])}, got {mask.dtype} {list(mask.shape)}"
+                f"{name} must be on the student's device, {student.device}, got {tensor.device}"
             )
+        if tensor.requires_grad:
+            raise ValueError(f"{name} must not require grad; detach it")
     if reduction == "mean":
-        empty = student.shape[:-1].numel() == 0
-        if mask is not None and not mask.is_cuda and not torch.compiler.is_compiling():
-            empty = not bool(mask.any())
-        if empty:
-            raise ValueError("the loss is over no tokens; give at least one that the mask counts")
-    resolve_impl("distill_loss", impl, student)
-    return reference.distill_loss(student, teacher, mask, reduction)
+        _check_tokens(student, mask, weight)
+
+
+def _check_tokens(student: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
+    empty = student.shape[:-1].numel() == 0
+    # reading a GPU's mask would wait for it, and torch.compile cannot branch on one
+    readable = student.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not empty and readable and (mask is not None or weight is not None):
+        share = torch.ones(student.shape[:-1]) if weight is None else weight
+        counted = share if mask is None else torch.where(mask, share, torch.zeros_like(share))
+        empty = float(counted.sum()) == 0.0
+    if empty:
+        raise ValueError(
+            "the loss is over no tokens; give at least one that the mask counts, with a weight"
+        )
+
+
+def _runs_triton(student: Tensor, teacher: Tensor, impl: Impl) -> bool:
+    known = student.dtype in DTYPES and teacher.dtype in DTYPES
+    can = known and student.is_cuda and target_of(student.device) is not None
+    auto = "triton" if can else "reference"
+    # the interpreter is wrong in bf16, whichever of the two has it
+    either = teacher.dtype if teacher.dtype == torch.bfloat16 else student.dtype
+    if resolve_impl("distill_loss", impl, student, auto, either) == "reference":
+        return False
+    for tensor in (student, teacher):
+        dtype_name(tensor.dtype)  # refuses what the kernels do not take
+    return True
+
+
+def _flat(
+    student: Tensor, teacher: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    features = student.shape[-1]
+    flat_mask = None if mask is None else mask.reshape(-1)
+    return student.reshape(-1, features), teacher.reshape(-1, features), flat_mask
+
+
+# Ops that torch.compile, autograd and CUDA graphs see as one. triton is imported when they run.
+@torch.library.custom_op("lillama::distill_loss_rows", mutates_args=())
+def _rows(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    share: Tensor | None,
+    form: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss of each token [M] fp32, and with want_grad its gradient [M, H] times share [M] fp32.
+
+    Without want_grad the gradient is empty. In autograd share must be None.
+    """
+    from lillama_kernels import distill_loss_triton
+
+    return distill_loss_triton.distill_loss_fwd(student, teacher, mask, share, form, want_grad)
+
+
+@_rows.register_fake
+def _(student, teacher, mask, share, form, want_grad):
+    grad = student.new_empty(student.shape if want_grad else (0,))
+    return student.new_empty(student.shape[0], dtype=torch.float32), grad
+
+
+@torch.library.custom_op("lillama::distill_loss_scale", mutates_args=())
+def _scale(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad [M, H] with each row times factor [M], in the dtype of grad."""
+    from lillama_kernels import distill_loss_triton
+
+    return distill_loss_triton.distill_loss_bwd(grad, factor)
+
+
+@_scale.register_fake
+def _(grad, factor):
+    return torch.empty_like(grad)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.usable = inputs[5] and inputs[3] is None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _autograd_backward(ctx: Any, grad_rows: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.usable:
+        raise RuntimeError("lillama::distill_loss_rows needs want_grad=True and no share here")
+    (grad,) = ctx.saved_tensors
+    found = None if grad_rows is None else torch.ops.lillama.distill_loss_scale(grad, grad_rows)
+    return found, None, None, None, None, None
+
+
+_rows.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -28,6 +28,7 @@ __all__ = [
     "decode_split",
     "decode_tiles",
     "dtype_name",
+    "loss_tile",
     "matmul_tile",
     "target_of",
 ]
@@ -198,3 +199,20 @@ def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
     block_m = 16 if dtype == torch.float32 else 64 if block_r == CHAIN_MAX_RANK or small else 128
     blocks = {"BLOCK_M": block_m, "BLOCK_N": 32 if small else 64, "BLOCK_R": block_r, "BLOCK_K": 32}
     return Tile(blocks=blocks, num_warps=8, num_stages=1 if target == "gfx942" else 2)
+
+
+# distill_loss
+
+
+def loss_tile(features: int) -> Tile:
+    """Tile of the loss (BLOCK_M tokens, BLOCK_H features), one for all targets and dtypes.
+
+    All features of a token where they fit: 16 to 32 of each tensor in a thread's registers, several
+    tokens together where they are few. Beyond 16384 the kernel loops over blocks of 4096.
+    """
+    if features > 16_384:
+        return Tile(blocks={"BLOCK_M": 1, "BLOCK_H": 4096}, num_warps=8, num_stages=2)
+    block_h = max(16, 1 << (features - 1).bit_length())
+    block_m = max(1, 2048 // block_h)
+    num_warps = min(16, max(4, block_m * block_h // 512))
+    return Tile(blocks={"BLOCK_M": block_m, "BLOCK_H": block_h}, num_warps=num_warps, num_stages=2)

@@ -160,10 +160,6 @@ def _low_rank_linears_triton(
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 
 
-def _unit_stride(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _concatenated(As: Sequence[Tensor]) -> Tensor:
     """[sum of R_i, K]: the A_i where they lie, if that is behind each other, else a copy."""
     first, inner = As[0], As[0].shape[1]
@@ -177,7 +173,7 @@ def _concatenated(As: Sequence[Tensor]) -> Tensor:
         )
         offset += A.numel()
     if len(As) == 1:
-        return _unit_stride(first)
+        return first
     if not adjacent:
         return torch.cat(list(As))
     return first.as_strided((sum(A.shape[0] for A in As), inner), (inner, 1))
@@ -198,12 +194,14 @@ def _forward(
     given_biases are those of the pairs that has_bias names: autograd takes no list with gaps.
     """
     from lillama_kernels import low_rank_linear_launch as launch
+    from lillama_kernels.launch_triton import unit_stride
 
     rows = x.shape[0]
     z = x.new_empty((rows if save_z else 0, sum(A.shape[0] for A in As)))
     if rows == 0:
         return [*(x.new_empty((0, B.shape[0])) for B in Bs), z]
-    x, A, Bs = _unit_stride(x), _concatenated(As), [_unit_stride(B) for B in Bs]
+    x, A = unit_stride(x), unit_stride(_concatenated(As))
+    Bs = [unit_stride(B) for B in Bs]
     remaining = iter(given_biases)
     biases = [next(remaining).contiguous() if has else None for has in has_bias]
     if rows <= DECODE_MAX_ROWS and not save_z:
@@ -236,6 +234,7 @@ def _backward(
 
     dz_i = dy_i B_i, dB_i = dy_i^T z_i, dA = dz^T x, dx = dz A; z_i, dz_i are the columns of pair i.
     """
+    from lillama_kernels.launch_triton import unit_stride
     from lillama_kernels.low_rank_linear_launch import low_rank_linear_matmul as matmul
 
     def nothing() -> Tensor:  # a new one each time: an op's results must not be one tensor
@@ -246,7 +245,7 @@ def _backward(
         dBs = [torch.zeros_like(B) if n else nothing() for B, n in zip(Bs, needs_B, strict=True)]
         dA = x.new_zeros((sum(ranks), x.shape[1])) if needs_A else nothing()
         return [torch.empty_like(x) if needs_x else nothing(), dA, *dBs]
-    grads, Bs, x = [_unit_stride(g) for g in grads], [_unit_stride(B) for B in Bs], _unit_stride(x)
+    grads, Bs, x = [unit_stride(g) for g in grads], [unit_stride(B) for B in Bs], unit_stride(x)
     dBs = [
         matmul(grad.T, z_i.T) if needed else nothing()
         for grad, z_i, needed in zip(grads, z.split(ranks, dim=1), needs_B, strict=True)
@@ -257,7 +256,7 @@ def _backward(
     for grad, B, dz_i in zip(grads, Bs, dz.split(ranks, dim=1), strict=True):
         matmul(grad, B.T, out=dz_i)
     dA = matmul(dz.T, x.T) if needs_A else nothing()
-    dx = matmul(dz, _concatenated(As).T) if needs_x else nothing()
+    dx = matmul(dz, unit_stride(_concatenated(As)).T) if needs_x else nothing()
     return [dx, dA, *dBs]
 
 

@@ -4,7 +4,6 @@ Inputs are as `low_rank_linear.py` hands them over: x [M, K] with M > 0, A [R, K
 [N_i, R_i], all of one dtype and device and with unit last stride.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from lillama_kernels.launch import (
     matmul_tile,
     target_of,
 )
+from lillama_kernels.launch_triton import current_device_of
 
 __all__ = [
     "low_rank_linear_chain",
@@ -40,11 +40,6 @@ __all__ = [
 
 
 kernels: Any = low_rank_linear_triton  # jitted functions mean nothing to a type checker
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _target(tensor: Tensor) -> str:
@@ -82,7 +77,7 @@ def low_rank_linear_decode(
     pdl = {"launch_pdl": True} if target in PDL_TARGETS and x.is_cuda else {}
     grid = (triton.cdiv(rank, first.blocks["BLOCK_R"]), split)
     blocks_n = sum(triton.cdiv(B.shape[0], second.blocks["BLOCK_N"]) for B in Bs)
-    with _on(x):
+    with current_device_of(x):
         kernels._low_rank_linear_first_kernel[grid](
             x, A, z, rows, in_features, rank, x.stride(0), A.stride(0),
             SPLIT_K=split, ALIGNED=aligned, USE_PDL=bool(pdl), **first.blocks, **first.options,
@@ -128,7 +123,7 @@ def low_rank_linear_cooperative(
     options = tile.options
     if x.is_cuda:
         options["launch_cooperative_grid"] = True
-    with _on(x):
+    with current_device_of(x):
         for phase in (0,) if x.is_cuda else (1, 2):
             kernels._low_rank_linear_cooperative_kernel[(programs,)](
                 x, A, z, B, B if bias is None else bias, y, counter, rows, in_features,
@@ -155,7 +150,7 @@ def low_rank_linear_chain(
     blocks_n = triton.cdiv(out_features, tile.blocks["BLOCK_N"])
     # few rows: several programs share a block of rows, and each computes its z
     shares = min(blocks_n, max(1, NUM_PROGRAMS[target] // blocks_m))
-    with _on(x):
+    with current_device_of(x):
         kernels._low_rank_linear_chain_kernel[(blocks_m, shares)](
             x, A, B, B if bias is None else bias, y, rows, in_features, out_features, rank,
             x.stride(0), A.stride(0), B.stride(0),
@@ -180,7 +175,7 @@ def low_rank_linear_matmul(
     aligned = _aligned(a if a_rows else a.T, b if b_rows else b.T, c)
     tile = tile or matmul_tile(_target(a), a.dtype, aligned)
     grid = triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(columns, tile.blocks["BLOCK_N"])
-    with _on(a):
+    with current_device_of(a):
         kernels._low_rank_linear_matmul_kernel[(grid,)](
             a, b, b if bias is None else bias, c, rows, columns, inner,
             a.stride(0 if a_rows else 1), b.stride(0 if b_rows else 1), c.stride(0),

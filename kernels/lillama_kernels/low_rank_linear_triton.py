@@ -15,6 +15,8 @@ K is summed in SPLIT_K parts, which are added up in a fixed order.
 import triton
 import triton.language as tl
 
+from lillama_kernels.launch_triton import multiple_of_8
+
 __all__ = [
     "_low_rank_linear_chain_kernel",
     "_low_rank_linear_cooperative_kernel",
@@ -22,16 +24,6 @@ __all__ = [
     "_low_rank_linear_matmul_kernel",
     "_low_rank_linear_second_kernel",
 ]
-
-
-@triton.jit
-def _multiple_of_8(value, ALIGNED: tl.constexpr):
-    """The same value; the compiler learns that it is a multiple of 8, so that 16-bit rows of such a
-    length load 16 bytes at a time."""
-    if ALIGNED:
-        return (value // 8) * 8
-    else:
-        return value
 
 
 @triton.jit
@@ -121,8 +113,8 @@ def _low_rank_linear_first_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     _first_tile(
         x_ptr, a_ptr, z_ptr, tl.program_id(0), tl.program_id(1), M,
-        _multiple_of_8(K, ALIGNED), _multiple_of_8(R, ALIGNED),
-        _multiple_of_8(stride_xm, ALIGNED), _multiple_of_8(stride_ar, ALIGNED),
+        multiple_of_8(K, ALIGNED), multiple_of_8(R, ALIGNED),
+        multiple_of_8(stride_xm, ALIGNED), multiple_of_8(stride_ar, ALIGNED),
         BLOCK_M, BLOCK_R, BLOCK_K, SPLIT_K,
     )  # fmt: skip
 
@@ -137,18 +129,18 @@ def _low_rank_linear_second_kernel(
     pid = tl.program_id(0)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    stride_z = _multiple_of_8(R, ALIGNED)
+    stride_z = multiple_of_8(R, ALIGNED)
     stride_zs = M.to(tl.int64) * stride_z
     first_block = 0
     first_r = 0
     for i in tl.static_range(len(b_ptrs)):
-        N = _multiple_of_8(Ns[i], ALIGNED)
-        rank = _multiple_of_8(Rs[i], ALIGNED)
+        N = multiple_of_8(Ns[i], ALIGNED)
+        rank = multiple_of_8(Rs[i], ALIGNED)
         blocks_n = tl.cdiv(N, BLOCK_N)
         if (pid >= first_block) & (pid < first_block + blocks_n):
             offs_n = (pid - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < N
-            b_rows = b_ptrs[i] + offs_n.to(tl.int64)[:, None] * _multiple_of_8(
+            b_rows = b_ptrs[i] + offs_n.to(tl.int64)[:, None] * multiple_of_8(
                 stride_bns[i], ALIGNED
             )
             z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * stride_z + first_r
@@ -183,17 +175,17 @@ def _low_rank_linear_cooperative_kernel(
     for ever; NUM_PROGRAMS of them pass one barrier.
     """
     pid = tl.program_id(0)
-    K = _multiple_of_8(K, ALIGNED)
-    N = _multiple_of_8(N, ALIGNED)
-    R = _multiple_of_8(R, ALIGNED)
-    stride_bn = _multiple_of_8(stride_bn, ALIGNED)
+    K = multiple_of_8(K, ALIGNED)
+    N = multiple_of_8(N, ALIGNED)
+    R = multiple_of_8(R, ALIGNED)
+    stride_bn = multiple_of_8(stride_bn, ALIGNED)
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_r = tl.cdiv(R, FIRST_R)
     if PHASE != 2:
         for tile in tl.range(pid, blocks_r * SPLIT_K, NUM_PROGRAMS):
             _first_tile(
                 x_ptr, a_ptr, z_ptr, tile % blocks_r, tile // blocks_r, M, K, R,
-                _multiple_of_8(stride_xm, ALIGNED), _multiple_of_8(stride_ar, ALIGNED),
+                multiple_of_8(stride_xm, ALIGNED), multiple_of_8(stride_ar, ALIGNED),
                 BLOCK_M, FIRST_R, BLOCK_K, SPLIT_K,
             )  # fmt: skip
     offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -250,15 +242,15 @@ def _low_rank_linear_matmul_kernel(
     within = pid % (GROUP_M * blocks_n)
     offs_m = (first_m + within % rows_here) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (within // rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
-    stride_a = _multiple_of_8(stride_a, ALIGNED)
-    stride_b = _multiple_of_8(stride_b, ALIGNED)
+    stride_a = multiple_of_8(stride_a, ALIGNED)
+    stride_b = multiple_of_8(stride_b, ALIGNED)
     # an extent along memory is aligned with its stride; the other extent may be any number
-    limit_m = M if A_ROWS_ARE_M else _multiple_of_8(M, ALIGNED)
-    limit_n = N if B_ROWS_ARE_N else _multiple_of_8(N, ALIGNED)
+    limit_m = M if A_ROWS_ARE_M else multiple_of_8(M, ALIGNED)
+    limit_n = N if B_ROWS_ARE_N else multiple_of_8(N, ALIGNED)
     mask_m = offs_m < limit_m
     mask_n = offs_n < limit_n
     if A_ROWS_ARE_M or B_ROWS_ARE_N:
-        limit_k = _multiple_of_8(K, ALIGNED)
+        limit_k = multiple_of_8(K, ALIGNED)
     else:
         limit_k = K
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -280,7 +272,7 @@ def _low_rank_linear_matmul_kernel(
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    c_ptrs = c_ptr + offs_m.to(tl.int64)[:, None] * _multiple_of_8(stride_cm, ALIGNED)
+    c_ptrs = c_ptr + offs_m.to(tl.int64)[:, None] * multiple_of_8(stride_cm, ALIGNED)
     tl.store(
         c_ptrs + offs_n[None, :],
         acc.to(c_ptr.dtype.element_ty),
@@ -298,13 +290,13 @@ def _low_rank_linear_chain_kernel(
     chip; every share computes z again."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    K = _multiple_of_8(K, ALIGNED)
-    N = _multiple_of_8(N, ALIGNED)
-    R = _multiple_of_8(R, ALIGNED)
+    K = multiple_of_8(K, ALIGNED)
+    N = multiple_of_8(N, ALIGNED)
+    R = multiple_of_8(R, ALIGNED)
     mask_m = offs_m < M
     mask_r = offs_r < R
-    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * _multiple_of_8(stride_xm, ALIGNED)
-    a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * _multiple_of_8(stride_ar, ALIGNED)
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * multiple_of_8(stride_xm, ALIGNED)
+    a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * multiple_of_8(stride_ar, ALIGNED)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for block in tl.range(0, tl.cdiv(K, BLOCK_K)):
         offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -316,7 +308,7 @@ def _low_rank_linear_chain_kernel(
     for tile in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * _multiple_of_8(stride_bn, ALIGNED)
+        b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * multiple_of_8(stride_bn, ALIGNED)
         b = _load_b(b_rows, mask_n, 0, R, BLOCK_R)
         y = tl.dot(z, b.T, input_precision="ieee")
         _store_y(y_ptr, bias_ptr, y, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)

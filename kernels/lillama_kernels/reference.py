@@ -9,7 +9,7 @@ Nothing here checks its arguments; the public function of the same name does tha
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,17 @@ from torch.autograd.function import once_differentiable
 
 __all__ = [
     "ExpertFactors",
+    "LossForm",
     "ProjectionFactors",
+    "Reduction",
     "causal_conv1d",
     "distill_loss",
+    "distill_loss_and_grad",
+    "distill_loss_rows",
     "low_rank_experts",
     "low_rank_linear",
     "low_rank_linears",
+    "reduce_rows",
     "selective_scan",
 ]
 
@@ -32,6 +37,12 @@ __all__ = [
 # to 1.9x.
 SCAN_CHUNK = 16
 LOG2_E = math.log2(math.e)
+# The smallest norm that divides, F.cosine_similarity's
+NORM_EPS = 1e-8
+LOSS_FLOOR = math.log1p(math.exp(-1.0))  # form "l1_cosine" when student equals teacher
+
+LossForm = Literal["l1_cosine", "l1", "smooth_l1", "nmse", "cosine", "norm_direction"]
+Reduction = Literal["mean", "sum", "none"]
 
 
 def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -151,28 +162,81 @@ def low_rank_experts(
     return y[inverse].view(*topk_index.shape, hidden.shape[1]).sum(1).to(hidden.dtype)
 
 
-def distill_loss(
-    student: Tensor, teacher: Tensor, mask: Tensor | None = None, reduction: str = "mean"
+def distill_loss_rows(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, form: LossForm
 ) -> Tensor:
-    """Per token: mean_H |a - y| - log sigmoid(cos(a, y)), a the student, y the teacher.
+    """Loss of each token [...], 0 where masked; a [..., H] the student, y the teacher.
 
-    The loss of Sy et al. 2024 (arXiv 2412.16719), statistics in fp32. student, teacher [..., H];
-    mask [...] (True counts). reduction "none" gives [...] with 0 where masked, "sum" and "mean" a
-    scalar over counted tokens. The floor is -log sigmoid(1) = 0.3133, not 0.
+    Statistics in fp32 (fp64 for fp64); norms are not smaller than 1e-8 where they divide.
     """
     work = torch.promote_types(student.dtype, torch.float32)
     a, y = student.to(work), teacher.to(work)
     if mask is not None:  # a masked row may hold anything, NaN included
         a, y = (t.masked_fill(~mask[..., None], 0.0) for t in (a, y))
-    l1 = (a - y).abs().mean(-1)
-    loss = l1 - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
-    if mask is not None:
-        loss = torch.where(mask, loss, torch.zeros_like(loss))
+    match form:
+        case "l1_cosine":
+            loss = (a - y).abs().mean(-1) - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
+        case "l1":
+            loss = (a - y).abs().mean(-1)
+        case "smooth_l1":
+            loss = F.smooth_l1_loss(a, y, reduction="none").mean(-1)
+        case "nmse":
+            loss = (a - y).square().sum(-1) / y.norm(dim=-1).clamp_min(NORM_EPS).square()
+        case "cosine":
+            loss = 1 - F.cosine_similarity(a, y, dim=-1)
+        case "norm_direction":
+            norm_y = y.norm(dim=-1)
+            apart = ((a.norm(dim=-1) - norm_y) / norm_y.clamp_min(NORM_EPS)).square()
+            loss = apart + 1 - F.cosine_similarity(a, y, dim=-1)
+    return loss if mask is None else torch.where(mask, loss, torch.zeros_like(loss))
+
+
+def reduce_rows(
+    rows: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: Reduction
+) -> Tensor:
+    """weight * rows ("none"), its sum, or its sum over the sum of the counted weights ("mean")."""
+    if mask is None and weight is None:
+        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
+    weights = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)
+    if mask is not None:  # a masked token's weight may be NaN too
+        weights = torch.where(mask, weights, torch.zeros_like(weights))
+    weighted = rows * weights
     if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    return loss.sum() / (loss.numel() if mask is None else mask.sum())
+        return weighted
+    return weighted.sum() if reduction == "sum" else weighted.sum() / weights.sum()
+
+
+def distill_loss(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    form: LossForm = "l1_cosine",
+) -> Tensor:
+    """student, teacher [..., H]; mask [...] (True counts); weight [...] -> a scalar, or [...] for
+    reduction "none". The default form (arXiv 2412.16719) has its floor at -log sigmoid(1) = 0.3133,
+    not at 0."""
+    rows = distill_loss_rows(student, teacher, mask, form)
+    return reduce_rows(rows, mask, weight, reduction)
+
+
+def distill_loss_and_grad(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    form: LossForm = "l1_cosine",
+) -> tuple[Tensor, Tensor]:
+    """The loss ("mean" or "sum") and its gradient in the student, outside autograd."""
+
+    def loss_of(student: Tensor) -> Tensor:
+        return distill_loss(student, teacher, mask, weight, reduction, form)
+
+    with torch.no_grad():  # of the outer level; torch.compile traces no torch.autograd.grad
+        grad, loss = torch.func.grad_and_value(loss_of)(student.detach())
+    return loss, grad
 
 
 class _Scan(torch.autograd.Function):
@@ -300,6 +364,3 @@ def causal_conv1d(
     padded = torch.cat([past.to(x.dtype), x], dim=2)
     y = F.conv1d(padded, weight[:, None], bias, groups=channels)
     return F.silu(y) if silu else y
-
-
-LOSS_FLOOR = math.log1p(math.exp(-1.0))  # value of distill_loss when student equals teacher

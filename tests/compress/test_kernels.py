@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 
-OPS = ("low_rank_linear",)
+OPS = ("distill_loss", "low_rank_linear")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def test_every_shipped_tile_passes():
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == set(TARGETS) and {row[-1] for row in rows} == {"ok"}
-    for op in ("low_rank_linear",):
+    for op in ("low_rank_linear", "distill_loss"):
         for dtype in ("fp32", "fp16", "bf16"):
             assert {row[0] for row in rows if row[1] == op and dtype in row} == set(TARGETS), op
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from lillama_kernels import distill_loss
+from lillama_kernels import distill_loss, distill_loss_and_grad
 from lillama_kernels.reference import LOSS_FLOOR
 from lillama_kernels.testing import check_op, distill_loss_inputs
 from torch import Tensor
@@ -88,7 +88,7 @@ def test_distill_loss_masked_tokens_do_not_matter(reduction, device):
     student, teacher = inputs["student"], inputs["teacher"]
     other = torch.where(mask[..., None], student, 1e3 * student + 7).requires_grad_()
     student.requires_grad_()
-    losses = [distill_loss(s, teacher, mask, reduction) for s in (student, other)]
+    losses = [distill_loss(s, teacher, mask, reduction=reduction) for s in (student, other)]
     assert torch.equal(*losses)
     grads = [
         torch.autograd.grad(loss.sum(), s) for loss, s in zip(losses, (student, other), strict=True)
@@ -172,7 +172,7 @@ def test_distill_loss_rejects_teacher_with_grad(device):
 
 def test_distill_loss_rejects_reduction(device):
     x = torch.ones(3, 8, device=device)
-    with pytest.raises(ValueError, match="reduction must be mean, sum or none, got 'average'"):
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'average'"):
         distill_loss(x, x, reduction="average")  # type: ignore[arg-type]
 
 
@@ -182,5 +182,47 @@ def test_distill_loss_rejects_no_tokens():
         with pytest.raises(ValueError, match="the loss is over no tokens"):
             distill_loss(student, student, given)
     # a sum over no tokens is 0, and there is nothing to divide
-    assert distill_loss(x, x, mask, "sum") == 0
-    assert distill_loss(x, x, mask, "none").tolist() == [0.0] * 3
+    assert distill_loss(x, x, mask, reduction="sum") == 0
+    assert distill_loss(x, x, mask, reduction="none").tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.ones(2)}, r"weight must be floating \[3\], got torch.float32 \[2\]"),
+        ({"weight": torch.ones(3, dtype=torch.int64)}, r"weight must be floating \[3\], got torch"),
+        ({"weight": torch.ones(3, requires_grad=True)}, "weight must not require grad; detach it"),
+        ({"weight": torch.zeros(3)}, "the loss is over no tokens"),
+        ({"form": "l2"}, "form must be one of l1_cosine, l1, .*, norm_direction, got 'l2'"),
+        ({"teacher": torch.ones(3, 8, dtype=torch.int64)}, "teacher must be floating point"),
+        ({"student": torch.ones(3, 8, dtype=torch.int64)}, "student must be floating point"),
+        ({"teacher": torch.ones(3, 8, device="meta")}, "teacher must be on the student's device"),
+        ({"mask": torch.ones(3, dtype=torch.bool, device="meta")}, "mask must be on the student"),
+        ({"student": torch.ones(3, 0), "teacher": torch.ones(3, 0)}, "have no features"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_distill_loss_rejects(changes, message):
+    given = {"student": torch.ones(3, 8), "teacher": torch.ones(3, 8), **changes}
+    with pytest.raises(ValueError, match=message):
+        distill_loss(**given)
+
+
+def test_distill_loss_and_grad_rejects_none():
+    x = torch.ones(3, 8)
+    with pytest.raises(ValueError, match="needs reduction mean or sum, got 'none'"):
+        distill_loss_and_grad(x, x, reduction="none")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("form", ["l1_cosine", "l1", "smooth_l1", "nmse", "cosine"])
+def test_distill_loss_and_grad_equals_autograd(form, reduction, device):
+    inputs, mask = distill_loss_inputs([4, 9], 16, dtype=torch.float32, device=device)
+    given = {"mask": mask, "weight": torch.rand(4, 9, device=device), "form": form}
+    student = inputs["student"].requires_grad_()
+    loss = distill_loss(**inputs, **given, reduction=reduction)
+    (expected,) = torch.autograd.grad(loss, student)
+    value, grad = distill_loss_and_grad(**inputs, **given, reduction=reduction)
+    assert not value.requires_grad and not grad.requires_grad
+    torch.testing.assert_close(value, loss.detach())
+    torch.testing.assert_close(grad, expected)

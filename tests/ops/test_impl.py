@@ -36,7 +36,7 @@ def inputs_of(op: str, device: torch.device) -> dict:
     match op:
         case "causal_conv1d":
             inputs |= causal_conv1d_inputs(1, 2, 3, 4, **where)
-        case "distill_loss":
+        case "distill_loss" | "distill_loss_and_grad":
             inputs |= distill_loss_inputs([3], 4, **where)[0]
         case "low_rank_experts":
             tensors, index = low_rank_experts_inputs(3, 1, 4, 6, ranks, **where)

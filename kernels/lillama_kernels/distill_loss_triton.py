@@ -1,0 +1,261 @@
+# Triton's functions are not what they look like to a type checker:
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false
+"""Triton kernels of distill_loss: loss and gradient of each token in one pass, and their launchers.
+
+A program holds the features of its tokens in registers, so that student and teacher are read once;
+more than 16384 features are read twice. The formulas are in kernels/README.md, "Loss forms".
+"""
+
+from typing import Any, get_args
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lillama_kernels.compile_gate import Variant
+from lillama_kernels.launch import DTYPES, loss_tile
+from lillama_kernels.launch_triton import current_device_of, multiple_of_8, unit_stride
+from lillama_kernels.reference import LossForm
+
+__all__ = ["distill_loss_bwd", "distill_loss_fwd", "variants"]
+
+
+@triton.jit
+def _apart(a, y, FORM: tl.constexpr):
+    """What the form adds up over the features, element by element."""
+    d = a - y
+    if FORM == "nmse":
+        return d * d
+    elif FORM == "smooth_l1":
+        size = tl.abs(d)
+        return tl.where(size < 1.0, 0.5 * d * d, size - 0.5)
+    else:
+        return tl.abs(d)
+
+
+@triton.jit
+def _cosine(dot, norm_a, norm_y):
+    """cos(a, y) with each norm at least 1e-8."""
+    return dot / tl.maximum(norm_a, 1e-8) / tl.maximum(norm_y, 1e-8)
+
+
+@triton.jit
+def _loss(apart, dot, norm_a, norm_y, H, FORM: tl.constexpr):
+    cosine = _cosine(dot, norm_a, norm_y)
+    clamped = tl.maximum(norm_y, 1e-8)
+    if FORM == "l1_cosine":
+        return apart / H + tl.log(1.0 + tl.exp(-cosine))
+    elif FORM == "nmse":
+        return apart / (clamped * clamped)
+    elif FORM == "cosine":
+        return 1.0 - cosine
+    elif FORM == "norm_direction":
+        off = (norm_a - norm_y) / clamped
+        return off * off + 1.0 - cosine
+    else:
+        return apart / H
+
+
+@triton.jit
+def _gradient(a, y, dot, norm_a, norm_y, H, FORM: tl.constexpr):
+    """Gradient of the token's loss in a; the statistics are [BLOCK_M, 1]."""
+    d = a - y
+    clamped_a = tl.maximum(norm_a, 1e-8)
+    clamped_y = tl.maximum(norm_y, 1e-8)
+    cosine = _cosine(dot, norm_a, norm_y)
+    # of cos: y / (|a| |y|) - cos a / |a|^2; the norm itself has gradient 0 at a = 0
+    over_norm = tl.where(norm_a > 0.0, 1.0 / tl.where(norm_a > 0.0, norm_a, 1.0), 0.0)
+    of_cosine = y / clamped_a / clamped_y - a * (cosine / clamped_a * over_norm)
+    sign = tl.where(d > 0.0, 1.0, 0.0) - tl.where(d < 0.0, 1.0, 0.0)
+    if FORM == "l1_cosine":
+        return sign / H - of_cosine / (1.0 + tl.exp(cosine))
+    elif FORM == "l1":
+        return sign / H
+    elif FORM == "smooth_l1":
+        return tl.where(tl.abs(d) < 1.0, d, sign) / H
+    elif FORM == "nmse":
+        return 2.0 * d / clamped_y / clamped_y
+    elif FORM == "cosine":
+        return -of_cosine
+    else:
+        off = (norm_a - norm_y) / clamped_y
+        return a * (2.0 * off / clamped_y * over_norm) - of_cosine
+
+
+@triton.jit
+def _load_both(student_rows, teacher_rows, offs_h, counted, H):
+    """Features offs_h of the counted tokens, 0 elsewhere: what a masked row holds stays there."""
+    mask = counted[:, None] & (offs_h < H)[None, :]
+    a = tl.load(student_rows + offs_h[None, :], mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(teacher_rows + offs_h[None, :], mask=mask, other=0.0).to(tl.float32)
+    return a, y
+
+
+@triton.jit
+def _store_gradient(
+    grad_rows, a, y, offs_h, in_range, share, dot, norm_a, norm_y, H, FORM: tl.constexpr
+):
+    grad = _gradient(a, y, dot[:, None], norm_a[:, None], norm_y[:, None], H, FORM)
+    tl.store(
+        grad_rows + offs_h[None, :],
+        (grad * share[:, None]).to(grad_rows.dtype.element_ty),
+        mask=in_range[:, None] & (offs_h < H)[None, :],
+    )
+
+
+# M changes with every batch and must not compile again.
+@triton.jit(do_not_specialize=["M"])
+def _distill_loss_fwd_kernel(
+    student_ptr, teacher_ptr, mask_ptr, share_ptr, loss_ptr, grad_ptr,
+    M, H, stride_sm, stride_tm,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, FORM: tl.constexpr, ONE_PASS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_SHARE: tl.constexpr, WANT_GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_h = tl.arange(0, BLOCK_H)
+    H = multiple_of_8(H, ALIGNED)
+    in_range = offs_m < M
+    counted = in_range
+    if HAS_MASK:
+        counted = in_range & (tl.load(mask_ptr + offs_m, mask=in_range, other=0) != 0)
+    student_rows = student_ptr + offs_m[:, None] * multiple_of_8(stride_sm, ALIGNED)
+    teacher_rows = teacher_ptr + offs_m[:, None] * multiple_of_8(stride_tm, ALIGNED)
+    grad_rows = grad_ptr + offs_m[:, None] * H
+    a, y = _load_both(student_rows, teacher_rows, offs_h, counted, H)  # [BLOCK_M, BLOCK_H]
+    apart, dot, square_a, square_y = _apart(a, y, FORM), a * y, a * a, y * y
+    if not ONE_PASS:
+        for start in tl.range(BLOCK_H, H, BLOCK_H):
+            a, y = _load_both(student_rows, teacher_rows, start + offs_h, counted, H)
+            apart += _apart(a, y, FORM)
+            dot += a * y
+            square_a += a * a
+            square_y += y * y
+    dot = tl.sum(dot, axis=1)
+    norm_a = tl.sqrt(tl.sum(square_a, axis=1))
+    norm_y = tl.sqrt(tl.sum(square_y, axis=1))
+    loss = _loss(tl.sum(apart, axis=1), dot, norm_a, norm_y, H, FORM)
+    tl.store(loss_ptr + offs_m, tl.where(counted, loss, 0.0), mask=in_range)
+    if WANT_GRAD:
+        share = tl.where(counted, 1.0, 0.0)
+        if HAS_SHARE:
+            share = tl.load(share_ptr + offs_m, mask=counted, other=0.0)
+        if ONE_PASS:
+            _store_gradient(
+                grad_rows, a, y, offs_h, in_range, share, dot, norm_a, norm_y, H, FORM
+            )  # fmt: skip
+        else:
+            for start in tl.range(0, H, BLOCK_H):
+                a, y = _load_both(student_rows, teacher_rows, start + offs_h, counted, H)
+                _store_gradient(
+                    grad_rows, a, y, start + offs_h, in_range, share, dot, norm_a, norm_y, H, FORM
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "stride_f"])
+def _distill_loss_bwd_kernel(
+    grad_ptr, factor_ptr, out_ptr, M, H, stride_f,
+    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """out[m, :] = grad[m, :] * factor[m]; the factor of a sum is one number, stride_f 0."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    H = multiple_of_8(H, ALIGNED)
+    in_range = offs_m < M
+    factor = tl.load(factor_ptr + offs_m * stride_f, mask=in_range, other=0.0)
+    for start in tl.range(0, H, BLOCK_H):
+        part = start + tl.arange(0, BLOCK_H)
+        offsets = offs_m[:, None] * H + part[None, :]
+        mask = in_range[:, None] & (part < H)[None, :]
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        # a masked token's gradient is 0, whatever reaches it from above
+        scaled = tl.where(grad == 0.0, 0.0, grad * factor[:, None])
+        tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_fwd_kernel: Any = _distill_loss_fwd_kernel  # jitted functions mean nothing to a type checker
+_bwd_kernel: Any = _distill_loss_bwd_kernel
+
+
+def distill_loss_fwd(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    share: Tensor | None,
+    form: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loss [M] fp32 of student and teacher [M, H]; the gradient times share, or an empty one."""
+    student, teacher = unit_stride(student), unit_stride(teacher)
+    rows, features = student.shape
+    loss = student.new_empty(rows, dtype=torch.float32)
+    grad = student.new_empty((rows, features) if want_grad else (0,))
+    if rows == 0:
+        return loss, grad
+    tile = loss_tile(features)
+    aligned = all(n % 8 == 0 for n in (features, student.stride(0), teacher.stride(0)))
+    with current_device_of(student):
+        _fwd_kernel[(triton.cdiv(rows, tile.blocks["BLOCK_M"]),)](
+            student, teacher,
+            student if mask is None else mask.contiguous(),
+            loss if share is None else share.contiguous(),
+            loss, grad if want_grad else student,
+            rows, features, student.stride(0), teacher.stride(0),
+            FORM=form, ONE_PASS=features <= tile.blocks["BLOCK_H"], HAS_MASK=mask is not None,
+            HAS_SHARE=share is not None, WANT_GRAD=want_grad, ALIGNED=aligned,
+            **tile.blocks, **tile.options,
+        )  # fmt: skip
+    return loss, grad
+
+
+def distill_loss_bwd(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad [M, H] with each row times factor [M] fp32, which may be an expanded scalar."""
+    grad = grad.contiguous()
+    rows, features = grad.shape
+    out = torch.empty_like(grad)
+    if rows == 0:
+        return out
+    tile = loss_tile(features)
+    with current_device_of(grad):
+        _bwd_kernel[(triton.cdiv(rows, tile.blocks["BLOCK_M"]),)](
+            grad, factor, out, rows, features, factor.stride(0),
+            ALIGNED=features % 8 == 0, **tile.blocks, **tile.options,
+        )  # fmt: skip
+    return out
+
+
+# What the compile gate compiles: each tile in each dtype, each form once
+def _fwd_variant(
+    dtype: torch.dtype, features: int, form: str, want_grad: bool, aligned: bool = True
+) -> Variant:
+    tile, number = loss_tile(features), "i32:16" if aligned else "i32"
+    pointer = f"*{DTYPES[dtype]}:16"
+    signature = {"student_ptr": pointer, "teacher_ptr": pointer, "mask_ptr": "*i1:16",
+                 "share_ptr": "*fp32:16", "loss_ptr": "*fp32:16", "grad_ptr": pointer,
+                 "M": "i32", "H": number, "stride_sm": number, "stride_tm": number}  # fmt: skip
+    how = {"FORM": form, "ONE_PASS": features <= tile.blocks["BLOCK_H"], "HAS_MASK": True,
+           "HAS_SHARE": True, "WANT_GRAD": want_grad, "ALIGNED": aligned}  # fmt: skip
+    name = f"distill_loss fwd H{features} {form} {DTYPES[dtype]} grad{int(want_grad)}"
+    label = name if aligned else f"{name} unaligned"
+    return Variant(label, _fwd_kernel, signature, {**tile.blocks, **how}, tile.options, "none")
+
+
+def _bwd_variant(dtype: torch.dtype, features: int) -> Variant:
+    tile, pointer = loss_tile(features), f"*{DTYPES[dtype]}:16"
+    signature = {"grad_ptr": pointer, "factor_ptr": "*fp32:16", "out_ptr": pointer,
+                 "M": "i32", "H": "i32:16", "stride_f": "i32"}  # fmt: skip
+    name = f"distill_loss bwd H{features} {DTYPES[dtype]}"
+    constants = {**tile.blocks, "ALIGNED": True}
+    return Variant(name, _bwd_kernel, signature, constants, tile.options, "none")
+
+
+def variants(target: str) -> list[Variant]:
+    """Every tile that the launchers use, the same on every target."""
+    widths = (16, 128, 1024, 2048, 4096, 8192, 16384, 32768)
+    found = [_fwd_variant(d, h, "l1_cosine", True) for d in DTYPES for h in widths]
+    found += [_fwd_variant(torch.bfloat16, h, "l1_cosine", False) for h in widths]
+    found += [_fwd_variant(d, 4096, "l1_cosine", True, aligned=False) for d in DTYPES]
+    others = [form for form in get_args(LossForm) if form != "l1_cosine"]
+    found += [_fwd_variant(torch.bfloat16, h, form, True) for form in others for h in (4096, 16384)]
+    return found + [_bwd_variant(d, h) for d in DTYPES for h in (128, 4096, 16384)]

@@ -1,0 +1,385 @@
+"""The Triton kernels of distill_loss against each form's formula in fp64, values and gradients.
+
+On the CPU they run in Triton's interpreter; bf16 runs with --device=cuda only (see `runs`).
+"""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lillama_kernels import distill_loss, distill_loss_and_grad
+from lillama_kernels.reference import LOSS_FLOOR
+from lillama_kernels.testing import (
+    assert_close_to_truth,
+    check_op,
+    distill_loss_inputs,
+    poison_empty,
+)
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch.utils.checkpoint import checkpoint
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+FORMS = ["l1_cosine", "l1", "smooth_l1", "nmse", "cosine", "norm_direction"]
+each_form = pytest.mark.parametrize("form", FORMS)
+REDUCTIONS = ["mean", "sum", "none"]
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+triton_loss = functools.partial(distill_loss, impl="triton")
+
+
+def token_loss(a: Tensor, y: Tensor, form: str) -> Tensor:
+    norm_a, norm_y = (t.square().sum(-1).sqrt() for t in (a, y))
+    cosine = (a * y).sum(-1) / (norm_a * norm_y)
+    d = (a - y).abs()
+    match form:
+        case "l1_cosine":
+            return d.sum(-1) / d.shape[-1] + torch.log(1 + torch.exp(-cosine))
+        case "l1":
+            return d.sum(-1) / d.shape[-1]
+        case "smooth_l1":
+            return torch.where(d < 1, d * d / 2, d - 0.5).sum(-1) / d.shape[-1]
+        case "nmse":
+            return (d * d).sum(-1) / (y * y).sum(-1)
+        case "cosine":
+            return 1 - cosine
+        case _:
+            return (norm_a / norm_y - 1) ** 2 + 1 - cosine
+
+
+def oracle(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    form: str = "l1_cosine",
+) -> Tensor:
+    work = torch.promote_types(student.dtype, torch.float32)
+    loss = token_loss(student.to(work), teacher.to(work), form)
+    counted = torch.ones_like(loss) if weight is None else weight.to(work)
+    if mask is not None:
+        counted = counted * mask
+    loss = loss * counted
+    if reduction == "none":
+        return loss
+    return loss.sum() / counted.sum() if reduction == "mean" else loss.sum()
+
+
+def check(student: Tensor, teacher: Tensor, noncontiguous: bool = False, **arguments) -> None:
+    """Value, gradient, and that distill_loss_and_grad says the same."""
+
+    def truth(student: Tensor) -> Tensor:
+        return oracle(student, teacher.to(student.dtype), **arguments)
+
+    op = functools.partial(triton_loss, teacher=teacher, **arguments)
+    check_op(op, truth, {"student": student}, noncontiguous=noncontiguous)
+    if arguments.get("reduction", "mean") == "none":
+        return
+    with poison_empty():
+        loss, grad = distill_loss_and_grad(student, teacher, **arguments, impl="triton")
+    assert not loss.requires_grad and not grad.requires_grad
+    expected = []
+    for leaf in (student.detach(), student.detach().double()):
+        value = truth(leaf.requires_grad_())
+        expected.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+    (baseline, baseline_grad), (exact, exact_grad) = expected
+    assert_close_to_truth(loss, exact, baseline, "loss")
+    assert_close_to_truth(grad, exact_grad, baseline_grad, "grad")
+
+
+def inputs_of(
+    rows, features, dtype, device, seed=0, form="l1_cosine"
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """student and teacher; a mask; weights from 0 to 2."""
+    inputs, mask = distill_loss_inputs(rows, features, dtype=dtype, device=device, seed=seed)
+    if form in ("cosine", "norm_direction"):  # cos near 0: near 1 all that is left of 1 - cos is
+        inputs["student"] = inputs["student"] - inputs["teacher"]  # the rounding of cos
+    generator = torch.Generator().manual_seed(seed + 1)
+    weight = 2 * torch.rand(tuple(rows), generator=generator).to(device)
+    weight.view(-1)[1:2] = 0.0
+    return inputs, mask, weight
+
+
+@each_dtype
+@each_form
+@pytest.mark.parametrize("size", [(1, 8), (63, 100), (100, 63), (257, 7)], ids=str)
+def test_distill_loss_triton_values_and_grads(size, form, dtype, device, runs):
+    if runs(dtype):
+        inputs, mask, _ = inputs_of([size[0]], size[1], dtype, device, form=form)
+        check(**inputs, form=form)
+        check(**inputs, form=form, mask=mask)
+
+
+@each_dtype
+@each_form
+@each_reduction
+def test_distill_loss_triton_mask_and_weight(reduction, form, dtype, device, runs):
+    if runs(dtype):
+        inputs, mask, weight = inputs_of([4, 9], 40, dtype, device, form=form)
+        check(**inputs, form=form, reduction=reduction, weight=weight)
+        check(**inputs, form=form, reduction=reduction, mask=mask, weight=weight)
+
+
+@each_dtype
+@pytest.mark.parametrize("features", [1, 16, 257, 2560, 4100, 16384], ids=lambda h: f"H{h}")
+def test_distill_loss_triton_every_tile(features, dtype, device, runs):
+    if runs(dtype):
+        # one feature has cosine 1 or -1, at which its gradient is 0 up to rounding
+        form = "smooth_l1" if features == 1 else "l1_cosine"
+        inputs, mask, _ = inputs_of([5], features, dtype, device)
+        check(**inputs, mask=mask, form=form)
+
+
+@each_dtype
+@each_form
+@pytest.mark.parametrize("features", [16_385, 20_000], ids=lambda h: f"H{h}")
+def test_distill_loss_triton_more_features_than_registers(features, form, dtype, device, runs):
+    if runs(dtype):
+        inputs, mask, _ = inputs_of([3], features, dtype, device, form=form)
+        check(**inputs, mask=mask, form=form)
+
+
+@each_dtype
+@each_reduction
+def test_distill_loss_triton_noncontiguous(reduction, dtype, device, runs):
+    if runs(dtype):
+        inputs, mask, weight = inputs_of([3, 21], 100, dtype, device)
+        inputs["teacher"] = inputs["teacher"].transpose(0, 2).contiguous().transpose(0, 2)
+        mask, weight = mask.T.contiguous().T, weight.T.contiguous().T
+        check(**inputs, mask=mask, weight=weight, reduction=reduction, noncontiguous=True)
+
+
+def test_distill_loss_triton_expanded_teacher(device):
+    inputs, _, _ = inputs_of([6], 40, torch.float32, device)
+    check(inputs["student"], inputs["teacher"][:1].expand(6, -1))
+
+
+def test_distill_loss_triton_teacher_of_another_dtype(device):
+    inputs, mask, _ = inputs_of([6], 40, torch.float16, device)
+    check(inputs["student"], inputs["teacher"].float(), mask=mask)
+    check(inputs["student"].float(), inputs["teacher"], mask=mask)
+
+
+@each_form
+@each_reduction
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_distill_loss_triton_masked_tokens_do_not_matter(bad, reduction, form, device):
+    inputs, mask, weight = inputs_of([4, 9], 40, torch.float32, device)
+    results = []
+    for filler in (1.0, bad):
+        kept = {n: t.masked_fill(~mask[..., None], filler) for n, t in inputs.items()}
+        kept["weight"] = weight.masked_fill(~mask, filler)
+        kept["student"].requires_grad_()
+        with poison_empty():
+            loss = triton_loss(**kept, mask=mask, reduction=reduction, form=form)
+            (grad,) = torch.autograd.grad(loss.sum(), kept["student"])
+            results += [loss, grad]
+            if reduction != "none":
+                given = {"mask": mask, "reduction": reduction, "form": form, "impl": "triton"}
+                results += distill_loss_and_grad(**kept, **given)
+        assert not grad[~mask].any() and grad[mask].any()
+    half = len(results) // 2
+    for one, other in zip(results[:half], results[half:], strict=True):
+        assert torch.equal(one, other)
+
+
+@each_form
+@pytest.mark.parametrize("scales", [(0, 1), (1, 0), (0, 0), (1e-30, 1), (1e-12, 1e-12)], ids=str)
+def test_distill_loss_triton_tiny_vectors_as_the_reference(scales, form, device):
+    """Where PyTorch clamps the norms: its own result is the standard."""
+    inputs, _, _ = inputs_of([5], 40, torch.float32, device)
+    student = (inputs["student"] * scales[0]).requires_grad_()
+    teacher = inputs["teacher"] * scales[1]
+    results = []
+    for impl in ("reference", "triton"):
+        loss = distill_loss(student, teacher, form=form, impl=impl, reduction="none")
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), student)[0]))
+    for expected, found in zip(*results, strict=True):
+        assert found.isfinite().all()
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * max(scale, 1e-30))
+
+
+@each_dtype
+@pytest.mark.parametrize("features", [1, 100, 4096], ids=lambda h: f"H{h}")
+def test_distill_loss_triton_floor(features, dtype, device, runs):
+    if not runs(dtype):
+        return
+    teacher = inputs_of([5], features, dtype, device)[0]["teacher"]
+    student = teacher.clone().requires_grad_()
+    loss = triton_loss(student, teacher)
+    assert loss.item() == pytest.approx(LOSS_FLOOR, rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert grad.abs().max() < 1e-6
+
+
+def test_distill_loss_triton_small_gradients_survive_in_fp16(device):
+    """A mean over many tokens has gradients below fp16's range, which loss scaling brings back."""
+    inputs, _, _ = inputs_of([2048], 256, torch.float16, device)
+    student = inputs["student"].requires_grad_()
+    (grad,) = torch.autograd.grad(triton_loss(student, inputs["teacher"]) * 2.0**16, student)
+    wide = inputs["student"].detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(oracle(wide, inputs["teacher"].double()) * 2.0**16, wide)
+    assert (grad.double() - truth).abs().max() < 2e-3 * truth.abs().max()
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    rows=st.integers(1, 40),
+    features=st.integers(8, 150),
+    half=st.booleans(),
+    form=st.sampled_from(FORMS),
+    reduction=st.sampled_from(REDUCTIONS),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_distill_loss_triton_any_shape(rows, features, half, form, reduction, masked, seed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float16 if half else torch.float32
+    inputs, mask, weight = inputs_of([rows], features, dtype, device, seed, form)
+    given = {"mask": mask, "weight": weight + 0.1} if masked else {}
+    check(**inputs, form=form, reduction=reduction, **given)
+
+
+@each_dtype
+def test_distill_loss_triton_repeats_bit_for_bit(dtype, device, runs):
+    if runs(dtype):
+        inputs, mask, weight = inputs_of([300], 100, dtype, device)
+        first, second = (
+            distill_loss_and_grad(**inputs, mask=mask, weight=weight, impl="triton")
+            for _ in range(2)
+        )
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_distill_loss_triton_offsets_beyond_int32(device):
+    """Rows 2^30 elements apart; memory that nobody touches costs nothing on the CPU."""
+    inputs, _, _ = inputs_of([3], 16, torch.float16, device)
+    far = torch.empty(2**31 + 16, dtype=torch.float16, device=device)
+    student = far.as_strided((3, 16), (2**30, 1)).copy_(inputs["student"])
+    near, apart = (
+        distill_loss_and_grad(s, inputs["teacher"], impl="triton")
+        for s in (inputs["student"], student)
+    )
+    assert torch.equal(near[0], apart[0]) and torch.equal(near[1], apart[1])
+
+
+def test_distill_loss_triton_zero_tokens(device):
+    empty = torch.ones(0, 8, device=device, requires_grad=True)
+    teacher = empty.detach()
+    loss = triton_loss(empty, teacher, reduction="sum")
+    assert loss == 0 and torch.autograd.grad(loss, empty)[0].shape == (0, 8)
+    assert triton_loss(empty, teacher, reduction="none").shape == (0,)
+    assert distill_loss_and_grad(empty, teacher, reduction="sum", impl="triton")[0] == 0
+
+
+# How it is called
+@pytest.mark.parametrize("needed", [True, False], ids=["needed", "not-needed"])
+def test_distill_loss_triton_writes_a_gradient_when_needed_only(needed, device, monkeypatch):
+    inputs, _, _ = inputs_of([5], 16, torch.float32, device)
+    inputs["student"].requires_grad_(needed)
+    op, seen = torch.ops.lillama.distill_loss_rows, []
+
+    def spy(*args):
+        seen.append(op(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(torch.ops.lillama, "distill_loss_rows", spy)
+    triton_loss(**inputs)
+    with torch.no_grad():
+        triton_loss(**inputs)
+    assert [grad.numel() for _, grad in seen] == [5 * 16 * needed, 0]
+
+
+def test_distill_loss_triton_opcheck(device):
+    inputs, mask, weight = inputs_of([5], 16, torch.float32, device)
+    student, teacher = inputs.values()
+    check_one = functools.partial(torch.library.opcheck, torch.ops.lillama.distill_loss_rows)
+    for form in FORMS:
+        check_one((student.clone().requires_grad_(), teacher, mask, None, form, True))
+    check_one((student, teacher, None, weight, "l1_cosine", True))
+    check_one((student, teacher, None, None, "l1_cosine", False))
+    torch.library.opcheck(torch.ops.lillama.distill_loss_scale, (student, weight))
+    torch.library.opcheck(torch.ops.lillama.distill_loss_scale, (student, weight[:1].expand(5)))
+
+
+# torch 2.13's tracer instantiates autograd functions and so warns about itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@each_reduction
+def test_distill_loss_triton_compiles_into_one_graph(reduction, device):
+    torch.compiler.reset()
+    inputs, mask, weight = inputs_of([4, 9], 40, torch.float32, device)
+    inputs["student"].requires_grad_()
+
+    def run(function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        loss = function(**inputs, mask=mask, weight=weight, reduction=reduction)
+        return loss.detach(), torch.autograd.grad(loss.sum(), inputs["student"])[0]
+
+    compiled = torch.compile(triton_loss, fullgraph=True, backend="aot_eager")
+    with functorch_config.patch(donated_buffer=False):
+        for one, other in zip(run(triton_loss), run(compiled), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    if reduction != "none":
+        given = {"mask": mask, "weight": weight, "reduction": reduction, "impl": "triton"}
+        both = torch.compile(distill_loss_and_grad, fullgraph=True, backend="aot_eager")
+        for one, other in zip(
+            distill_loss_and_grad(**inputs, **given), both(**inputs, **given), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_distill_loss_triton_checkpointed(reentrant, device):
+    inputs, mask, _ = inputs_of([9], 40, torch.float32, device)
+    student = inputs["student"].requires_grad_()
+
+    def run(student: Tensor) -> Tensor:
+        return triton_loss(student, inputs["teacher"], mask)
+
+    (expected,) = torch.autograd.grad(run(student), student)
+    loss = checkpoint(run, student, use_reentrant=reentrant)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert student.grad is not None and torch.equal(student.grad, expected)
+
+
+def test_distill_loss_triton_ignores_autocast(device):
+    inputs, mask, _ = inputs_of([9], 40, torch.float32, device)
+    with torch.autocast(device.type, torch.float16):
+        loss = triton_loss(**inputs, mask=mask)
+    assert loss.dtype == torch.float32 and torch.equal(loss, triton_loss(**inputs, mask=mask))
+
+
+def test_distill_loss_triton_captured_on_a_graph(device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: CUDA graphs")
+    inputs, mask, weight = inputs_of([64], 4096, torch.bfloat16, device)
+    expected = distill_loss_and_grad(**inputs, mask=mask, weight=weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = distill_loss_and_grad(**inputs, mask=mask, weight=weight)
+    for tensor in found:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+# Where it cannot run
+def test_distill_loss_triton_refuses_fp64(device):
+    x = torch.ones(3, 8, dtype=torch.float64, device=device)
+    for student, teacher in ((x, x), (x.float(), x)):
+        with pytest.raises(TypeError, match="take float32, float16, bfloat16; got float64"):
+            triton_loss(student, teacher)
+
+
+def test_distill_loss_triton_refuses_bf16_teachers_in_the_interpreter(device):
+    if device.type == "cuda":
+        pytest.skip("the interpreter is off with --device=cuda")
+    x = torch.ones(3, 8)
+    with pytest.raises(NotImplementedError, match="computes bfloat16 wrongly"):
+        triton_loss(x, x.bfloat16())
