@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 BENCH := -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test check compile-gate bench gpu clean
+.PHONY: help setup demo test check compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,18 +33,32 @@ bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.jso
 	@mkdir -p .benchmarks
 	@$(BIN)/pytest benchmarks $(BENCH) --benchmark-json=.benchmarks/cpu.json
 
-gpu: ## tests, then benchmarks if they pass, on the CUDA device here; installs nothing
-	@set -e; \
-	export PYTHONPATH=.:kernels; \
-	run=$$($(PYTHON) -c "$$GPU_CHECK"); \
-	echo "gpu: tests" && $(PYTHON) -m pytest --device=cuda; \
+# SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=no leaves the tests out.
+SUITES := $(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py))
+TESTS := yes
+
+gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing (SUITES=..., TESTS=no)
+	@export PYTHONPATH=.:kernels; \
+	run=$$($(PYTHON) -c "$$GPU_CHECK") || exit 1; \
 	mkdir -p benchmarks/results; \
-	for file in benchmarks/bench_*.py; do \
-	    suite=$$(basename "$$file" .py); \
+	failed=""; \
+	if [ "$(TESTS)" = yes ]; then \
+	    echo "gpu: tests"; \
+	    $(PYTHON) -m pytest --device=cuda || failed="tests"; \
+	fi; \
+	for suite in $(SUITES); do \
 	    echo "gpu: $$suite"; \
-	    $(PYTHON) -m pytest "$$file" $(BENCH) --device=cuda \
-	        --benchmark-json="benchmarks/results/$$run-$${suite#bench_}.json"; \
-	done
+	    json="benchmarks/results/$$run-$$suite.json"; \
+	    $(PYTHON) -m pytest "benchmarks/bench_$$suite.py" $(BENCH) --device=cuda -q \
+	        --benchmark-disable-gc --benchmark-columns=median --benchmark-json="$$json.part" \
+	        || failed="$$failed $$suite"; \
+	    if [ -s "$$json.part" ]; then mv "$$json.part" "$$json"; else rm -f "$$json.part"; fi; \
+	done; \
+	$(PYTHON) -m benchmarks.tables || failed="$$failed tables"; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed: $$failed" >&2; exit 1; fi
+
+tables: ## write the measured tables of the READMEs and the roofline plot from benchmarks/results
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tables
 
 clean: ## remove .venv and everything else that these targets made
 	rm -rf $(VENV) .benchmarks .hypothesis .pytest_cache .ruff_cache build dist demo-out *.egg-info
@@ -82,7 +96,10 @@ export HAS_VERSION
 # Prints <gpu-name>-<date>, the start of the result files' names.
 define GPU_CHECK
 import importlib.util, re, sys, time
-needed = "torch triton transformers safetensors numpy typer rich pytest pytest_benchmark hypothesis"
+needed = (
+    "torch triton transformers safetensors numpy typer rich matplotlib "
+    "pytest pytest_benchmark hypothesis"
+)
 missing = [name for name in needed.split() if importlib.util.find_spec(name) is None]
 if missing:
     sys.exit(f"make gpu: {sys.executable} lacks {', '.join(missing)}")

@@ -7,7 +7,7 @@ from lillama_kernels.testing import causal_conv1d_inputs, check_op
 from torch import Tensor
 
 from benchmarks.shapes import SCANS
-from benchmarks.timing import interleaved, record, step
+from benchmarks.timing import compare, step
 
 WIDTH = 4  # conv_kernel of every published Mamba
 
@@ -25,17 +25,10 @@ def bench_causal_conv1d(benchmark, shape, backward, dtype, device):
     inputs = causal_conv1d_inputs(*sizes, dtype=dtype, device=device)
     check_op(causal_conv1d, reference.causal_conv1d, inputs)
     del inputs["initial_state"]  # transformers' takes none
-    ours = step(causal_conv1d, inputs, backward)
-    seconds = interleaved({"ours": ours, "padded": step(padded, inputs, backward)}, rounds=20)
+    variants = {
+        "ours": [step(causal_conv1d, inputs, backward)],
+        "padded": [step(padded, inputs, backward)],
+    }
     # forward reads x and writes y; backward reads x and grad_y and writes grad_x
     least = (5.0 if backward else 2.0) * inputs["x"].numel() * inputs["x"].element_size()
-    record(
-        benchmark,
-        seconds,
-        "padded",
-        shape=shape,
-        dtype=dtype,
-        device=device,
-        bytes_moved=least,
-    )
-    benchmark.pedantic(ours, rounds=20, warmup_rounds=1)
+    compare(benchmark, variants, shape=shape, dtype=dtype, device=device, bytes_moved=least)

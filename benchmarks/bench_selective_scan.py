@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 
 from benchmarks.shapes import SCANS
-from benchmarks.timing import interleaved, record, step
+from benchmarks.timing import compare, step
 
 # the function under the decorator that looks for mamba_ssm's kernel
 EAGER = getattr(
@@ -54,20 +54,18 @@ def bench_selective_scan(benchmark, shape, dtype, device):
     del inputs["initial_state"]
     fast = step(ours, inputs, backward=True)
     fast()
-    rounds = 1 if shape.min_speedup else 3
-    variants = {"ours": fast, "transformers_eager": step(eager, inputs, backward=True)}
-    seconds = interleaved(variants, rounds, warmup_rounds=0)
     # forward reads x, delta, z and writes y; backward reads those and grad_y, writes three grads
-    least = 11.0 * inputs["x"].numel() * inputs["x"].element_size()
-    speedup = record(
+    row = compare(
         benchmark,
-        seconds,
-        "transformers_eager",
+        {"ours": [fast], "transformers_eager": [step(eager, inputs, backward=True)]},
         shape=shape,
         dtype=dtype,
         device=device,
-        bytes_moved=least,
+        bytes_moved=11.0 * inputs["x"].numel() * inputs["x"].element_size(),
+        rounds=1 if shape.min_speedup else 3,
+        warmup_rounds=0,
+        graph=False,
     )
     if device.type == "cpu":
+        speedup = row["speedup"]["wall"]["transformers_eager"]
         assert speedup >= shape.min_speedup, f"{speedup:.1f}x, wanted {shape.min_speedup:.0f}x"
-    benchmark.pedantic(fast, rounds=5, warmup_rounds=1)

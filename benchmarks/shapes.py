@@ -11,11 +11,13 @@ __all__ = [
     "LINEARS",
     "LOSSES",
     "SCANS",
+    "SHARED_LINEARS",
     "ExpertsShape",
     "LinearShape",
     "LossShape",
     "ScanShape",
     "Shape",
+    "SharedLinearsShape",
 ]
 
 
@@ -29,9 +31,24 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape(Shape):
+    """compiled: torch.compile's best is timed too, which takes 10 s and more. train: forward and
+    backward are timed too."""
+
     rows: int
     in_features: int
     out_features: int
+    rank: int
+    compiled: bool = False
+    train: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedLinearsShape(Shape):
+    """Layers with one input; rank of each."""
+
+    rows: int
+    in_features: int
+    out_features: tuple[int, ...]
     rank: int
 
 
@@ -74,6 +91,9 @@ MAMBA_2_8B_STATE = 16
 # Phi-2: microsoft/phi-2 config.json
 PHI_2_HIDDEN = 2560
 PHI_2_INTERMEDIATE = 10240
+# Llama-3-8B: meta-llama/Meta-Llama-3-8B config.json; keys and values have 1024 features
+LLAMA_3_8B_HIDDEN = 4096
+LLAMA_3_8B_INTERMEDIATE = 14336
 # the teachers of this repository: examples/teachers/*/config.json
 TINY_HIDDEN = 128
 TINY_MIXTRAL_INTERMEDIATE = 192
@@ -81,33 +101,70 @@ TINY_MIXTRAL_EXPERTS = 8
 TINY_MAMBA_INTERMEDIATE = 256
 TINY_MAMBA_STATE = 16
 
-# Mixtral's w1 and Mamba's in_proj at half their parameters or less, Phi-2's fc1 at 40%
+# Every rank is below the one at which two factors are as large as the matrix, K N / (K + N).
+# (name, K, N, ranks, rows); those whose name ends in "*" are compared with torch.compile as well
+DECODE, PREFILL = (1, 4, 16, 64), (256, 1024, 2048, 4096, 16384)
+LARGE_LINEARS = [
+    ("mixtral-8x7b-w1*", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (1024, 2048), DECODE),
+    ("mixtral-8x7b-w1*", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (1024,), PREFILL),
+    ("mixtral-8x7b-w1", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (512, 1536, 3072), (1, 16)),
+    ("mixtral-8x7b-w1", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (2048, 3072), (4096,)),
+    ("mixtral-8x7b-w2", MIXTRAL_8X7B_INTERMEDIATE, MIXTRAL_8X7B_HIDDEN, (1024,), (1, 16, 4096)),
+    ("mamba-2.8b-in_proj*", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, (1024,), DECODE),
+    ("mamba-2.8b-in_proj*", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, (1024,), (2048, 4096)),
+    ("mamba-2.8b-in_proj", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, (512,), (1, 16, 4096)),
+    ("mamba-2.8b-out_proj", MAMBA_2_8B_INTERMEDIATE, MAMBA_2_8B_HIDDEN, (1024,), (1, 16, 4096)),
+    ("phi-2-fc1*", PHI_2_HIDDEN, PHI_2_INTERMEDIATE, (1024,), (1, 16)),
+    ("phi-2-qkvo", PHI_2_HIDDEN, PHI_2_HIDDEN, (512, 1024), (1, 16, 4096)),
+    ("llama-3-8b-o_proj", LLAMA_3_8B_HIDDEN, LLAMA_3_8B_HIDDEN, (1536,), (1, 16, 4096)),
+    ("llama-3-8b-up_proj", LLAMA_3_8B_HIDDEN, LLAMA_3_8B_INTERMEDIATE, (2048,), (1, 16, 4096)),
+]
 LINEARS = [
-    LinearShape(
-        name="tiny-mamba-in_proj-M2048",
-        needs_gpu=False,
-        rows=2048,
-        in_features=TINY_HIDDEN,
-        out_features=2 * TINY_MAMBA_INTERMEDIATE,
-        rank=48,
-    ),
-    LinearShape(
-        name="tiny-mamba-in_proj-M16",
-        needs_gpu=False,
-        rows=16,
-        in_features=TINY_HIDDEN,
-        out_features=2 * TINY_MAMBA_INTERMEDIATE,
-        rank=48,
+    *(
+        LinearShape(
+            name=f"tiny-mamba-in_proj-M{rows}",
+            needs_gpu=False,
+            rows=rows,
+            in_features=TINY_HIDDEN,
+            out_features=2 * TINY_MAMBA_INTERMEDIATE,
+            rank=48,
+            train=rows > 64,
+        )
+        for rows in (16, 2048)
     ),
     *(
         LinearShape(
-            name=f"{model}-M{rows}", rows=rows, in_features=k, out_features=n, rank=rank
+            name=f"{model.rstrip('*')}-R{rank}-M{rows}",
+            rows=rows,
+            in_features=k,
+            out_features=n,
+            rank=rank,
+            compiled=model.endswith("*"),
+            train=rank == 1024 and rows in (256, 4096),
         )
-        for rows in (16, 4096)
-        for model, k, n, rank in (
-            ("mixtral-8x7b-w1", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, 1024),
-            ("mamba-2.8b-in_proj", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, 1024),
-            ("phi-2-fc1", PHI_2_HIDDEN, PHI_2_INTERMEDIATE, 768),
+        for model, k, n, ranks, all_rows in LARGE_LINEARS
+        for rank in ranks
+        for rows in all_rows
+    ),
+]
+
+SHARED_LINEARS = [
+    SharedLinearsShape(
+        name="tiny-qkv-M16",
+        needs_gpu=False,
+        rows=16,
+        in_features=TINY_HIDDEN,
+        out_features=(TINY_HIDDEN, TINY_HIDDEN // 2, TINY_HIDDEN // 2),
+        rank=32,
+    ),
+    *(
+        SharedLinearsShape(
+            name=f"{name}-M{rows}", rows=rows, in_features=k, out_features=n, rank=rank
+        )
+        for rows in (1, 16, 64)
+        for name, k, n, rank in (
+            ("llama-3-8b-qkv", LLAMA_3_8B_HIDDEN, (LLAMA_3_8B_HIDDEN, 1024, 1024), 512),
+            ("mixtral-8x7b-w1-w3", MIXTRAL_8X7B_HIDDEN, (MIXTRAL_8X7B_INTERMEDIATE,) * 2, 1024),
         )
     ),
 ]  # fmt: skip
@@ -140,7 +197,8 @@ EXPERTS = [
 LOSSES = [
     LossShape(name="tiny-M2048-H128", needs_gpu=False, rows=2048, hidden_size=TINY_HIDDEN),
     LossShape(name="mamba-2.8b-M8192", rows=8192, hidden_size=MAMBA_2_8B_HIDDEN),
-    LossShape(name="mixtral-8x7b-M8192", rows=8192, hidden_size=MIXTRAL_8X7B_HIDDEN),
+    LossShape(name="mixtral-8x7b-M4096", rows=4096, hidden_size=MIXTRAL_8X7B_HIDDEN),
+    LossShape(name="mixtral-8x7b-M16384", rows=16384, hidden_size=MIXTRAL_8X7B_HIDDEN),
 ]
 
 # The second is the project's acceptance line: on a CPU, training a tiny Mamba (batches of 8, 256

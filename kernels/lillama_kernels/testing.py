@@ -19,6 +19,7 @@ __all__ = [
     "assert_close_to_truth",
     "causal_conv1d_inputs",
     "check_op",
+    "check_values",
     "distill_loss_inputs",
     "expert_factors",
     "low_rank_experts_inputs",
@@ -131,6 +132,29 @@ def values_and_grads(
             raise AssertionError(f"{name}: the op wrote to its input")
         results[f"grad {name}"] = one
     return results
+
+
+def check_values(
+    op: Callable[..., Tensor | Sequence[Tensor]],
+    oracle: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+) -> None:
+    """Hold op's outputs without gradients to the tolerance rule, and to the same bits twice.
+
+    An op may take another way without gradients than `check_op` sees.
+
+    Raises:
+        AssertionError: see `assert_close_to_truth`, or two runs differ in a bit.
+    """
+    with torch.no_grad():
+        with poison_empty():
+            first, second = _outputs(op, dict(inputs)), _outputs(op, dict(inputs))
+        truth = _outputs(oracle, {name: tensor.double() for name, tensor in inputs.items()})
+        baseline = _outputs(oracle, dict(inputs))
+    for i, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert_close_to_truth(one, truth[i], baseline[i], f"output {i}")
+        if not torch.equal(one, other):
+            raise AssertionError(f"output {i}: two runs on the same inputs differ")
 
 
 def check_op(

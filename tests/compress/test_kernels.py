@@ -14,6 +14,12 @@ from transformers import AutoModelForCausalLM
 import lillama
 
 OPS = ("distill_loss", "low_rank_linear")
+TRITON = (
+    "distill_loss_rows",
+    "distill_loss_scale",
+    "low_rank_linears",
+    "low_rank_linears_backward",
+)
 
 
 @pytest.fixture
@@ -47,23 +53,26 @@ def calls(monkeypatch) -> list[str]:
 
         monkeypatch.setattr(torch.ops.lillama, name, spy)
 
-    for name in ("low_rank_linears", "low_rank_linears_backward"):
+    for name in TRITON:
         watch(name)
     return seen
 
 
-def test_compress_on_triton_equals_the_reference(both, calls):
+def test_compress_on_triton_equals_the_reference(both, calls, device):
+    # on a GPU the engine trains under autocast to bf16
+    near = 1e-4 if device.type == "cpu" else 2e-2
     (plain, reference), (fast, triton) = both()
-    assert set(calls) == {"low_rank_linears", "low_rank_linears_backward"}
+    assert set(calls) == set(TRITON)
     assert plain["blocks"] and len(plain["blocks"]) == len(fast["blocks"])
     for one, other in zip(plain["blocks"], fast["blocks"], strict=True):
         for key in ("held_out_loss_before", "held_out_loss_after"):
-            assert one[key] == pytest.approx(other[key], rel=1e-4), key
+            assert one[key] == pytest.approx(other[key], rel=near), key
     tensors = [load_file(next(out.glob("*.safetensors"))) for out in (reference, triton)]
     trained = [name for name in tensors[0] if name.endswith((".lr_A", ".lr_B"))]
     assert trained
     for name in trained:
-        torch.testing.assert_close(tensors[0][name], tensors[1][name], rtol=1e-3, atol=1e-4)
+        one, other = (found[name] for found in tensors)
+        assert (one - other).norm() <= 10 * near * one.norm(), name
 
 
 @torch.no_grad()
