@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "captured",
     "ceilings",
     "compare",
     "cuda_clock",
@@ -76,7 +77,7 @@ def cuda_clock(run: Call) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _captured(run: Call) -> Call:
+def captured(run: Call) -> Call:
     """The kernels of one run as a graph; its memory stays allocated while the graph lives."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -212,7 +213,7 @@ def compare(
     if device.type == "cuda":
         modes["eager"] = interleaved(runs, rounds, warmup_rounds, cuda_clock)
         if graph:
-            replays = {name: _captured(run) for name, run in runs.items()}
+            replays = {name: captured(run) for name, run in runs.items()}
             modes["graph"] = interleaved(replays, rounds, warmup_rounds, cuda_clock)
     else:
         modes["wall"] = interleaved(runs, rounds, warmup_rounds, wall_clock)

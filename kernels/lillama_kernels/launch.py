@@ -14,6 +14,7 @@ import torch
 from lillama_kernels.impl import interpreting
 
 __all__ = [
+    "AUTO_MAX_ROWS",
     "CHAIN_MAX_RANK",
     "DECODE_MAX_ROWS",
     "DTYPES",
@@ -118,6 +119,10 @@ def target_of(device: torch.device) -> str | None:
 
 # Rows up to which both stages go through the decode kernels
 DECODE_MAX_ROWS = 64
+# Rows up to which impl="auto" runs our kernels instead of PyTorch's two products, 0 for never.
+# Training always runs PyTorch's. Both follow from counting bytes and launches: a measurement on a
+# target replaces its number.
+AUTO_MAX_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
 # Ranks that the chain kernel can keep on the chip
 CHAIN_MAX_RANK = 256
 MAX_SPLIT = 4

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from lillama_kernels import reference
 from lillama_kernels.impl import Impl, resolve_impl
-from lillama_kernels.launch import DECODE_MAX_ROWS, DTYPES, dtype_name, target_of
+from lillama_kernels.launch import (
+    AUTO_MAX_ROWS,
+    DECODE_MAX_ROWS,
+    DTYPES,
+    dtype_name,
+    target_of,
+)
 
 __all__ = ["low_rank_linear", "low_rank_linears"]
 
@@ -124,13 +130,12 @@ def _runs_triton(
     impl: Impl,
 ) -> bool:
     dtype = _work_dtype(x)
-    decode = (
-        not _trains(x, *As, *Bs, *biases)
-        and dtype in DTYPES
-        and x.shape[:-1].numel() <= DECODE_MAX_ROWS
-        and all(size % 8 == 0 for matrix in (*As, *Bs) for size in matrix.shape)
-    )
-    auto = "triton" if decode and x.is_cuda and target_of(x.device) is not None else "reference"
+    auto = "reference"
+    if x.is_cuda and dtype in DTYPES and not _trains(x, *As, *Bs, *biases):
+        aligned = all(size % 8 == 0 for matrix in (*As, *Bs) for size in matrix.shape)
+        target = target_of(x.device)
+        if aligned and target and x.shape[:-1].numel() <= AUTO_MAX_ROWS[target]:
+            auto = "triton"
     if resolve_impl("low_rank_linear", impl, x, auto, dtype) == "reference":
         return False
     dtype_name(dtype)  # refuses what the kernels do not take
