@@ -4,7 +4,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-BENCH := -o python_files='bench_*.py' -o python_functions='bench_*'
+# -W default: torch.compile warns about itself, and a warning is no reason to lose a measurement
+BENCH := -W default -o python_files='bench_*.py' -o python_functions='bench_*'
 
 .PHONY: help setup demo test check compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
@@ -33,20 +34,21 @@ bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.jso
 	@mkdir -p .benchmarks
 	@$(BIN)/pytest benchmarks $(BENCH) --benchmark-json=.benchmarks/cpu.json
 
-# SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=no leaves the tests out.
+# SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=tests/ops those tests;
+# TESTS=no or SUITES=none leaves them out.
 SUITES := $(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py))
-TESTS := yes
+TESTS := tests
 
-gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing (SUITES=..., TESTS=no)
+gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing
 	@export PYTHONPATH=.:kernels; \
 	run=$$($(PYTHON) -c "$$GPU_CHECK") || exit 1; \
 	mkdir -p benchmarks/results; \
 	failed=""; \
-	if [ "$(TESTS)" = yes ]; then \
-	    echo "gpu: tests"; \
-	    $(PYTHON) -m pytest --device=cuda || failed="tests"; \
+	if [ "$(TESTS)" != no ]; then \
+	    echo "gpu: $(TESTS)"; \
+	    $(PYTHON) -m pytest $(TESTS) --device=cuda || failed="tests"; \
 	fi; \
-	for suite in $(SUITES); do \
+	for suite in $(filter-out none,$(SUITES)); do \
 	    echo "gpu: $$suite"; \
 	    json="benchmarks/results/$$run-$$suite.json"; \
 	    $(PYTHON) -m pytest "benchmarks/bench_$$suite.py" $(BENCH) --device=cuda -q \

@@ -45,9 +45,10 @@ def bench_low_rank_linear(benchmark, shape, backward, dtype, device):
         functions["triton"] = functools.partial(low_rank_linear, impl="triton")
         if shape.compiled:
             functions["compiled"] = compiled_reference()
-    check = check_op if backward else check_values
-    for function in functions.values():
-        check(function, reference.low_rank_linear, sets[0])
+    for name, function in functions.items():
+        check_values(function, reference.low_rank_linear, sets[0])
+        if backward and name != "compiled":  # whose gradients are PyTorch's affair
+            check_op(function, reference.low_rank_linear, sets[0])
     variants = {
         name: [step(function, given, backward) for given in sets]
         for name, function in functions.items()

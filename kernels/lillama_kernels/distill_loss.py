@@ -63,7 +63,7 @@ def distill_loss(
         return reference.distill_loss(student, teacher, mask, weight, reduction, form)
     needs_grad = torch.is_grad_enabled() and student.requires_grad
     rows, _ = torch.ops.lillama.distill_loss_rows(
-        *_flat(student, teacher, mask), None, form, needs_grad
+        *_flat(student, teacher, mask), None, 1.0, form, needs_grad
     )
     return reference.reduce_rows(rows.view(student.shape[:-1]), mask, weight, reduction)
 
@@ -97,15 +97,17 @@ def distill_loss_and_grad(
     if not _runs_triton(student, teacher, impl):
         return reference.distill_loss_and_grad(student, teacher, mask, weight, reduction, form)
     with torch.no_grad():
-        # of each token's loss in the result, computed where the mask lies: no host sync
         tokens = student.shape[:-1]
-        share = student.new_ones(tokens, dtype=torch.float32) if weight is None else weight.float()
-        if mask is not None:
-            share = torch.where(mask, share, torch.zeros_like(share))
-        if reduction == "mean":
-            share = share / share.sum()
+        # what a token's loss counts for in the result: one number if for all the same, else
+        # computed where mask and weight lie, without waiting for the GPU
+        share, scale = None, 1.0
+        if mask is not None or weight is not None:
+            share = reference.token_weights(tokens, mask, weight, torch.float32)
+            share = (share / share.sum() if reduction == "mean" else share).reshape(-1)
+        elif reduction == "mean":
+            scale = 1.0 / tokens.numel()
         rows, grad = torch.ops.lillama.distill_loss_rows(
-            *_flat(student, teacher, mask), share.reshape(-1), form, True
+            *_flat(student, teacher, mask), share, scale, form, True
         )
         loss = reference.reduce_rows(rows.view(tokens), mask, weight, reduction)
         return loss, grad.view(student.shape)
@@ -199,20 +201,21 @@ def _rows(
     teacher: Tensor,
     mask: Tensor | None,
     share: Tensor | None,
+    scale: float,
     form: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token [M] fp32, and with want_grad its gradient [M, H] times share [M] fp32.
+    """Loss of each token [M] fp32, and its gradient [M, H] times scale times share [M] fp32.
 
-    Without want_grad the gradient is empty. In autograd share must be None.
+    Without want_grad the gradient is empty. In autograd share must be None and scale 1.
     """
-    from lillama_kernels import distill_loss_triton
+    from lillama_kernels.distill_loss_triton import distill_loss_fwd
 
-    return distill_loss_triton.distill_loss_fwd(student, teacher, mask, share, form, want_grad)
+    return distill_loss_fwd(student, teacher, mask, share, scale, form, want_grad)
 
 
 @_rows.register_fake
-def _(student, teacher, mask, share, form, want_grad):
+def _(student, teacher, mask, share, scale, form, want_grad):
     grad = student.new_empty(student.shape if want_grad else (0,))
     return student.new_empty(student.shape[0], dtype=torch.float32), grad
 
@@ -231,17 +234,18 @@ def _(grad, factor):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.usable = inputs[5] and inputs[3] is None
+    _, _, _, share, scale, _, want_grad = inputs
+    ctx.usable = want_grad and share is None and scale == 1.0
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
 def _autograd_backward(ctx: Any, grad_rows: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if not ctx.usable:
-        raise RuntimeError("lillama::distill_loss_rows needs want_grad=True and no share here")
+        raise RuntimeError("lillama::distill_loss_rows needs want_grad=True, no share and scale 1")
     (grad,) = ctx.saved_tensors
     found = None if grad_rows is None else torch.ops.lillama.distill_loss_scale(grad, grad_rows)
-    return found, None, None, None, None, None
+    return found, None, None, None, None, None, None
 
 
 _rows.register_autograd(_autograd_backward, setup_context=_setup_context)

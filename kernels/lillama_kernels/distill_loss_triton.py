@@ -109,7 +109,7 @@ def _store_gradient(
 @triton.jit(do_not_specialize=["M"])
 def _distill_loss_fwd_kernel(
     student_ptr, teacher_ptr, mask_ptr, share_ptr, loss_ptr, grad_ptr,
-    M, H, stride_sm, stride_tm,
+    M, H, stride_sm, stride_tm, scale,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, FORM: tl.constexpr, ONE_PASS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SHARE: tl.constexpr, WANT_GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -139,9 +139,9 @@ def _distill_loss_fwd_kernel(
     loss = _loss(tl.sum(apart, axis=1), dot, norm_a, norm_y, H, FORM)
     tl.store(loss_ptr + offs_m, tl.where(counted, loss, 0.0), mask=in_range)
     if WANT_GRAD:
-        share = tl.where(counted, 1.0, 0.0)
+        share = tl.where(counted, scale, 0.0)
         if HAS_SHARE:
-            share = tl.load(share_ptr + offs_m, mask=counted, other=0.0)
+            share *= tl.load(share_ptr + offs_m, mask=counted, other=0.0)
         if ONE_PASS:
             _store_gradient(
                 grad_rows, a, y, offs_h, in_range, share, dot, norm_a, norm_y, H, FORM
@@ -183,10 +183,11 @@ def distill_loss_fwd(
     teacher: Tensor,
     mask: Tensor | None,
     share: Tensor | None,
+    scale: float,
     form: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [M] fp32 of student and teacher [M, H]; the gradient times share, or an empty one."""
+    """Loss [M] fp32 of student and teacher [M, H]; gradient times share and scale, or empty."""
     student, teacher = unit_stride(student), unit_stride(teacher)
     rows, features = student.shape
     loss = student.new_empty(rows, dtype=torch.float32)
@@ -201,7 +202,7 @@ def distill_loss_fwd(
             student if mask is None else mask.contiguous(),
             loss if share is None else share.contiguous(),
             loss, grad if want_grad else student,
-            rows, features, student.stride(0), teacher.stride(0),
+            rows, features, student.stride(0), teacher.stride(0), scale,
             FORM=form, ONE_PASS=features <= tile.blocks["BLOCK_H"], HAS_MASK=mask is not None,
             HAS_SHARE=share is not None, WANT_GRAD=want_grad, ALIGNED=aligned,
             **tile.blocks, **tile.options,
@@ -233,7 +234,8 @@ def _fwd_variant(
     pointer = f"*{DTYPES[dtype]}:16"
     signature = {"student_ptr": pointer, "teacher_ptr": pointer, "mask_ptr": "*i1:16",
                  "share_ptr": "*fp32:16", "loss_ptr": "*fp32:16", "grad_ptr": pointer,
-                 "M": "i32", "H": number, "stride_sm": number, "stride_tm": number}  # fmt: skip
+                 "M": "i32", "H": number, "stride_sm": number, "stride_tm": number,
+                 "scale": "fp32"}  # fmt: skip
     how = {"FORM": form, "ONE_PASS": features <= tile.blocks["BLOCK_H"], "HAS_MASK": True,
            "HAS_SHARE": True, "WANT_GRAD": want_grad, "ALIGNED": aligned}  # fmt: skip
     name = f"distill_loss fwd H{features} {form} {DTYPES[dtype]} grad{int(want_grad)}"

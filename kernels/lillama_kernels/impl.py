@@ -12,6 +12,7 @@ was traced.
 
 import contextlib
 import contextvars
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
@@ -46,9 +47,23 @@ def _forced_impl(op: str) -> Impl:
     return impl if ops is None or op in ops else "auto"
 
 
+# Every call asks both; neither answer changes while Python runs.
+@functools.cache
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_is_interpreted() -> bool:
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    return not isinstance(tl.cdiv, JITFunction)
+
+
 @torch.compiler.assume_constant_result
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _triton_found()
 
 
 @torch.compiler.assume_constant_result
@@ -57,10 +72,7 @@ def interpreting() -> bool:
 
     TRITON_INTERPRET=1 must be set before triton is imported: its own functions are bound then.
     """
-    import triton.language as tl
-    from triton.runtime.jit import JITFunction
-
-    return not isinstance(tl.cdiv, JITFunction)
+    return _triton_is_interpreted()
 
 
 @contextlib.contextmanager

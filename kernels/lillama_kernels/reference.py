@@ -30,6 +30,7 @@ __all__ = [
     "low_rank_linears",
     "reduce_rows",
     "selective_scan",
+    "token_weights",
 ]
 
 # Time steps whose [T, B, D, S] tensors are alive at once in the scan. 16 steps of a small Mamba (8
@@ -191,15 +192,23 @@ def distill_loss_rows(
     return loss if mask is None else torch.where(mask, loss, torch.zeros_like(loss))
 
 
+def token_weights(
+    tokens: torch.Size, mask: Tensor | None, weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What each token counts for [...]: its weight, 0 where masked, even if that weight is NaN."""
+    given = weight if weight is not None else mask
+    assert given is not None
+    weights = given.new_ones(tokens, dtype=dtype) if weight is None else weight.to(dtype)
+    return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
+
+
 def reduce_rows(
     rows: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: Reduction
 ) -> Tensor:
     """weight * rows ("none"), its sum, or its sum over the sum of the counted weights ("mean")."""
     if mask is None and weight is None:
         return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
-    weights = torch.ones_like(rows) if weight is None else weight.to(rows.dtype)
-    if mask is not None:  # a masked token's weight may be NaN too
-        weights = torch.where(mask, weights, torch.zeros_like(weights))
+    weights = token_weights(rows.shape, mask, weight, rows.dtype)
     weighted = rows * weights
     if reduction == "none":
         return weighted

@@ -300,9 +300,9 @@ def test_distill_loss_triton_opcheck(device):
     student, teacher = inputs.values()
     check_one = functools.partial(torch.library.opcheck, torch.ops.lillama.distill_loss_rows)
     for form in FORMS:
-        check_one((student.clone().requires_grad_(), teacher, mask, None, form, True))
-    check_one((student, teacher, None, weight, "l1_cosine", True))
-    check_one((student, teacher, None, None, "l1_cosine", False))
+        check_one((student.clone().requires_grad_(), teacher, mask, None, 1.0, form, True))
+    check_one((student, teacher, None, weight, 0.5, "l1_cosine", True))
+    check_one((student, teacher, None, None, 1.0, "l1_cosine", False))
     torch.library.opcheck(torch.ops.lillama.distill_loss_scale, (student, weight))
     torch.library.opcheck(torch.ops.lillama.distill_loss_scale, (student, weight[:1].expand(5)))
 
