@@ -32,31 +32,44 @@ compile-gate: setup ## compile every shipped Triton tile for five GPU targets; n
 
 bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.json, which git ignores
 	@mkdir -p .benchmarks
-	@$(BIN)/pytest benchmarks $(BENCH) --benchmark-json=.benchmarks/cpu.json
+	@$(BIN)/pytest benchmarks $(BENCH) -q --benchmark-json=.benchmarks/cpu.json
 
-# SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=tests/ops those tests;
-# TESTS=no or SUITES=none leaves them out.
-SUITES := $(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py))
+# Of `make gpu`. SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=tests/ops
+# those tests; TESTS=no or SUITES=none leaves them out. FULL=--full measures every layer, rank and
+# number of rows. No row starts later than BUDGET_S seconds after the start. COMMIT says what is
+# measured where git cannot.
+FIRST := low_rank_linear low_rank_linears distill_loss
+SUITES := $(FIRST) \
+    $(filter-out $(FIRST),$(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py)))
 TESTS := tests
+FULL :=
+BUDGET_S := 86400
+RESULTS := benchmarks/results
+COMMIT :=
 
-gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing
-	@export PYTHONPATH=.:kernels; \
+gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing; see benchmarks/
+	@export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1; \
+	deadline_s=$$(($$(date +%s) + $(BUDGET_S))); \
 	run=$$($(PYTHON) -c "$$GPU_CHECK") || exit 1; \
-	mkdir -p benchmarks/results; \
+	mkdir -p "$(RESULTS)"; \
 	failed=""; \
 	if [ "$(TESTS)" != no ]; then \
 	    echo "gpu: $(TESTS)"; \
 	    $(PYTHON) -m pytest $(TESTS) --device=cuda || failed="tests"; \
 	fi; \
 	for suite in $(filter-out none,$(SUITES)); do \
+	    if [ $$(date +%s) -ge $$deadline_s ]; then \
+	        failed="$$failed $$suite (no time left)"; continue; \
+	    fi; \
 	    echo "gpu: $$suite"; \
-	    json="benchmarks/results/$$run-$$suite.json"; \
-	    $(PYTHON) -m pytest "benchmarks/bench_$$suite.py" $(BENCH) --device=cuda -q \
-	        --benchmark-disable-gc --benchmark-columns=median --benchmark-json="$$json.part" \
-	        || failed="$$failed $$suite"; \
-	    if [ -s "$$json.part" ]; then mv "$$json.part" "$$json"; else rm -f "$$json.part"; fi; \
+	    json="$(RESULTS)/$$run-$$suite.json"; \
+	    rm -f "$$json.part"; \
+	    $(PYTHON) -m pytest "benchmarks/bench_$$suite.py" $(BENCH) --device=cuda -q -rs $(FULL) \
+	        --deadline-s=$$deadline_s $(if $(COMMIT),--commit=$(COMMIT)) \
+	        --benchmark-json="$$json.part" || failed="$$failed $$suite"; \
+	    if [ -s "$$json.part" ]; then mv "$$json.part" "$$json"; fi; \
 	done; \
-	$(PYTHON) -m benchmarks.tables || failed="$$failed tables"; \
+	$(PYTHON) -m benchmarks.tables --results "$(RESULTS)" || failed="$$failed tables"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed: $$failed" >&2; exit 1; fi
 
 tables: ## write the measured tables of the READMEs and the roofline plot from benchmarks/results

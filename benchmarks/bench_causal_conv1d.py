@@ -6,8 +6,8 @@ from lillama_kernels import causal_conv1d, reference
 from lillama_kernels.testing import causal_conv1d_inputs, check_op
 from torch import Tensor
 
+from benchmarks.rows import Work, compare, variant
 from benchmarks.shapes import SCANS
-from benchmarks.timing import compare, step
 
 WIDTH = 4  # conv_kernel of every published Mamba
 
@@ -26,9 +26,11 @@ def bench_causal_conv1d(benchmark, shape, backward, dtype, device):
     check_op(causal_conv1d, reference.causal_conv1d, inputs)
     del inputs["initial_state"]  # transformers' takes none
     variants = {
-        "ours": [step(causal_conv1d, inputs, backward)],
-        "padded": [step(padded, inputs, backward)],
+        "ours": variant(causal_conv1d, reference.causal_conv1d, [inputs], backward),
+        "padded": variant(padded, reference.causal_conv1d, [inputs], backward, thorough=False),
     }
     # forward reads x and writes y; backward reads x and grad_y and writes grad_x
     least = (5.0 if backward else 2.0) * inputs["x"].numel() * inputs["x"].element_size()
-    compare(benchmark, variants, shape=shape, dtype=dtype, device=device, bytes_moved=least)
+    compare(
+        benchmark, variants, shape=shape, dtype=dtype, device=device, work=Work(bytes_moved=least)
+    )

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from lillama_kernels import low_rank_experts, reference
-from lillama_kernels.testing import check_op, expert_factors, low_rank_experts_inputs
+from lillama_kernels.testing import expert_factors, low_rank_experts_inputs
 from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from benchmarks.rows import Variant, Work, compare, variant
 from benchmarks.shapes import EXPERTS, ExpertsShape
-from benchmarks.timing import compare, step
+from benchmarks.timing import modes_of, step
 
 
 def dense_experts(shape: ExpertsShape, dtype: torch.dtype, device: torch.device) -> MixtralExperts:
@@ -46,14 +47,17 @@ def bench_low_rank_experts(benchmark, shape, backward, dtype, device):
     def dense(hidden: Tensor, topk_weight: Tensor, **weights: Tensor) -> Tensor:
         return torch.func.functional_call(experts, weights, (hidden, index, topk_weight))
 
-    check_op(op, truth, inputs)
     dense_inputs = {name: inputs[name] for name in ("hidden", "topk_weight")}
     dense_inputs |= dict(experts.named_parameters())
     variants = {
-        "ours": [step(op, inputs, backward)],
-        "dense": [step(dense, dense_inputs, backward)],
+        "ours": variant(op, truth, [inputs], backward),
+        "dense": Variant(
+            calls=[step(dense, dense_inputs, backward)],
+            work=Work(flop=2.0 * m * k * 3 * h * i * (3 if backward else 1)),
+        ),
     }
-    flop = 2.0 * m * k * 3 * shape.rank * (h + i) * (3 if backward else 1)
+    work = Work(flop=2.0 * m * k * 3 * shape.rank * (h + i) * (3 if backward else 1))
     # the reference counts tokens an expert on the host, which a graph cannot capture
-    given = {"shape": shape, "dtype": dtype, "device": device, "flop": flop}
-    compare(benchmark, variants, **given, rounds=10, graph=False)
+    modes = modes_of(device, graph=False)
+    given = {"shape": shape, "dtype": dtype, "device": device, "work": work, "modes": modes}
+    compare(benchmark, variants, **given, rounds=10)

@@ -11,8 +11,9 @@ from lillama_kernels.testing import assert_close_to_truth, selective_scan_inputs
 from torch import Tensor
 from transformers.models.mamba import modeling_mamba
 
+from benchmarks.rows import Variant, Work, compare
 from benchmarks.shapes import SCANS
-from benchmarks.timing import compare, step
+from benchmarks.timing import modes_of, step
 
 # the function under the decorator that looks for mamba_ssm's kernel
 EAGER = getattr(
@@ -48,7 +49,6 @@ def bench_selective_scan(benchmark, shape, dtype, device):
     # one sequence: the eager scan takes seconds for more, and twice that for two backwards
     few = selective_scan_inputs(1, *sizes, dtype=dtype, device=device)
     del few["initial_state"]
-    check(few)
     inputs = selective_scan_inputs(shape.batch, *sizes, dtype=dtype, device=device)
     # transformers' scan takes none
     del inputs["initial_state"]
@@ -57,14 +57,18 @@ def bench_selective_scan(benchmark, shape, dtype, device):
     # forward reads x, delta, z and writes y; backward reads those and grad_y, writes three grads
     row = compare(
         benchmark,
-        {"ours": [fast], "transformers_eager": [step(eager, inputs, backward=True)]},
+        {
+            "ours": Variant(calls=[fast], check=lambda: check(few)),
+            "transformers_eager": Variant(calls=[step(eager, inputs, backward=True)]),
+        },
         shape=shape,
         dtype=dtype,
         device=device,
-        bytes_moved=11.0 * inputs["x"].numel() * inputs["x"].element_size(),
+        work=Work(bytes_moved=11.0 * inputs["x"].numel() * inputs["x"].element_size()),
         rounds=1 if shape.min_speedup else 3,
         warmup_rounds=0,
-        graph=False,
+        sample_s=0.0,
+        modes=modes_of(device, graph=False),
     )
     if device.type == "cpu":
         speedup = row["speedup"]["wall"]["transformers_eager"]

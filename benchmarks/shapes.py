@@ -1,7 +1,7 @@
 """Shapes that the benchmarks run, each with its source.
 
 Tiny ones are those of the teachers in examples/teachers and run on a CPU in milliseconds; large
-ones are those of published models, at the rows of decoding (16) and prefill (4096).
+ones are those of published models, from one row (decoding) to 16384 (prefill).
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,23 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """name: the benchmark's id. needs_gpu: too large for a CPU."""
+    """name: the benchmark's id. needs_gpu: too large for a CPU. full: only run with --full."""
 
     name: str
     needs_gpu: bool = True
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearShape(Shape):
     """compiled: torch.compile's best is timed too, which takes 10 s and more. train: forward and
-    backward are timed too."""
+    backward are timed together without --full too."""
 
     rows: int
     in_features: int
     out_features: int
     rank: int
+    bias: bool = False
     compiled: bool = False
     train: bool = False
 
@@ -93,7 +95,6 @@ PHI_2_HIDDEN = 2560
 PHI_2_INTERMEDIATE = 10240
 # Llama-3-8B: meta-llama/Meta-Llama-3-8B config.json; keys and values have 1024 features
 LLAMA_3_8B_HIDDEN = 4096
-LLAMA_3_8B_INTERMEDIATE = 14336
 # the teachers of this repository: examples/teachers/*/config.json
 TINY_HIDDEN = 128
 TINY_MIXTRAL_INTERMEDIATE = 192
@@ -101,23 +102,58 @@ TINY_MIXTRAL_EXPERTS = 8
 TINY_MAMBA_INTERMEDIATE = 256
 TINY_MAMBA_STATE = 16
 
-# Every rank is below the one at which two factors are as large as the matrix, K N / (K + N).
-# (name, K, N, ranks, rows); those whose name ends in "*" are compared with torch.compile as well
-DECODE, PREFILL = (1, 4, 16, 64), (256, 1024, 2048, 4096, 16384)
-LARGE_LINEARS = [
-    ("mixtral-8x7b-w1*", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (1024, 2048), DECODE),
-    ("mixtral-8x7b-w1*", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (1024,), PREFILL),
-    ("mixtral-8x7b-w1", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (512, 1536, 3072), (1, 16)),
-    ("mixtral-8x7b-w1", MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, (2048, 3072), (4096,)),
-    ("mixtral-8x7b-w2", MIXTRAL_8X7B_INTERMEDIATE, MIXTRAL_8X7B_HIDDEN, (1024,), (1, 16, 4096)),
-    ("mamba-2.8b-in_proj*", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, (1024,), DECODE),
-    ("mamba-2.8b-in_proj*", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, (1024,), (2048, 4096)),
-    ("mamba-2.8b-in_proj", MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, (512,), (1, 16, 4096)),
-    ("mamba-2.8b-out_proj", MAMBA_2_8B_INTERMEDIATE, MAMBA_2_8B_HIDDEN, (1024,), (1, 16, 4096)),
-    ("phi-2-fc1*", PHI_2_HIDDEN, PHI_2_INTERMEDIATE, (1024,), (1, 16)),
-    ("phi-2-qkvo", PHI_2_HIDDEN, PHI_2_HIDDEN, (512, 1024), (1, 16, 4096)),
-    ("llama-3-8b-o_proj", LLAMA_3_8B_HIDDEN, LLAMA_3_8B_HIDDEN, (1536,), (1, 16, 4096)),
-    ("llama-3-8b-up_proj", LLAMA_3_8B_HIDDEN, LLAMA_3_8B_INTERMEDIATE, (2048,), (1, 16, 4096)),
+# Layers as (K, N, bias). Llama-3-8B's gate and up have the shape of Mixtral's w1 and w3.
+LAYERS = {
+    "mixtral-8x7b-w1": (MIXTRAL_8X7B_HIDDEN, MIXTRAL_8X7B_INTERMEDIATE, False),
+    "mixtral-8x7b-w2": (MIXTRAL_8X7B_INTERMEDIATE, MIXTRAL_8X7B_HIDDEN, False),
+    "mamba-2.8b-in_proj": (MAMBA_2_8B_HIDDEN, 2 * MAMBA_2_8B_INTERMEDIATE, False),
+    "mamba-2.8b-out_proj": (MAMBA_2_8B_INTERMEDIATE, MAMBA_2_8B_HIDDEN, False),
+    "phi-2-fc1": (PHI_2_HIDDEN, PHI_2_INTERMEDIATE, True),
+    "phi-2-qkvo": (PHI_2_HIDDEN, PHI_2_HIDDEN, True),
+    "llama-3-8b-o_proj": (LLAMA_3_8B_HIDDEN, LLAMA_3_8B_HIDDEN, False),
+}
+RANKS = (512, 1024, 1536, 2048, 3072)
+ROWS = (1, 4, 16, 64, 256, 1024, 2048, 4096, 16384)
+# What runs without --full; the rows that the targets speak of come first, in case time runs out
+STANDARD = {
+    ("mixtral-8x7b-w1", 1024): ROWS,
+    ("mixtral-8x7b-w1", 2048): (1, 4, 16, 64, 2048, 4096),
+    ("mamba-2.8b-in_proj", 1024): (1, 4, 16, 64, 2048, 4096),
+    ("phi-2-fc1", 1024): (1, 4, 16, 64, 2048, 4096),
+    ("mixtral-8x7b-w2", 1024): (1, 4, 16, 4096),
+    ("mamba-2.8b-out_proj", 1024): (1, 4, 16, 4096),
+    ("phi-2-qkvo", 1024): (1, 4, 16, 4096),
+    ("llama-3-8b-o_proj", 1024): (1, 16, 4096),
+    ("mixtral-8x7b-w2", 2048): (1, 4, 16),
+    ("mixtral-8x7b-w1", 3072): (1, 16, 4096),
+    ("mixtral-8x7b-w1", 1536): (1, 16),
+    ("mixtral-8x7b-w1", 512): (1, 16),
+    ("mamba-2.8b-in_proj", 512): (1, 16),
+    ("phi-2-qkvo", 512): (1, 16),
+}
+COMPILED = tuple(STANDARD)[:4]
+COMPILED_ROWS = (1, 16, 64, 2048, 4096)
+TRAINED = {("mixtral-8x7b-w1", 1024): (256, 4096), ("mamba-2.8b-in_proj", 1024): (4096,)}
+
+
+def _linear(layer: str, rank: int, rows: int) -> LinearShape:
+    k, n, bias = LAYERS[layer]
+    return LinearShape(
+        name=f"{layer}-R{rank}-M{rows}",
+        full=rows not in STANDARD.get((layer, rank), ()),
+        rows=rows,
+        in_features=k,
+        out_features=n,
+        rank=rank,
+        bias=bias,
+        compiled=(layer, rank) in COMPILED and rows in COMPILED_ROWS,
+        train=rows in TRAINED.get((layer, rank), ()),
+    )
+
+
+# Every rank below the one at which two factors are as large as the matrix
+_PAIRS = [
+    (layer, rank) for layer, (k, n, _) in LAYERS.items() for rank in RANKS if rank < k * n / (k + n)
 ]
 LINEARS = [
     *(
@@ -132,19 +168,12 @@ LINEARS = [
         )
         for rows in (16, 2048)
     ),
+    *(_linear(layer, rank, rows) for (layer, rank), some in STANDARD.items() for rows in some),
     *(
-        LinearShape(
-            name=f"{model.rstrip('*')}-R{rank}-M{rows}",
-            rows=rows,
-            in_features=k,
-            out_features=n,
-            rank=rank,
-            compiled=model.endswith("*"),
-            train=rank == 1024 and rows in (256, 4096),
-        )
-        for model, k, n, ranks, all_rows in LARGE_LINEARS
-        for rank in ranks
-        for rows in all_rows
+        shape
+        for layer, rank in _PAIRS
+        for rows in ROWS
+        if (shape := _linear(layer, rank, rows)).full
     ),
 ]
 
@@ -159,15 +188,15 @@ SHARED_LINEARS = [
     ),
     *(
         SharedLinearsShape(
-            name=f"{name}-M{rows}", rows=rows, in_features=k, out_features=n, rank=rank
+            name=f"{name}-R{rank}-M{rows}", rows=rows, in_features=k, out_features=n, rank=rank
         )
-        for rows in (1, 16, 64)
         for name, k, n, rank in (
             ("llama-3-8b-qkv", LLAMA_3_8B_HIDDEN, (LLAMA_3_8B_HIDDEN, 1024, 1024), 512),
             ("mixtral-8x7b-w1-w3", MIXTRAL_8X7B_HIDDEN, (MIXTRAL_8X7B_INTERMEDIATE,) * 2, 1024),
         )
+        for rows in (1, 4, 16, 64)
     ),
-]  # fmt: skip
+]
 
 EXPERTS = [
     ExpertsShape(

@@ -1,113 +1,147 @@
 """What the kernels are to reach on an NVIDIA H200, as data: medians against the same run's rivals.
 
-A case covers several rows of results; it is judged by the worst of them.
+A case covers several rows of results and is judged by the worst of them; it is met only when all of
+them were measured.
 """
 
-import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-__all__ = ["TARGETS", "Goal", "Target", "judge"]
+from benchmarks.shapes import LINEARS, LOSSES, LinearShape
+
+__all__ = ["COLUMNS", "GPU", "TARGETS", "Goal", "Target", "Verdict", "judge"]
+
+# how the result files of the GPU that the targets are for begin
+GPU = "nvidia-h200"
+COLUMNS = {
+    "eager": "two cuBLAS calls (loss: plain PyTorch), all eager",
+    "compiled": "torch.compile max-autotune",
+    "dense": "dense cuBLAS",
+    "ceiling": "of the ceiling",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """One column: the rival's median over ours is at least `least` in a mode; without a rival, the
-    percent of the ceiling is."""
+    """In every row and in a mode, the fastest of the rivals takes `least` times as long as ours;
+    without rivals, ours reaches `least` percent of the ceiling. column: one of COLUMNS."""
 
     column: str
     least: float
-    rival: str | None = None
+    rows: tuple[str, ...]
+    rivals: tuple[str, ...] = ()
     mode: str = "graph"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """rows: patterns of benchmark names with "(" for "[", which fnmatch would take for a set."""
-
     case: str
-    rows: tuple[str, ...]
-    goals: tuple[Goal, ...] = field(default=())
+    goals: tuple[Goal, ...]
 
 
-def _goals(cublas: float, compiled: float, dense: float | None, percent: float) -> tuple[Goal, ...]:
-    goals = [
-        Goal(column="eager", least=cublas, rival="cublas", mode="eager"),
-        Goal(column="compiled", least=compiled, rival="compiled"),
-    ]
-    if dense is not None:
-        goals.append(Goal(column="dense", least=dense, rival="dense"))
-    return (*goals, Goal(column="ceiling", least=percent))
+class Verdict(NamedTuple):
+    """worst: the smallest value, None where no row was measured. num_rows: how many were."""
+
+    goal: Goal
+    worst: float | None
+    num_rows: int
+
+    @property
+    def met(self) -> bool:
+        """Every row was measured and reaches it."""
+        every = self.num_rows == len(self.goal.rows)
+        return every and self.worst is not None and self.worst >= self.goal.least
 
 
-LINEAR = "bench_low_rank_linear("
+def _linears(keep: Callable[[LinearShape], bool]) -> list[LinearShape]:
+    return [s for s in LINEARS if s.needs_gpu and not s.full and keep(s)]
+
+
+def _names(shapes: Iterable[LinearShape]) -> tuple[str, ...]:
+    return tuple(f"bench_low_rank_linear[{shape.name}-forward]" for shape in shapes)
+
+
+def _dense_over_low_rank(shape: LinearShape) -> float:
+    """How many times the weights, and at most the time, the dense layer has."""
+    k, n = shape.in_features, shape.out_features
+    return k * n / (shape.rank * (k + n))
+
+
+def _goals(
+    shapes: list[LinearShape], eager: float, compiled: float, dense: float, percent: float
+) -> tuple[Goal, ...]:
+    """With each column's target; the dense one only for layers that have so much to gain."""
+    rows = _names(shapes)
+    with_compiled = _names(shape for shape in shapes if shape.compiled)
+    with_gain = _names(shape for shape in shapes if _dense_over_low_rank(shape) > dense)
+    return (
+        Goal(column="eager", least=eager, rows=rows, rivals=("cublas",), mode="eager"),
+        Goal(column="compiled", least=compiled, rows=with_compiled, rivals=("compiled",)),
+        Goal(column="dense", least=dense, rows=with_gain, rivals=("dense",)),
+        Goal(column="ceiling", least=percent, rows=rows),
+    )
+
+
+def _decode(models: tuple[str, ...], rank: int) -> list[LinearShape]:
+    return _linears(lambda s: s.name.startswith(models) and s.rank == rank and s.rows <= 16)
+
+
+LOSS = tuple(
+    f"bench_distill_loss[{s.name}-training]"
+    for s in LOSSES
+    if (s.rows, s.hidden_size) == (4096, 4096)
+)
 TARGETS = [
     Target(
         case="Mixtral linear, decode M = 1 to 16, rank 1024",
-        rows=tuple(f"{LINEAR}mixtral-8x7b-w?-R1024-M{m}-forward)" for m in (1, 4, 16)),
-        goals=_goals(1.6, 1.25, 2.7, 80),
+        goals=_goals(_decode(("mixtral",), 1024), 1.6, 1.25, 2.7, 80),
     ),
     Target(
-        case="Mixtral linear, decode, rank 2048",
-        rows=tuple(f"{LINEAR}mixtral-8x7b-w?-R2048-M{m}-forward)" for m in (1, 4, 16)),
-        goals=_goals(1.4, 1.15, 1.45, 88),
+        case="Mixtral linear, decode M = 1 to 16, rank 2048",
+        goals=_goals(_decode(("mixtral",), 2048), 1.4, 1.15, 1.45, 88),
     ),
     Target(
-        case="Mamba and Phi linear, decode, rank 1024",
-        rows=tuple(
-            f"{LINEAR}{model}-*-R1024-M{m}-forward)"
-            for model in ("mamba-2.8b", "phi-2")
-            for m in (1, 4, 16)
-        ),
-        goals=_goals(2.0, 1.3, 1.8, 60),
-    ),
-    Target(
-        case="Mixtral linear, prefill M >= 2048, rank 1024",
-        rows=tuple(f"{LINEAR}mixtral-8x7b-w?-R1024-M{m}-forward)" for m in (2048, 4096, 16384)),
-        goals=_goals(0.98, 0.98, 2.7, 85),
+        case="Mamba and Phi linear, decode M = 1 to 16, rank 1024",
+        goals=_goals(_decode(("mamba", "phi"), 1024), 2.0, 1.3, 1.8, 60),
     ),
     Target(
         case="any linear, prefill M >= 2048",
-        rows=tuple(f"{LINEAR}*-M{m}-forward)" for m in (2048, 4096, 16384)),
-        goals=_goals(0.98, 0.98, None, 85),
+        goals=_goals(_linears(lambda s: s.rows >= 2048), 0.98, 0.98, 2.7, 85),
     ),
     Target(
-        case="loss forward and backward, [4096, 4096] bf16",
-        rows=("bench_distill_loss(mixtral-8x7b-M4096)",),
+        case="loss forward and backward, [4096, 4096]",
         goals=(
-            Goal(column="eager", least=14, rival="eager", mode="eager"),
-            Goal(column="compiled", least=1.5, rival="compiled"),
-            Goal(column="ceiling", least=88),
+            Goal(column="eager", least=14, rows=LOSS, rivals=("eager",), mode="eager"),
+            Goal(column="compiled", least=1.5, rows=LOSS, rivals=("compiled", "compiled_and_grad")),
+            Goal(column="ceiling", least=88, rows=LOSS),
         ),
     ),
 ]
 
 
 def _value(row: Mapping[str, Any], goal: Goal) -> float | None:
-    """None where the row has no such rival."""
-    if goal.rival is None:
-        return row["percent_of_ceiling"]
-    return row["speedup"].get(goal.mode, {}).get(goal.rival)
+    """None where the row has not all that the goal compares."""
+    found = row["modes"].get(goal.mode, {})
+    if not {"ours", *goal.rivals} <= found.keys():
+        return None
+    if not goal.rivals:
+        return found["ours"]["percent_of_ceiling"]
+    return min(found[rival]["median_us"] for rival in goal.rivals) / found["ours"]["median_us"]
 
 
-def judge(
-    target: Target, rows: Sequence[tuple[str, Mapping[str, Any]]]
-) -> list[tuple[Goal, float | None]]:
-    """Each goal with the smallest value among the target's rows, None where nothing was measured.
+def judge(target: Target, rows: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+    """Each goal of the target beside what was measured.
 
     Args:
-        rows: name and extra_info of the results.
+        rows: extra_info of the results by name.
     """
-    covered = [
-        row
-        for name, row in rows
-        if any(
-            fnmatch.fnmatchcase(name.replace("[", "(").replace("]", ")"), p) for p in target.rows
-        )
-    ]
-    judged = []
+    verdicts = []
     for goal in target.goals:
-        values = [value for row in covered if (value := _value(row, goal)) is not None]
-        judged.append((goal, min(values) if values else None))
-    return judged
+        values = [
+            value
+            for name in goal.rows
+            if name in rows and (value := _value(rows[name], goal)) is not None
+        ]
+        verdicts.append(Verdict(goal, min(values, default=None), len(values)))
+    return verdicts

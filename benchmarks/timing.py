@@ -1,28 +1,34 @@
-"""Time variants of one operation against each other, and say how close each is to the hardware.
+"""Time variants of one operation against each other.
 
-Variants run in turn, round by round, so that a busy or hot machine hits all alike. A variant is a
-list of calls, one for each set of inputs: a round runs all of them, so that no call finds its
-weights in the cache. On a CPU the clock is the wall's and there is one set. On CUDA each variant is
-timed twice with the GPU's own events: "eager", as Python launches it, and "graph", captured once in
-a CUDA graph and replayed, which leaves the launches out.
+A variant is a list of calls, one for each set of inputs; running them in turn keeps each from
+finding its weights in the cache. A sample is so many passes over that list that it lasts a
+millisecond or more, since an event's clock ticks about every half microsecond. Variants are sampled
+in turn, round by round, so that a busy or hot machine hits all alike.
+
+On CUDA there are two modes, both read from the GPU's own events: "eager", as Python launches it,
+and "graph", a sample captured in one CUDA graph and replayed, which leaves the launches out. On a
+CPU there is "wall".
 """
 
-import functools
+import gc
 import math
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "SAMPLE_S",
+    "Call",
+    "Mode",
     "captured",
-    "ceilings",
-    "compare",
     "cuda_clock",
+    "in_turn",
     "interleaved",
+    "measure",
+    "modes_of",
     "num_input_sets",
     "quantiles",
     "step",
@@ -31,36 +37,77 @@ __all__ = [
 
 Call = Callable[[], object]
 
+SAMPLE_S = 1e-3
+# of one sample; more would only make the graphs larger
+MAX_PASSES = 200
+# 60 MB of L2 are exceeded twice by this many sets of 2 MB
+MAX_SETS = 64
 
+
+# What is called
 def step(
     function: Callable[..., Tensor | Sequence[Tensor]], inputs: Mapping[str, Tensor], backward: bool
-) -> Call:
-    """A call of function(**inputs), with its first output's gradient in every input if `backward`;
-    without it, under no_grad. It does not wait for the GPU."""
+) -> Callable[[], list[Tensor]]:
+    """A call of function(**inputs) that returns its outputs, and with `backward` the gradients of
+    the first one in every input too. It does not wait for the GPU."""
     leaves = {name: t.detach().requires_grad_(backward) for name, t in inputs.items()}
-    ones: list[Tensor] = []
+    grads: list[Tensor] = []
 
-    def call() -> None:
-        with torch.set_grad_enabled(backward):
-            outputs = function(**leaves)
-        y = outputs if isinstance(outputs, Tensor) else outputs[0]
-        if backward:
-            if not ones:
-                ones.append(torch.ones_like(y))
-            torch.autograd.grad(y, list(leaves.values()), ones)
+    def call() -> list[Tensor]:
+        outputs = function(**leaves)
+        ys = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        if not backward:
+            return ys
+        if not grads:
+            grads.append(_grad_output(ys[0]))
+        return [ys[0].detach(), *torch.autograd.grad(ys[0], list(leaves.values()), grads)]
 
     return call
 
 
-def num_input_sets(bytes_per_set: float, device: torch.device) -> int:
-    """Sets of inputs that together are twice the L2 cache and more, at most 16; 1 on a CPU."""
+def _grad_output(y: Tensor) -> Tensor:
+    """Random (constants would cost a GPU less power), the same numbers in every dtype."""
+    generator = torch.Generator(y.device).manual_seed(0)
+    normal = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32)
+    return normal.bfloat16().to(y.dtype)
+
+
+def num_input_sets(bytes_per_set: float, device: torch.device, at_least: int = 2) -> int:
+    """Sets of inputs that together are more than twice the L2 cache; 1 on a CPU."""
     if device.type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return min(16, max(2, math.ceil(2 * cache / bytes_per_set)))
+    return min(MAX_SETS, max(at_least, math.floor(2 * cache / bytes_per_set) + 1))
 
 
-# Clocks: seconds of one call of run
+def in_turn(calls: Sequence[Call], passes: int) -> Call:
+    """All calls, `passes` times. The results of a pass live until its end: if each were freed at
+    once, all would be written to one place, which the cache holds."""
+
+    def run() -> list[object]:
+        results: list[object] = []
+        for _ in range(passes):
+            results = [call() for call in calls]
+        return results
+
+    return run
+
+
+def captured(run: Call) -> Call:
+    """The kernels of one run as a CUDA graph, whose memory lives as long as what is returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what is compiled or allocated at first use must not be captured
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
+# Clocks: seconds that run takes
 def wall_clock(run: Call) -> float:
     start = time.perf_counter()
     run()
@@ -77,28 +124,27 @@ def cuda_clock(run: Call) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def captured(run: Call) -> Call:
-    """The kernels of one run as a graph; its memory stays allocated while the graph lives."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # what is compiled or allocated at first use must not be captured
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+class Mode(NamedTuple):
+    """How samples run and are timed: prepare makes of a run what is then called again and again."""
+
+    name: str
+    clock: Callable[[Call], float]
+    prepare: Callable[[Call], Call]
 
 
-def _all(calls: Sequence[Call]) -> Call:
-    def run() -> None:
-        for call in calls:
-            call()
-
+def _as_it_is(run: Call) -> Call:
     return run
 
 
+def modes_of(device: torch.device, graph: bool = True) -> list[Mode]:
+    """The modes of a device; graph: whether the variants can be captured."""
+    if device.type == "cpu":
+        return [Mode("wall", wall_clock, _as_it_is)]
+    modes = [Mode("eager", cuda_clock, _as_it_is)]
+    return [*modes, Mode("graph", cuda_clock, captured)] if graph else modes
+
+
+# Sampling
 def interleaved(
     variants: Mapping[str, Call], rounds: int, warmup_rounds: int, clock: Callable[[Call], float]
 ) -> dict[str, list[float]]:
@@ -114,125 +160,63 @@ def interleaved(
     return seconds
 
 
+def _sample(calls: Sequence[Call], mode: Mode, sample_s: float) -> tuple[Call, int]:
+    """A run that lasts sample_s or more, and its passes over the calls."""
+    once = mode.prepare(in_turn(calls, 1))
+    if not sample_s:
+        return once, 1
+    once()  # the first run compiles and allocates
+    taken = max(min(mode.clock(once) for _ in range(2)), 1e-9)
+    passes = max(1, min(MAX_PASSES, math.ceil(sample_s / taken)))
+    return (once if passes == 1 else mode.prepare(in_turn(calls, passes))), passes
+
+
+def measure(
+    variants: Mapping[str, Sequence[Call]],
+    mode: Mode,
+    *,
+    rounds: int,
+    warmup_rounds: int,
+    sample_s: float = SAMPLE_S,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of one call of each variant in a mode, and why the others could not run.
+
+    Args:
+        variants: for each its calls, one a set of inputs.
+        rounds, warmup_rounds: samples of each variant.
+        sample_s: what a sample lasts at least; 0 for one pass whatever it takes.
+
+    Raises:
+        Exception: "ours" could not run.
+    """
+    samples: dict[str, tuple[Call, int]] = {}
+    failed: dict[str, str] = {}
+    for name, calls in variants.items():
+        try:
+            samples[name] = _sample(calls, mode, sample_s)
+        except Exception as error:  # a rival that cannot be captured must not cost the row
+            if name == "ours":
+                raise
+            failed[name] = f"{mode.name}: {type(error).__name__}: {str(error)[:300]}"
+    runs = {name: run for name, (run, _) in samples.items()}
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        seconds = interleaved(runs, rounds, warmup_rounds, mode.clock)
+    finally:
+        if collects:
+            gc.enable()
+    each = {
+        name: [taken / (samples[name][1] * len(variants[name])) for taken in times]
+        for name, times in seconds.items()
+    }
+    return each, failed
+
+
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """Median, p20 and p80 in microseconds."""
     shares = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     values = torch.tensor(list(seconds), dtype=torch.float64).quantile(shares).tolist()
     labels = ("median_us", "p20_us", "p80_us")
     return {label: 1e6 * value for label, value in zip(labels, values, strict=True)}
-
-
-# Ceilings
-def _gpu_clock_mhz() -> float | None:
-    """The SM clock now, None where nvidia-smi does not say."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-        return float(text.splitlines()[0])
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        return None
-
-
-@functools.cache
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Measured here and now: GB/s of a large copy (bytes read plus written) and of a large read,
-    and TFLOP/s of a large matrix product of random numbers in dtype."""
-    cuda = device.type == "cuda"
-    clock, rounds = (cuda_clock, 20) if cuda else (wall_clock, 3)
-    numbers, side = (2**30, 8192) if cuda else (2**24, 768)
-    source = torch.ones(numbers, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    variants: dict[str, Call] = {
-        "copy": lambda: target.copy_(source),
-        "read": lambda: source.sum(),
-        "matmul": lambda: a @ b,
-    }
-    seconds = interleaved(variants, rounds, 2, clock)
-    best = {name: quantiles(times)["median_us"] / 1e6 for name, times in seconds.items()}
-    return {
-        "copy_gb_per_s": 8.0 * numbers / best["copy"] / 1e9,
-        "read_gb_per_s": 4.0 * numbers / best["read"] / 1e9,
-        "matmul_tflop_per_s": 2.0 * side**3 / best["matmul"] / 1e12,
-    }
-
-
-def _row(
-    modes: Mapping[str, Mapping[str, Sequence[float]]],
-    limits: Mapping[str, float],
-    flop: float,
-    bytes_moved: float,
-) -> dict[str, Any]:
-    """What a row says about times: quantiles, speedups of "ours", and the share of the ceiling."""
-    floor_us = 1e6 * max(
-        bytes_moved / limits["copy_gb_per_s"] / 1e9, flop / limits["matmul_tflop_per_s"] / 1e12
-    )
-    row: dict[str, Any] = {"flop": flop, "bytes_moved": bytes_moved, "floor_us": floor_us}
-    row["modes"] = {
-        mode: {name: quantiles(times) for name, times in variants.items()}
-        for mode, variants in modes.items()
-    }
-    row["speedup"] = {
-        mode: {name: v["median_us"] / found["ours"]["median_us"] for name, v in found.items()}
-        for mode, found in row["modes"].items()
-    }
-    ours = min(found["ours"]["median_us"] for found in row["modes"].values())
-    row["percent_of_ceiling"] = 100 * floor_us / ours
-    row["gb_per_s"] = bytes_moved / ours / 1e3
-    row["tflop_per_s"] = flop / ours / 1e6
-    return row
-
-
-def compare(
-    benchmark: Any,
-    variants: Mapping[str, Sequence[Call]],
-    *,
-    shape: object,
-    dtype: torch.dtype,
-    device: torch.device,
-    flop: float = 0.0,
-    bytes_moved: float = 0.0,
-    rounds: int = 20,
-    warmup_rounds: int = 2,
-    graph: bool = True,
-) -> dict[str, Any]:
-    """Time the variants ("ours" is one of them) and store the row in benchmark.extra_info.
-
-    Args:
-        benchmark: pytest-benchmark's fixture; its own columns are "ours" again, wall clock.
-        variants: for each its calls, one a set of inputs.
-        flop, bytes_moved: of one call, the least that the operation needs.
-        rounds, warmup_rounds: how often each is run.
-        graph: whether the variants can be captured in a CUDA graph.
-
-    Returns:
-        The row: see benchmarks/README.md.
-    """
-    runs = {name: _all(calls) for name, calls in variants.items()}
-    modes: dict[str, dict[str, list[float]]] = {}
-    if device.type == "cuda":
-        modes["eager"] = interleaved(runs, rounds, warmup_rounds, cuda_clock)
-        if graph:
-            replays = {name: captured(run) for name, run in runs.items()}
-            modes["graph"] = interleaved(replays, rounds, warmup_rounds, cuda_clock)
-    else:
-        modes["wall"] = interleaved(runs, rounds, warmup_rounds, wall_clock)
-    each = {
-        mode: {name: [s / len(variants[name]) for s in times] for name, times in found.items()}
-        for mode, found in modes.items()
-    }
-    limits = ceilings(device, dtype)
-    row = _row(each, limits, flop, bytes_moved) | {
-        "shape": str(shape),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "num_threads": torch.get_num_threads(),
-        "input_sets": len(variants["ours"]),
-        "ceilings": limits,
-    }
-    if device.type == "cuda":
-        row["sm_clock_mhz"] = _gpu_clock_mhz()
-    benchmark.extra_info |= row
-    benchmark.pedantic(variants["ours"][0], rounds=min(rounds, 5), warmup_rounds=0)
-    return row

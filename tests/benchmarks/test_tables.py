@@ -8,43 +8,57 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from benchmarks.results import read_results
+from benchmarks.roofline import points
 from benchmarks.shapes import LINEARS, LOSSES
-from benchmarks.targets import TARGETS, judge
+from benchmarks.targets import COLUMNS, TARGETS, judge
 
 ROOT = Path(__file__).parents[2]
 README = "# A\n<!-- benchmarks:begin targets -->\nold\n<!-- benchmarks:end targets -->\ntail\n"
-KERNELS = "<!-- benchmarks:begin rows -->\n<!-- benchmarks:end rows -->\n"
-LIMITS = {"copy_gb_per_s": 4000.0, "read_gb_per_s": 4200.0, "matmul_tflop_per_s": 700.0}
+KERNELS = "".join(
+    f"<!-- benchmarks:begin {name} -->\n<!-- benchmarks:end {name} -->\n" for name in tables.SUITES
+)
+LIMITS = {"copy_gb_per_s": 4000.0, "read_gb_per_s": 4200.0, "bfloat16_tflop_per_s": 700.0}
+DECODE = [name for name in TARGETS[0].goals[0].rows if "-w1-" in name]
+LINEAR = "nvidia-h200-2026-11-20-low_rank_linear.json"
 
 
 def row(ours_us: float, percent: float, **others_us: float) -> dict[str, Any]:
-    """A row as benchmarks.timing writes it, every other variant equally fast in both modes."""
+    """A row as benchmarks.rows makes it; the others are equally fast in both modes, ours is twice
+    as slow in eager mode."""
 
-    def times(value: float) -> dict[str, float]:
-        return {"median_us": value, "p20_us": 0.9 * value, "p80_us": 1.1 * value}
+    def times(median_us: float) -> dict[str, float]:
+        return {
+            "median_us": median_us,
+            "p20_us": 0.9 * median_us,
+            "p80_us": 1.1 * median_us,
+            "gb_per_s": 4e7 / median_us / 1e3,
+            "tflop_per_s": 6e8 / median_us / 1e6,
+            "percent_of_ceiling": percent * ours_us / median_us,
+        }
 
-    found = {name: times(value) for name, value in {"ours": ours_us, **others_us}.items()}
-    speedup = {name: value["median_us"] / ours_us for name, value in found.items()}
+    def mode(ours_us: float) -> dict[str, dict[str, float]]:
+        return {name: times(us) for name, us in {"ours": ours_us, **others_us}.items()}
+
     return {
-        "modes": {"eager": found, "graph": found},
-        "speedup": {"eager": speedup, "graph": speedup},
-        "percent_of_ceiling": percent,
+        "modes": {"eager": mode(2 * ours_us), "graph": mode(ours_us)},
+        "failed": {},
         "floor_us": ours_us * percent / 100,
         "flop": 6e8,
         "bytes_moved": 4e7,
+        "intensities": dict.fromkeys(["ours", *others_us], 15.0),
         "ceilings": LIMITS,
+        "dtype": "bfloat16",
         "device": "NVIDIA H200",
+        "commit": "0123456789",
     }
 
 
+# M = 1, 4 and 16 of Mixtral's w1 at rank 1024
 ROWS = {
-    "bench_low_rank_linear[mixtral-8x7b-w1-R1024-M1-forward]": row(
-        10, 85, cublas=20, compiled=14, dense=30
-    ),
-    "bench_low_rank_linear[mixtral-8x7b-w1-R1024-M16-forward]": row(
-        10, 70, cublas=18, compiled=11, dense=29
-    ),
-    "bench_low_rank_linear[mixtral-8x7b-w2-R1024-M16-forward]": row(10, 90, cublas=17, dense=28),
+    DECODE[0]: row(10, 85, cublas=40, compiled=14, dense=30),
+    DECODE[1]: row(10, 85, cublas=36, dense=30),
+    DECODE[2]: row(10, 70, cublas=34, compiled=11, dense=26),
 }
 
 
@@ -58,111 +72,206 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(root: Path, name: str, rows: dict[str, dict[str, Any]]) -> None:
-    data = {
-        "benchmarks": [{"name": name, "extra_info": extra} for name, extra in rows.items()],
-        "commit_info": {"id": "0123456789abcdef"},
-        "datetime": "2026-11-20T10:00:00",
+def write(root: Path, file: str, rows: dict[str, dict[str, Any]]) -> None:
+    found = [{"name": name, "extra_info": extra} for name, extra in rows.items()]
+    text = json.dumps({"benchmarks": found, "datetime": "2026-11-20T10:00:00"})
+    (root / "benchmarks" / "results" / file).write_text(text)
+
+
+# Targets
+def test_a_target_is_judged_by_its_worst_row():
+    verdicts = {verdict.goal.column: verdict for verdict in judge(TARGETS[0], ROWS)}
+    # eager against eager: 34 us over 20 us
+    assert verdicts["eager"].worst == pytest.approx(1.7)
+    assert verdicts["compiled"].worst == pytest.approx(1.1)
+    assert verdicts["dense"].worst == pytest.approx(2.6)
+    assert verdicts["ceiling"].worst == pytest.approx(70)
+    assert verdicts["eager"].num_rows == 3 and len(verdicts["eager"].goal.rows) == 6
+    assert verdicts["compiled"].num_rows == 2 and verdicts["compiled"].goal.rows == (
+        *(name for name in DECODE if "M4-" not in name),
+    )
+    assert [verdict.worst for verdict in judge(TARGETS[1], ROWS)] == [None] * 4
+
+
+def test_a_target_is_met_only_with_all_of_its_rows():
+    good = {
+        name: row(10, 99, cublas=99, compiled=99, dense=99) for name in TARGETS[0].goals[0].rows
     }
-    (root / "benchmarks" / "results" / name).write_text(json.dumps(data))
+    assert all(verdict.met for verdict in judge(TARGETS[0], good))
+    del good[TARGETS[0].goals[0].rows[-2]]
+    met = {verdict.goal.column: verdict.met for verdict in judge(TARGETS[0], good)}
+    assert met == {"eager": False, "compiled": True, "dense": False, "ceiling": False}
 
 
-def test_targets_are_judged_by_their_worst_row():
-    judged = judge(TARGETS[0], list(ROWS.items()))
-    assert [(goal.column, value) for goal, value in judged] == [
-        ("eager", pytest.approx(1.7)),
-        ("compiled", pytest.approx(1.1)),
-        ("dense", pytest.approx(2.8)),
-        ("ceiling", 70),
-    ]
-    assert [value for _, value in judge(TARGETS[1], list(ROWS.items()))] == [None] * 4
+def test_the_loss_is_compared_with_the_faster_of_two_compilations():
+    (name,) = TARGETS[-1].goals[0].rows
+    rivals = {"eager": 600, "compiled": 50, "compiled_and_grad": 40}
+    verdicts = judge(TARGETS[-1], {name: row(20, 90, **rivals)})
+    assert [v.worst for v in verdicts] == pytest.approx([15.0, 2.0, 90])
+    verdicts = judge(TARGETS[-1], {name: row(20, 90, eager=600, compiled=50)})
+    assert [v.num_rows for v in verdicts] == [1, 0, 1]
 
 
-def test_every_target_covers_benchmarks_that_exist():
-    names = [f"bench_low_rank_linear[{shape.name}-forward]" for shape in LINEARS]
-    names += [f"bench_distill_loss[{shape.name}]" for shape in LOSSES]
-    variants = {"cublas": 1.0, "compiled": 1.0, "dense": 1.0, "eager": 1.0}
+def test_every_target_covers_rows_that_run_by_themselves():
+    running = {f"bench_low_rank_linear[{s.name}-forward]" for s in LINEARS if not s.full}
+    running |= {f"bench_distill_loss[{s.name}-training]" for s in LOSSES}
     for target in TARGETS:
-        judged = judge(target, [(name, row(1, 50, **variants)) for name in names])
-        assert all(value is not None for _, value in judged), target.case
+        for goal in target.goals:
+            assert goal.rows and set(goal.rows) <= running, target.case
+            assert goal.column in COLUMNS
 
 
-def test_tables_say_met_and_missed(root, capsys):
-    write(root, "nvidia-h200-2026-11-20-low_rank_linear.json", ROWS)
+# Tables
+def test_tables_say_met_missed_and_open(root, capsys):
+    write(root, LINEAR, ROWS)
     assert tables.main([], root) == 0
     text = (root / "README.md").read_text()
-    line = next(line for line in text.splitlines() if "rank 1024 | " in line)
-    assert line == (
-        "| Mixtral linear, decode M = 1 to 16, rank 1024 | 1.6x: 1.7x, met "
-        "| 1.25x: 1.1x, **missed** | 2.7x: 2.8x, met | 80%: 70%, **missed** |"
-    )
-    assert "NVIDIA H200, 2026-11-20, commit 0123456789." in text
-    assert "1.4x: not measured" in text
+    lines = [line for line in text.splitlines() if line.startswith("| Mixtral linear, decode")]
+    assert lines == [
+        "| Mixtral linear, decode M = 1 to 16, rank 1024 | 1.6x: 1.7x in 3 of 6 rows, **open** "
+        "| 1.25x: 1.1x in 2 of 2 rows, **missed** | 2.7x: 2.6x in 3 of 6 rows, **missed** "
+        "| 80%: 70% in 3 of 6 rows, **missed** | NVIDIA H200, 2026-11-20, commit 0123456789 |",
+        "| Mixtral linear, decode M = 1 to 16, rank 2048 | 1.4x: not measured "
+        "| 1.15x: not measured | 1.45x: not measured | 88%: not measured | not measured on a GPU |",
+    ]
     assert text.startswith("# A\n") and text.endswith("tail\n") and "old" not in text
     rows = (root / "kernels" / "README.md").read_text()
     assert (
-        "| low_rank_linear[mixtral-8x7b-w1-R1024-M16-forward] | graph | 10.0 (9.0, 11.0) "
-        "| cublas 1.80x, compiled 1.10x, dense 2.90x | 70 |"
+        "| mixtral-8x7b-w1-R1024-M16-forward | 10.0 (9.0 to 11.0) | 34.0 = 3.40x | 11.0 = 1.10x "
+        "| 26.0 = 2.60x | 4000 | 60.0 | 70% | 20.0 |"
     ) in rows
+    assert rows.count("Not measured on a GPU.") == len(tables.SUITES) - 1
     assert tables.main(["--check"], root) == 0
+    printed = capsys.readouterr().out
+    assert "M16-forward] " in printed and "compiled 11.0 us = 1.10x" in printed
+
+
+def test_a_target_with_all_rows_is_met(root, capsys):
+    rows = {
+        name: row(10, 99, cublas=99, compiled=99, dense=99) for name in TARGETS[0].goals[0].rows
+    }
+    write(root, LINEAR, rows)
+    assert tables.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert "| 1.6x: 4.95x in 6 of 6 rows, met | 1.25x: 9.9x in 2 of 2 rows, met |" in text
     capsys.readouterr()
 
 
-def test_the_newest_file_of_each_suite_counts(root):
-    slow = {name: row(10, 10, cublas=1, compiled=1, dense=1) for name in ROWS}
-    write(root, "nvidia-h200-2026-11-20-low_rank_linear.json", ROWS)
-    write(root, "nvidia-a100-2026-09-01-low_rank_linear.json", slow)
-    write(root, "nvidia-a100-2026-09-01-distill_loss.json", {"bench_distill_loss[x]": row(1, 1)})
-    results = tables.read_results(root / "benchmarks" / "results")
-    assert results is not None and results.stem == "nvidia-h200-2026-11-20"
-    assert {name for name, _ in results.rows} == {*ROWS, "bench_distill_loss[x]"}
-    assert dict(results.rows)[next(iter(ROWS))]["percent_of_ceiling"] == 85
+def test_a_rival_that_failed_is_said(root, capsys):
+    rows = {
+        "bench_low_rank_linear[x-forward]": row(10, 50, cublas=20)
+        | {"failed": {"compiled": "check"}}
+    }
+    write(root, LINEAR, rows)
+    assert tables.main([], root) == 0
+    text = (root / "kernels" / "README.md").read_text()
+    assert "| x-forward | 10.0 (9.0 to 11.0) | 20.0 = 2.00x | failed |" in text
+    capsys.readouterr()
 
 
-def test_a_plot_is_drawn(root, capsys):
-    write(root, "nvidia-h200-2026-11-20-low_rank_linear.json", ROWS)
+def test_the_newest_file_of_each_gpu_and_suite_counts(root):
+    slow = {name: row(20, 10, cublas=1, compiled=1, dense=1) for name in ROWS}
+    loss = {"bench_distill_loss[x]": row(1, 1)}
+    write(root, LINEAR, ROWS)
+    write(root, "nvidia-h200-2026-11-19-low_rank_linear.json", slow)
+    write(root, "nvidia-h200-2026-11-19-distill_loss.json", loss)
+    write(root, "nvidia-h100-2026-12-01-low_rank_linear.json", slow)
+    write(root, "nvidia-h200-2026-12-01-selective_scan.json", {})
+    suites = read_results(root / "benchmarks" / "results")
+    assert [(suite.gpu, suite.name, suite.date) for suite in suites] == [
+        ("nvidia-h100", "low_rank_linear", "2026-12-01"),
+        ("nvidia-h200", "distill_loss", "2026-11-19"),
+        ("nvidia-h200", "low_rank_linear", "2026-11-20"),
+    ]
+    # the targets are for one GPU
+    assert "2026-12-01" not in tables.targets_table(suites)
+    assert read_results(root / "nowhere") == []
+
+
+def test_results_may_lie_elsewhere(root, tmp_path, capsys):
+    write(root, LINEAR, ROWS)
+    elsewhere = tmp_path / "out"
+    (root / "benchmarks" / "results").rename(elsewhere)
+    assert tables.main(["--results", str(elsewhere)], root) == 0
+    assert (elsewhere / "nvidia-h200-2026-11-20-roofline.png").exists()
+    assert "1.7x in 3 of 6" in (root / "README.md").read_text()
+    capsys.readouterr()
+
+
+# The plot
+def test_a_plot_is_drawn_with_a_point_for_every_variant(root, capsys):
+    write(root, LINEAR, ROWS)
+    loss = row(10, 50, eager=20) | {"flop": 0.0, "intensities": {"ours": 0.0, "eager": 0.0}}
+    write(root, "nvidia-h200-2026-11-20-distill_loss.json", {"bench_distill_loss[x]": loss})
+    found = list(points(read_results(root / "benchmarks" / "results")))
+    assert len(found) == 4 + 3 + 4, "what computes nothing has no place in it"
+    assert ("ours", 15.0, pytest.approx(60.0)) in found
     assert tables.main([], root) == 0
     data = (root / "benchmarks" / "results" / "nvidia-h200-2026-11-20-roofline.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert width >= 800 and height >= 500 and len(data) > 10_000
+    assert width >= 800 and height >= 500 and len(data) > 20_000
     capsys.readouterr()
 
 
+def test_no_plot_without_anything_to_draw(root, capsys):
+    scan = row(10, 50, eager=20) | {"intensities": {}}
+    write(root, "nvidia-h200-2026-11-20-selective_scan.json", {"bench_selective_scan[x]": scan})
+    assert tables.main([], root) == 0
+    assert not list((root / "benchmarks" / "results").glob("*.png"))
+    assert "| x | 10.0" in (root / "kernels" / "README.md").read_text()
+    capsys.readouterr()
+
+
+def test_every_benchmark_has_its_table():
+    files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert files == {f"bench_{name}" for name in tables.SUITES}
+
+
+# What goes wrong
 def test_check_says_what_is_out_of_date(root, capsys):
     assert tables.main(["--check"], root) == 1
     error = capsys.readouterr().err
-    assert "tables: README.md is out of date; make tables" in error
+    assert "tables: README.md is out of date; run make tables" in error
     assert (root / "README.md").read_text() == README
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("h200-2026-11-20-x.json", "{", "not a benchmark result"),
-        ("h200-2026-11-20-x.json", "{}", "not a benchmark result"),
-        ("h200-2026-11-20-x.json", "[]", "not a benchmark result"),
-        ("notes.json", "{}", "results are called <gpu>-<date>-<suite>.json"),
+        ("h200-2026-11-20-x.json", "{", "Expecting property name"),
+        ("h200-2026-11-20-x.json", "{}", "KeyError('benchmarks')"),
+        ("h200-2026-11-20-x.json", "[]", "list indices"),
+        ("h200-2026-11-20-x.json", '{"benchmarks": [{"name": "a", "extra_info": []}]}', "'keys'"),
+        ("h200-2026-11-20-x.json", b"\xff", "utf-8"),
+        ("notes.json", "{}", "they are called <gpu>-<date>-<suite>.json"),
     ],
-    ids=["malformed", "empty", "list", "name"],
+    ids=["malformed", "empty", "list", "rows", "bytes", "name"],
 )
 def test_a_bad_file_is_one_line(name, content, message, root, capsys):
-    (root / "benchmarks" / "results" / name).write_text(content)
+    path = root / "benchmarks" / "results" / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert tables.main([], root) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"tables: {name}: ") and message in error and error.count("\n") == 1
+    assert error.startswith(f"tables: {name} is no benchmark result: ") and message in error
+    assert error.count("\n") == 1
 
 
 def test_a_row_of_an_older_format_is_one_line(root, capsys):
-    write(root, "h200-2026-11-20-x.json", {"bench_x[y]": {"device": "NVIDIA H200"}})
+    old = row(1, 1)
+    del old["floor_us"], old["modes"]["graph"]["ours"]["gb_per_s"]
+    write(root, "h200-2026-11-20-x.json", {"bench_x[y]": old})
     assert tables.main([], root) == 1
-    assert "bench_x[y] lacks bytes_moved, ceilings" in capsys.readouterr().err
+    assert "bench_x[y] lacks floor_us, gb_per_s; remove it\n" in capsys.readouterr().err
 
 
 def test_a_readme_without_its_marker_is_one_line(root, capsys):
     (root / "README.md").write_text("# A\n")
     assert tables.main([], root) == 1
     assert "no <!-- benchmarks:begin targets -->" in capsys.readouterr().err
+    (root / "README.md").unlink()
+    assert tables.main([], root) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_the_readmes_of_this_repository_are_up_to_date():
