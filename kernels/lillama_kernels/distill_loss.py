@@ -33,9 +33,8 @@ def distill_loss(
         norm_direction  (|a| - |y|)^2 / |y|^2 + 1 - cos(a, y)
     A norm that divides is at least 1e-8. Gradients: kernels/README.md, "Loss forms".
 
-    Triton reads both tensors once and writes the gradient in the same pass, if one is needed;
-    autograd then scales it by its incoming gradient, which reads and writes it once more.
-    `distill_loss_and_grad` saves those two passes.
+    Triton reads both tensors once for the loss, and once more in backward, where it writes the
+    gradient: five passes over memory. `distill_loss_and_grad` takes three.
 
     Args:
         student: [..., H], floating point; gradients flow here only. Autocast does not change it.
@@ -61,9 +60,8 @@ def distill_loss(
     _check(student, teacher, mask, weight, reduction, form)
     if not _runs_triton(student, teacher, impl):
         return reference.distill_loss(student, teacher, mask, weight, reduction, form)
-    needs_grad = torch.is_grad_enabled() and student.requires_grad
     rows, _ = torch.ops.lillama.distill_loss_rows(
-        *_flat(student, teacher, mask), None, 1.0, form, needs_grad
+        *_flat(student, teacher, mask), None, False, form, False
     )
     return reference.reduce_rows(rows.view(student.shape[:-1]), mask, weight, reduction)
 
@@ -86,7 +84,8 @@ def distill_loss_and_grad(
         As `distill_loss`; reduction "mean" or "sum".
 
     Returns:
-        The loss, and its gradient [..., H] in the dtype of student.
+        The loss, and its gradient [..., H] in the dtype of student. In fp16 the gradient of a mean
+        over many tokens is out of range: take "sum", or autograd with a loss scale.
 
     Raises:
         As `distill_loss`.
@@ -97,19 +96,20 @@ def distill_loss_and_grad(
     if not _runs_triton(student, teacher, impl):
         return reference.distill_loss_and_grad(student, teacher, mask, weight, reduction, form)
     with torch.no_grad():
-        tokens = student.shape[:-1]
         # what a token's loss counts for in the result: one number if for all the same, else
         # computed where mask and weight lie, without waiting for the GPU
-        share, scale = None, 1.0
+        share = None
+        over_all = reduction == "mean" and mask is None and weight is None
         if mask is not None or weight is not None:
-            share = reference.token_weights(tokens, mask, weight, torch.float32)
+            share = reference.token_weights(mask, weight, torch.float32)
             share = (share / share.sum() if reduction == "mean" else share).reshape(-1)
-        elif reduction == "mean":
-            scale = 1.0 / tokens.numel()
         rows, grad = torch.ops.lillama.distill_loss_rows(
-            *_flat(student, teacher, mask), share, scale, form, True
+            *_flat(student, teacher, mask), share, over_all, form, True
         )
-        loss = reference.reduce_rows(rows.view(tokens), mask, weight, reduction)
+        if share is None:
+            loss = reference.reduce_rows(rows, None, None, reduction)
+        else:
+            loss = (rows * share).sum()
         return loss, grad.view(student.shape)
 
 
@@ -201,51 +201,47 @@ def _rows(
     teacher: Tensor,
     mask: Tensor | None,
     share: Tensor | None,
-    scale: float,
+    over_all: bool,
     form: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token [M] fp32, and its gradient [M, H] times scale times share [M] fp32.
+    """Loss of each token [M] fp32, and its gradient [M, H] times share [M] fp32;
+    with over_all divided by M.
 
-    Without want_grad the gradient is empty. In autograd share must be None and scale 1.
+    Without want_grad the gradient is empty. Autograd goes through calls without want_grad, and its
+    backward is one with: the gradient is computed from the inputs again, not stored by forward.
+    That moves as many bytes as reading and scaling a stored one, and rounds only once: in fp16 a
+    stored gradient loses what is below 6e-8 or above 65504 before its factor arrives.
     """
     from lillama_kernels.distill_loss_triton import distill_loss_fwd
 
+    # not 1/M as an argument: torch.compile would trace again for every M
+    scale = 1.0 / max(1, student.shape[0]) if over_all else 1.0
     return distill_loss_fwd(student, teacher, mask, share, scale, form, want_grad)
 
 
 @_rows.register_fake
-def _(student, teacher, mask, share, scale, form, want_grad):
+def _(student, teacher, mask, share, over_all, form, want_grad):
     grad = student.new_empty(student.shape if want_grad else (0,))
     return student.new_empty(student.shape[0], dtype=torch.float32), grad
 
 
-@torch.library.custom_op("lillama::distill_loss_scale", mutates_args=())
-def _scale(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad [M, H] with each row times factor [M], in the dtype of grad."""
-    from lillama_kernels import distill_loss_triton
-
-    return distill_loss_triton.distill_loss_bwd(grad, factor)
-
-
-@_scale.register_fake
-def _(grad, factor):
-    return torch.empty_like(grad)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, _, share, scale, _, want_grad = inputs
-    ctx.usable = want_grad and share is None and scale == 1.0
+    student, teacher, mask, _, _, ctx.form, want_grad = inputs
+    ctx.differentiable = not want_grad
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(student, teacher, mask)
 
 
 def _autograd_backward(ctx: Any, grad_rows: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if not ctx.usable:
-        raise RuntimeError("lillama::distill_loss_rows needs want_grad=True, no share and scale 1")
-    (grad,) = ctx.saved_tensors
-    found = None if grad_rows is None else torch.ops.lillama.distill_loss_scale(grad, grad_rows)
-    return found, None, None, None, None, None, None
+    if not ctx.differentiable:
+        raise RuntimeError("distill_loss has no second derivative in Triton; pass impl='reference'")
+    grad = None
+    if grad_rows is not None:
+        _, grad = torch.ops.lillama.distill_loss_rows(
+            *ctx.saved_tensors, grad_rows, False, ctx.form, True
+        )
+    return grad, None, None, None, None, None, None
 
 
 _rows.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -19,7 +19,7 @@ from lillama_kernels.launch import DTYPES, loss_tile
 from lillama_kernels.launch_triton import current_device_of, multiple_of_8, unit_stride
 from lillama_kernels.reference import LossForm
 
-__all__ = ["distill_loss_bwd", "distill_loss_fwd", "variants"]
+__all__ = ["distill_loss_fwd", "variants"]
 
 
 @triton.jit
@@ -105,11 +105,11 @@ def _store_gradient(
     )
 
 
-# M changes with every batch and must not compile again.
-@triton.jit(do_not_specialize=["M"])
+# M changes with every batch and must not compile again; the share of a sum is one number, stride 0.
+@triton.jit(do_not_specialize=["M", "stride_share"])
 def _distill_loss_fwd_kernel(
     student_ptr, teacher_ptr, mask_ptr, share_ptr, loss_ptr, grad_ptr,
-    M, H, stride_sm, stride_tm, scale,
+    M, H, stride_sm, stride_tm, stride_share, scale,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, FORM: tl.constexpr, ONE_PASS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SHARE: tl.constexpr, WANT_GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -141,7 +141,7 @@ def _distill_loss_fwd_kernel(
     if WANT_GRAD:
         share = tl.where(counted, scale, 0.0)
         if HAS_SHARE:
-            share *= tl.load(share_ptr + offs_m, mask=counted, other=0.0)
+            share *= tl.load(share_ptr + offs_m * stride_share, mask=counted, other=0.0)
         if ONE_PASS:
             _store_gradient(
                 grad_rows, a, y, offs_h, in_range, share, dot, norm_a, norm_y, H, FORM
@@ -154,28 +154,7 @@ def _distill_loss_fwd_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "stride_f"])
-def _distill_loss_bwd_kernel(
-    grad_ptr, factor_ptr, out_ptr, M, H, stride_f,
-    BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """out[m, :] = grad[m, :] * factor[m]; the factor of a sum is one number, stride_f 0."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    H = multiple_of_8(H, ALIGNED)
-    in_range = offs_m < M
-    factor = tl.load(factor_ptr + offs_m * stride_f, mask=in_range, other=0.0)
-    for start in tl.range(0, H, BLOCK_H):
-        part = start + tl.arange(0, BLOCK_H)
-        offsets = offs_m[:, None] * H + part[None, :]
-        mask = in_range[:, None] & (part < H)[None, :]
-        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        # a masked token's gradient is 0, whatever reaches it from above
-        scaled = tl.where(grad == 0.0, 0.0, grad * factor[:, None])
-        tl.store(out_ptr + offsets, scaled.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 _fwd_kernel: Any = _distill_loss_fwd_kernel  # jitted functions mean nothing to a type checker
-_bwd_kernel: Any = _distill_loss_bwd_kernel
 
 
 def distill_loss_fwd(
@@ -187,22 +166,26 @@ def distill_loss_fwd(
     form: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [M] fp32 of student and teacher [M, H]; gradient times share and scale, or empty."""
+    """Loss [M] fp32 of student and teacher [M, H]; gradient times share and scale, or empty.
+
+    share may be an expanded scalar.
+    """
     student, teacher = unit_stride(student), unit_stride(teacher)
     rows, features = student.shape
     loss = student.new_empty(rows, dtype=torch.float32)
     grad = student.new_empty((rows, features) if want_grad else (0,))
     if rows == 0:
         return loss, grad
-    tile = loss_tile(features)
     aligned = all(n % 8 == 0 for n in (features, student.stride(0), teacher.stride(0)))
+    tile = loss_tile(features, aligned)
     with current_device_of(student):
         _fwd_kernel[(triton.cdiv(rows, tile.blocks["BLOCK_M"]),)](
             student, teacher,
             student if mask is None else mask.contiguous(),
-            loss if share is None else share.contiguous(),
+            loss if share is None else share,
             loss, grad if want_grad else student,
-            rows, features, student.stride(0), teacher.stride(0), scale,
+            rows, features, student.stride(0), teacher.stride(0),
+            1 if share is None else share.stride(0), scale,
             FORM=form, ONE_PASS=features <= tile.blocks["BLOCK_H"], HAS_MASK=mask is not None,
             HAS_SHARE=share is not None, WANT_GRAD=want_grad, ALIGNED=aligned,
             **tile.blocks, **tile.options,
@@ -210,54 +193,36 @@ def distill_loss_fwd(
     return loss, grad
 
 
-def distill_loss_bwd(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad [M, H] with each row times factor [M] fp32, which may be an expanded scalar."""
-    grad = grad.contiguous()
-    rows, features = grad.shape
-    out = torch.empty_like(grad)
-    if rows == 0:
-        return out
-    tile = loss_tile(features)
-    with current_device_of(grad):
-        _bwd_kernel[(triton.cdiv(rows, tile.blocks["BLOCK_M"]),)](
-            grad, factor, out, rows, features, factor.stride(0),
-            ALIGNED=features % 8 == 0, **tile.blocks, **tile.options,
-        )  # fmt: skip
-    return out
-
-
-# What the compile gate compiles: each tile in each dtype, each form once
-def _fwd_variant(
-    dtype: torch.dtype, features: int, form: str, want_grad: bool, aligned: bool = True
+# What the compile gate compiles: every tile in each dtype, each form with both ways to hold a token
+def _variant(
+    dtype: torch.dtype,
+    features: int,
+    form: LossForm = "l1_cosine",
+    want_grad: bool = True,
+    aligned: bool = True,
+    teacher_dtype: torch.dtype | None = None,
 ) -> Variant:
-    tile, number = loss_tile(features), "i32:16" if aligned else "i32"
+    tile, number = loss_tile(features, aligned), "i32:16" if aligned else "i32"
     pointer = f"*{DTYPES[dtype]}:16"
-    signature = {"student_ptr": pointer, "teacher_ptr": pointer, "mask_ptr": "*i1:16",
-                 "share_ptr": "*fp32:16", "loss_ptr": "*fp32:16", "grad_ptr": pointer,
-                 "M": "i32", "H": number, "stride_sm": number, "stride_tm": number,
-                 "scale": "fp32"}  # fmt: skip
-    how = {"FORM": form, "ONE_PASS": features <= tile.blocks["BLOCK_H"], "HAS_MASK": True,
-           "HAS_SHARE": True, "WANT_GRAD": want_grad, "ALIGNED": aligned}  # fmt: skip
+    signature = {"student_ptr": pointer, "teacher_ptr": f"*{DTYPES[teacher_dtype or dtype]}:16",
+                 "mask_ptr": "*i1:16", "share_ptr": "*fp32:16", "loss_ptr": "*fp32:16",
+                 "grad_ptr": pointer, "M": "i32", "H": number, "stride_sm": number,
+                 "stride_tm": number, "stride_share": "i32", "scale": "fp32"}  # fmt: skip
+    how = {"FORM": form, "ONE_PASS": features <= tile.blocks["BLOCK_H"], "HAS_MASK": want_grad,
+           "HAS_SHARE": want_grad, "WANT_GRAD": want_grad, "ALIGNED": aligned}  # fmt: skip
     name = f"distill_loss fwd H{features} {form} {DTYPES[dtype]} grad{int(want_grad)}"
+    name += f" teacher-{DTYPES[teacher_dtype]}" if teacher_dtype else ""
     label = name if aligned else f"{name} unaligned"
     return Variant(label, _fwd_kernel, signature, {**tile.blocks, **how}, tile.options, "none")
 
 
-def _bwd_variant(dtype: torch.dtype, features: int) -> Variant:
-    tile, pointer = loss_tile(features), f"*{DTYPES[dtype]}:16"
-    signature = {"grad_ptr": pointer, "factor_ptr": "*fp32:16", "out_ptr": pointer,
-                 "M": "i32", "H": "i32:16", "stride_f": "i32"}  # fmt: skip
-    name = f"distill_loss bwd H{features} {DTYPES[dtype]}"
-    constants = {**tile.blocks, "ALIGNED": True}
-    return Variant(name, _bwd_kernel, signature, constants, tile.options, "none")
-
-
 def variants(target: str) -> list[Variant]:
-    """Every tile that the launchers use, the same on every target."""
-    widths = (16, 128, 1024, 2048, 4096, 8192, 16384, 32768)
-    found = [_fwd_variant(d, h, "l1_cosine", True) for d in DTYPES for h in widths]
-    found += [_fwd_variant(torch.bfloat16, h, "l1_cosine", False) for h in widths]
-    found += [_fwd_variant(d, 4096, "l1_cosine", True, aligned=False) for d in DTYPES]
-    others = [form for form in get_args(LossForm) if form != "l1_cosine"]
-    found += [_fwd_variant(torch.bfloat16, h, form, True) for form in others for h in (4096, 16384)]
-    return found + [_bwd_variant(d, h) for d in DTYPES for h in (128, 4096, 16384)]
+    """Every tile that the launcher uses, the same on every target."""
+    widths = [16 << i for i in range(12)]  # 16384 is the last that fits; 32768 is read twice
+    half, forms = torch.bfloat16, [form for form in get_args(LossForm) if form != "l1_cosine"]
+    found = [_variant(d, h) for d in DTYPES for h in widths]
+    found += [_variant(half, h, want_grad=False) for h in widths[::3]]
+    # element by element, which takes the most registers where a program has the fewest threads
+    found += [_variant(d, h, aligned=False) for d in (torch.float32, half) for h in widths[::3]]
+    found += [_variant(half, h, form) for form in forms for h in (4096, 32768)]
+    return found + [_variant(torch.float32, h, teacher_dtype=half) for h in (4096, 16384)]

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["Impl", "interpreting", "kernels_impl", "resolve_impl"]
+__all__ = ["Impl", "has_triton", "interpreting", "kernels_impl", "resolve_impl"]
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -62,7 +62,8 @@ def _triton_is_interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether the package triton is installed."""
     return _triton_found()
 
 
@@ -99,7 +100,7 @@ def _check_triton(op: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
         raise NotImplementedError(
             f"{op} has no Triton kernel yet; pass impl='reference' or leave impl='auto'"
         )
-    if not _has_triton():
+    if not has_triton():
         raise NotImplementedError(
             "impl='triton' needs the package triton, which is not installed; "
             "pip install triton (Linux) or leave impl='auto'"
@@ -141,7 +142,7 @@ def resolve_impl(
     if wanted == "triton":
         _check_triton(op, tensor, tensor.dtype if dtype is None else dtype)
     elif wanted == "auto":
-        can_run = tensor.is_cuda and op in TRITON_OPS and _has_triton()
+        can_run = tensor.is_cuda and op in TRITON_OPS and has_triton()
         wanted = auto if can_run else "reference"
     if not torch.compiler.is_compiling() and (op, wanted) not in _logged:
         _logged.add((op, wanted))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lillama_kernels.impl import interpreting
+from lillama_kernels.impl import has_triton, interpreting
 
 __all__ = [
     "AUTO_MAX_ROWS",
@@ -100,6 +100,8 @@ def _target_of_card(index: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _target(device_type: str, index: int | None) -> str | None:
+    if not has_triton():
+        return None
     if interpreting():
         return "sm_90"
     if device_type != "cuda":
@@ -209,13 +211,14 @@ def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
 # distill_loss
 
 
-def loss_tile(features: int) -> Tile:
+def loss_tile(features: int, aligned: bool = True) -> Tile:
     """Tile of the loss (BLOCK_M tokens, BLOCK_H features), one for all targets and dtypes.
 
     All features of a token where they fit: 16 to 32 of each tensor in a thread's registers, several
-    tokens together where they are few. Beyond 16384 the kernel loops over blocks of 4096.
+    tokens together where they are few. Beyond 16384, or 4096 where rows load element by element,
+    the kernel loops over blocks of 4096.
     """
-    if features > 16_384:
+    if features > (16_384 if aligned else 4096):
         return Tile(blocks={"BLOCK_M": 1, "BLOCK_H": 4096}, num_warps=8, num_stages=2)
     block_h = max(16, 1 << (features - 1).bit_length())
     block_m = max(1, 2048 // block_h)

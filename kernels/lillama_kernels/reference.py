@@ -192,27 +192,31 @@ def distill_loss_rows(
     return loss if mask is None else torch.where(mask, loss, torch.zeros_like(loss))
 
 
-def token_weights(
-    tokens: torch.Size, mask: Tensor | None, weight: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def token_weights(mask: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """What each token counts for [...]: its weight, 0 where masked, even if that weight is NaN."""
-    given = weight if weight is not None else mask
-    assert given is not None
-    weights = given.new_ones(tokens, dtype=dtype) if weight is None else weight.to(dtype)
-    return weights if mask is None else torch.where(mask, weights, torch.zeros_like(weights))
+    if weight is None:
+        assert mask is not None
+        return mask.to(dtype)
+    weights = weight.to(dtype)
+    return weights if mask is None else torch.where(mask, weights, 0.0)
 
 
 def reduce_rows(
     rows: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: Reduction
 ) -> Tensor:
-    """weight * rows ("none"), its sum, or its sum over the sum of the counted weights ("mean")."""
-    if mask is None and weight is None:
-        return rows if reduction == "none" else rows.sum() if reduction == "sum" else rows.mean()
-    weights = token_weights(rows.shape, mask, weight, rows.dtype)
-    weighted = rows * weights
+    """weight * rows ("none"), its sum, or its sum over the sum of the counted weights ("mean").
+
+    rows are 0 where masked. On a GPU each operation on [M] numbers is a launch: few of them.
+    """
+    counted = mask
+    if weight is not None:
+        counted = token_weights(mask, weight, rows.dtype)
+        rows = rows * counted
     if reduction == "none":
-        return weighted
-    return weighted.sum() if reduction == "sum" else weighted.sum() / weights.sum()
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.mean() if counted is None else rows.sum() / counted.sum()
 
 
 def distill_loss(

@@ -16,7 +16,6 @@ import lillama
 OPS = ("distill_loss", "low_rank_linear")
 TRITON = (
     "distill_loss_rows",
-    "distill_loss_scale",
     "low_rank_linears",
     "low_rank_linears_backward",
 )

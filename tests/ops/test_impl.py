@@ -10,7 +10,7 @@ import lillama_kernels
 import pytest
 import torch
 from lillama_kernels import impl as rule
-from lillama_kernels import kernels_impl
+from lillama_kernels import kernels_impl, launch
 from lillama_kernels.impl import resolve_impl
 from lillama_kernels.testing import (
     causal_conv1d_inputs,
@@ -134,10 +134,16 @@ def test_the_ops_own_table_decides_for_auto_only(one_kernel):
 
 
 def test_auto_without_the_package_is_the_reference(one_kernel, monkeypatch):
-    monkeypatch.setattr(rule, "_has_triton", lambda: False)
+    monkeypatch.setattr(rule, "has_triton", lambda: False)
     assert resolve_impl("fast", "auto", CUDA) == "reference"
     with pytest.raises(NotImplementedError, match="the package triton, which is not installed"):
         resolve_impl("fast", "triton", CUDA)
+
+
+def test_no_gpu_has_tiles_without_the_package(monkeypatch):
+    monkeypatch.setattr(launch, "has_triton", lambda: False)
+    monkeypatch.setattr(launch, "interpreting", lambda: pytest.fail("imports triton"))
+    assert launch.target_of(torch.device("cuda", 0)) is None
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(one_kernel, monkeypatch):

@@ -314,7 +314,7 @@ def test_low_rank_linear_triton_refuses_a_cpu_without_interpreter(monkeypatch):
 def test_low_rank_linear_triton_refuses_without_the_package(monkeypatch):
     from lillama_kernels import impl
 
-    monkeypatch.setattr(impl, "_has_triton", lambda: False)
+    monkeypatch.setattr(impl, "has_triton", lambda: False)
     x, w = torch.ones(1, 8), torch.ones(8, 8)
     with pytest.raises(NotImplementedError, match="the package triton, which is not installed"):
         op(x, w, w)
