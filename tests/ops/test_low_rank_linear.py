@@ -86,3 +86,20 @@ def test_low_rank_linear_rejects(change, message, device):
     x, A, B, bias = (torch.zeros(shape, device=device) for shape in shapes.values())
     with pytest.raises(ValueError, match=message):
         low_rank_linear(x, A, B, bias)
+
+
+@pytest.mark.parametrize("name", ["A", "B", "bias"])
+def test_low_rank_linear_rejects_other_dtypes_and_devices(name):
+    inputs = low_rank_linear_inputs([3], 16, 8, 8, dtype=torch.float32, device="cpu")
+    message = f"{name} must have the dtype of x, torch.float32, got torch.float16"
+    with pytest.raises(ValueError, match=message):
+        low_rank_linear(**inputs | {name: inputs[name].half()})
+    with pytest.raises(ValueError, match=f"{name} must be on the device of x, cpu, got meta"):
+        low_rank_linear(**inputs | {name: inputs[name].to("meta")})
+
+
+@pytest.mark.parametrize("shapes", [((0, 16), (8, 0)), ((4, 0), (8, 4)), ((4, 16), (0, 4))])
+def test_low_rank_linear_rejects_empty_factors(shapes):
+    A, B = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="A and B must not be empty, got A"):
+        low_rank_linear(torch.zeros(3, A.shape[1]), A, B)
