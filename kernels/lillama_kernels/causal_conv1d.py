@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lillama_kernels import reference
+from lillama_kernels import reference_mamba
 from lillama_kernels.impl import Impl, resolve_impl
 
 __all__ = ["causal_conv1d"]
@@ -46,4 +46,4 @@ def causal_conv1d(
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
     resolve_impl("causal_conv1d", impl, x)
-    return reference.causal_conv1d(x, weight, bias, activation is not None, initial_state)
+    return reference_mamba.causal_conv1d(x, weight, bias, activation is not None, initial_state)

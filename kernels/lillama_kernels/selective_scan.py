@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lillama_kernels import reference
+from lillama_kernels import reference_mamba
 from lillama_kernels.impl import Impl, resolve_impl
 
 __all__ = ["selective_scan"]
@@ -58,6 +58,6 @@ def selective_scan(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     resolve_impl("selective_scan", impl, x)
-    return reference.selective_scan(
+    return reference_mamba.selective_scan(
         x, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
     )
