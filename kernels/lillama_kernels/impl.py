@@ -25,7 +25,7 @@ __all__ = ["Impl", "has_triton", "interpreting", "kernels_impl", "resolve_impl"]
 Impl = Literal["auto", "reference", "triton"]
 
 # Ops with a Triton kernel: each kernel file adds its op here.
-TRITON_OPS = frozenset({"distill_loss", "low_rank_linear"})
+TRITON_OPS = frozenset({"distill_loss", "low_rank_experts", "low_rank_linear"})
 
 logger = logging.getLogger(__name__)
 # What replaces "auto", for which ops (None: all of them)

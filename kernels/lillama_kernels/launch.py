@@ -8,6 +8,7 @@ and the compile gate (`compile_gate.py`) holds every one of them to the limits b
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -18,17 +19,23 @@ __all__ = [
     "CHAIN_MAX_RANK",
     "DECODE_MAX_ROWS",
     "DTYPES",
+    "EXPERTS_DECODE_MAX_TOKENS",
     "MAX_SPLIT",
     "NUM_PROGRAMS",
     "PDL_TARGETS",
     "SHARED_BYTES",
     "TARGETS",
+    "ExpertsKernel",
     "Tile",
     "chain_tile",
     "cooperative_tile",
     "decode_split",
     "decode_tiles",
     "dtype_name",
+    "experts_block_m",
+    "experts_decode_tiles",
+    "experts_table_size",
+    "experts_tile",
     "loss_tile",
     "matmul_tile",
     "target_of",
@@ -224,3 +231,75 @@ def loss_tile(features: int, aligned: bool = True) -> Tile:
     block_m = max(1, 2048 // block_h)
     num_warps = min(16, max(4, block_m * block_h // 512))
     return Tile(blocks={"BLOCK_M": block_m, "BLOCK_H": block_h}, num_warps=num_warps, num_stages=2)
+
+
+# low_rank_experts
+
+# Tokens up to which a layer without gradients runs the four kernels that sort nothing
+EXPERTS_DECODE_MAX_TOKENS = 16
+ExpertsKernel = Literal["first", "gated", "second", "gated_grad", "weight_grad"]
+
+
+def experts_block_m(dtype: torch.dtype, rows: int, num_experts: int) -> int:
+    """Rows of a tile: those of an average expert, at most 128, 64 for fp32."""
+    each = -(-rows // num_experts)
+    sizes = (16, 32, 64) if dtype == torch.float32 else (16, 32, 64, 128)
+    return next((size for size in sizes if each <= size), sizes[-1])
+
+
+def experts_table_size(places: int, num_experts: int) -> int:
+    """Numbers in the table of the routing, whatever BLOCK_M: see low_rank_experts_route_triton."""
+    return num_experts + 2 + 2 * (-(-places // 16) + num_experts)
+
+
+def experts_decode_tiles(target: str, dtype: torch.dtype) -> dict[str, Tile]:
+    """Tiles (BLOCK_M, BLOCK_N, BLOCK_K) of "first" (gate and up), "gated", "first_down" and
+    "decode" for up to EXPERTS_DECODE_MAX_TOKENS tokens.
+
+    Narrow blocks of N: two experts of rank 1024 give "first_down", which reads 14336 columns, 128
+    programs.
+    """
+    stages = {"sm_89": 3, "gfx942": 1}.get(target, 4)
+    if dtype == torch.float32:
+        sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, 64))
+    elif target in ("sm_89", "gfx942"):
+        sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, 128))
+    else:
+        sizes = {"first": (16, 256), "first_down": (16, 256)}
+        sizes |= {"gated": (32, 128), "decode": (16, 256)}
+    return {
+        name: Tile(
+            blocks={"BLOCK_M": EXPERTS_DECODE_MAX_TOKENS, "BLOCK_N": n, "BLOCK_K": k},
+            num_warps=4,
+            num_stages=stages,
+        )
+        for name, (n, k) in sizes.items()
+    }
+
+
+def experts_tile(target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m: int) -> Tile:
+    """Tile (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M) of a product over many rows, BLOCK_M as given;
+    that of "weight_grad", which sums over BLOCK_P rows, is BLOCK_N, BLOCK_K, GROUP_N."""
+    wide = target in ("sm_90", "sm_100")
+    stages = 2 if target == "gfx942" else 3
+    if kernel == "weight_grad":
+        n, k, p, warps = (64, 32, 16, 4) if dtype == torch.float32 else (128, 128, 32, 8)
+        if wide and dtype != torch.float32:
+            n, k, p = 128, 256, 64
+        blocks = {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_P": p, "GROUP_N": 8}
+        return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
+    if dtype == torch.float32:
+        n, k, warps = 32, 16, 4
+    elif block_m < 128:
+        n, k, warps = 64 if kernel.startswith("gated") else 128, 64, 4
+    elif kernel.startswith("gated"):  # two accumulators, or three operands in the epilogue
+        n, k, warps = 128 if wide else 64, 64 if wide else 32, 8
+    else:
+        n, k, warps = 256 if wide else 128, 64 if wide else 32, 8
+    if target == "gfx942":
+        stages = 1 if dtype == torch.float32 else 2
+        k = min(k, 32)
+    if target == "sm_89":
+        k = min(k, 32)
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
+    return Tile(blocks=blocks, num_warps=warps, num_stages=stages)

@@ -1,12 +1,18 @@
 """A mixture-of-experts layer whose gate, up and down weights are low-rank factors, ranks ragged."""
 
+import torch
 from torch import Tensor
 
-from lillama_kernels import reference
+from lillama_kernels import low_rank_experts_op, reference
 from lillama_kernels.impl import Impl, resolve_impl
+from lillama_kernels.launch import DTYPES, dtype_name, target_of
 from lillama_kernels.reference import ExpertFactors, ProjectionFactors
 
 __all__ = ["ExpertFactors", "ProjectionFactors", "low_rank_experts"]
+
+# What the kernels' numbers for ranks have room for
+MAX_RANK = 0xFFFF
+PROJECTIONS = ExpertFactors._fields
 
 
 def _check_projection(
@@ -40,48 +46,120 @@ def _check_projection(
         )
 
 
-def low_rank_experts(
-    hidden: Tensor,
-    topk_index: Tensor,
-    topk_weight: Tensor,
-    factors: ExpertFactors,
-    impl: Impl = "auto",
-) -> Tensor:
-    """out = sum_k weight_k * down(silu(gate(x)) * up(x)) over the k experts of each token.
+def _check_same(hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors: ExpertFactors):
+    """One device for all, one dtype for hidden and factors."""
+    named = {"topk_index": topk_index, "topk_weight": topk_weight}
+    for projection, part in zip(PROJECTIONS, factors, strict=True):
+        named |= {f"{projection}.{letter}": getattr(part, letter) for letter in "ABW"}
+    autocast = torch.is_autocast_enabled(hidden.device.type)
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}"
+            )
+        if "." in name and tensor.dtype != hidden.dtype and not autocast:
+            raise ValueError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}"
+            )
 
-    Args:
-        hidden: [M, H], floating point.
-        topk_index: [M, k] int64; an index >= E contributes zero.
-        topk_weight: [M, k], the routing weights.
-        factors: gate and up map H to I, down maps I to H; each expert and projection has a rank of
-            its own, 0 meaning a dense weight.
-        impl: see `lillama_kernels.impl`.
 
-    Returns:
-        [M, H], dtype of hidden. Differentiable in hidden, topk_weight and every factor. The result
-        does not depend on the order of tokens or on the run (no atomics).
-
-    Raises:
-        ValueError: shapes do not fit or `impl` is unknown.
-        NotImplementedError: `impl="triton"`, which does not exist yet.
-    """
+def _check_routing(hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, num_experts: int):
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [M, H], got {list(hidden.shape)}")
     if topk_index.ndim != 2 or topk_index.shape[0] != hidden.shape[0]:
         raise ValueError(
             f"topk_index must be [M, k] with M = {hidden.shape[0]}, got {list(topk_index.shape)}"
         )
+    if topk_index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"topk_index must be int64 or int32, got {topk_index.dtype}")
     if topk_weight.shape != topk_index.shape:
         raise ValueError(
             f"topk_weight must have topk_index's shape {list(topk_index.shape)}, "
             f"got {list(topk_weight.shape)}"
         )
+    if topk_index.is_cpu and topk_index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in topk_index.aminmax())
+        if low < 0 or high > num_experts:
+            raise ValueError(
+                f"topk_index must be in 0..{num_experts - 1}, or {num_experts} for no expert; "
+                f"got {low if low < 0 else high}"
+            )
+
+
+def _misaligned(hidden: Tensor, factors: ExpertFactors) -> str:
+    """What is no multiple of 8, as the kernels need it; empty when all is."""
+    sizes = {"hidden_size": hidden.shape[1]}
+    for name, part in zip(PROJECTIONS, factors, strict=True):
+        one = part.B if part.W is None else part.W
+        assert one is not None
+        sizes[f"{name}'s out_features"] = one.shape[1]
+        width = 0 if part.A is None else part.A.shape[1]
+        for what, ranks in ((f"{name}'s rank", part.ranks), (f"{name}.A's rows", (width,))):
+            sizes[what] = next((rank for rank in ranks if rank % 8 or rank > MAX_RANK), 0)
+    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size % 8 or size > MAX_RANK)
+
+
+def low_rank_experts(
+    hidden: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    factors: ExpertFactors,
+    impl: Impl = "auto",
+    *,
+    recompute: bool = False,
+) -> Tensor:
+    """out = sum_k weight_k * down(silu(gate(x)) * up(x)) over the k experts of each token.
+
+    "auto" on a GPU is Triton for fp32, fp16 and bf16 when H, I and every rank are multiples of 8
+    and `launch.py` has tiles for the GPU. It reads nothing back from the GPU, so that a CUDA graph
+    can capture it.
+
+    Args:
+        hidden: [M, H], floating point.
+        topk_index: [M, k], int64 or int32, experts 0 to E-1; E means no expert and contributes
+            zero, as transformers' expert parallelism marks experts of other ranks. Other numbers
+            raise on the CPU; on a GPU, where looking would wait for it, they contribute zero too.
+        topk_weight: [M, k], the routing weights.
+        factors: gate and up map H to I, down maps I to H; each expert and projection has a rank of
+            its own, 0 meaning a dense weight. Gate and up may share their first factor: pass one
+            tensor as A of both, and Triton computes x A^T once.
+        impl: see `lillama_kernels.impl`.
+        recompute: compute gate and up again in backward instead of keeping [M * k, I] of each.
+            Triton only: the reference keeps what autograd keeps.
+
+    Returns:
+        [M, H], dtype of hidden. Differentiable (once, with Triton) in hidden, topk_weight and every
+        factor. The result does not depend on the run (no atomics).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, an index is out of range, `impl` is
+            unknown, or `impl="triton"` with sizes that are no multiples of 8.
+        TypeError: `impl="triton"` and a dtype that its kernels do not take.
+        NotImplementedError: `impl="triton"` where it cannot run.
+    """
     gate, up, down = factors
-    num_experts, hidden_size = len(gate.ranks), hidden.shape[1]
+    num_experts = len(gate.ranks)
+    _check_routing(hidden, topk_index, topk_weight, num_experts)
+    hidden_size = hidden.shape[1]
     one = gate.B if gate.W is None else gate.W
     intermediate_size = 0 if one is None or one.ndim != 3 else one.shape[1]
     _check_projection("gate", gate, num_experts, hidden_size, intermediate_size)
     _check_projection("up", up, num_experts, hidden_size, intermediate_size)
     _check_projection("down", down, num_experts, intermediate_size, hidden_size)
-    resolve_impl("low_rank_experts", impl, hidden)
-    return reference.low_rank_experts(hidden, topk_index, topk_weight, factors)
+    _check_same(hidden, topk_index, topk_weight, factors)
+    dtype = low_rank_experts_op.work_dtype(hidden)
+    misaligned = _misaligned(hidden, factors)
+    auto = "reference"
+    if dtype in DTYPES and not misaligned and target_of(hidden.device) is not None:
+        auto = "triton"
+    if resolve_impl("low_rank_experts", impl, hidden, auto, dtype) == "reference":
+        return reference.low_rank_experts(hidden, topk_index, topk_weight, factors)
+    dtype_name(dtype)  # refuses what the kernels do not take
+    if misaligned:
+        raise ValueError(
+            f"low_rank_experts: Triton needs multiples of 8 up to {MAX_RANK}, got {misaligned}; "
+            "pad the ranks or use impl='reference'"
+        )
+    return low_rank_experts_op.run(hidden, topk_index, topk_weight, factors, recompute)

@@ -1,0 +1,378 @@
+"""Launchers of low_rank_experts' Triton kernels.
+
+Inputs are as `low_rank_experts.py` hands them over: a `Layer` with M > 0 tokens whose tensors are
+contiguous, but for hidden's row stride, and of one dtype and device (the routing weights may have
+another dtype); H, I and every rank are multiples of 8.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from lillama_kernels import low_rank_experts_route_triton, low_rank_experts_triton
+from lillama_kernels.launch import (
+    PDL_TARGETS,
+    SHARED_BYTES,
+    Tile,
+    experts_block_m,
+    experts_decode_tiles,
+    experts_table_size,
+    experts_tile,
+    target_of,
+)
+from lillama_kernels.launch_triton import current_device_of
+
+__all__ = [
+    "Layer",
+    "Rows",
+    "Saved",
+    "combine",
+    "experts_first",
+    "experts_gated",
+    "experts_second",
+    "low_rank_experts_decode",
+    "low_rank_experts_forward",
+    "pack_ranks",
+    "programs_of",
+    "route",
+    "rows_of",
+    "tile_of",
+]
+
+# jitted functions mean nothing to a type checker
+forward: Any = low_rank_experts_triton
+routing: Any = low_rank_experts_route_triton
+
+# Where the rank of a projection begins in the number of pack_ranks
+SHIFTS = {"gate": 1, "up": 17, "down": 33}
+# Elements of the tile in which the routing counts, [places, experts]
+ROUTE_TILE = 8192
+
+
+def pack_ranks(
+    gate: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]
+) -> tuple[int, ...]:
+    """One 64-bit number an expert with its three ranks.
+
+    Odd and beyond 2^62 whatever the ranks, so that Triton, which compiles anew for an integer that
+    is 1, a multiple of 16 or of another width, compiles once.
+    """
+    return tuple(
+        1 << 62 | 1 | g << SHIFTS["gate"] | u << SHIFTS["up"] | d << SHIFTS["down"]
+        for g, u, d in zip(gate, up, down, strict=True)
+    )
+
+
+class Layer(NamedTuple):
+    """What one call computes with. factors: {"gate_A": [E, R, K], "gate_B": [E, N, R], "gate_W":
+    [.., N, K], ...}, without those that do not exist; shared: up's A is gate's."""
+
+    hidden: Tensor
+    index: Tensor
+    weight: Tensor
+    factors: dict[str, Tensor]
+    ranks: tuple[int, ...]
+    shared: bool
+
+    @property
+    def intermediate_size(self) -> int:
+        one = self.factors.get("gate_B", self.factors.get("gate_W"))
+        assert one is not None
+        return one.shape[1]
+
+    @property
+    def places(self) -> int:
+        return self.index.numel()
+
+    def rank(self, projection: str) -> int:
+        """The largest rank of a projection, 0 when all of it is dense: the width of its part of
+        z."""
+        B = self.factors.get(f"{projection}_B")
+        return 0 if B is None else B.shape[2]
+
+    def width(self) -> int:
+        """Of z: gate's columns and, unless they are one, up's."""
+        return self.rank("gate") + (0 if self.shared else self.rank("up"))
+
+    def get(self, name: str) -> Tensor:
+        """A factor, or something that is never read in its place."""
+        return self.factors.get(name, self.hidden)
+
+    def dense(self, *projections: str) -> bool:
+        return any(f"{name}_W" in self.factors for name in projections)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"NUM_EXPERTS": len(self.ranks), "TOP_K": self.index.shape[1]}
+
+
+class Rows(NamedTuple):
+    """The routing on the GPU: see low_rank_experts_route_triton.py."""
+
+    table: Tensor
+    row: Tensor
+    block_m: int
+    max_tiles: int
+
+
+class Saved(NamedTuple):
+    """What forward leaves for backward; gate and up are empty when they are to be recomputed."""
+
+    z: Tensor
+    z2: Tensor
+    gate: Tensor
+    up: Tensor
+
+
+def _target(tensor: Tensor) -> str:
+    target = target_of(tensor.device)
+    if target is None:
+        raise NotImplementedError(f"no Triton tiles for the GPU {tensor.device}; use the reference")
+    return target
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def programs_of(layer: Layer, tile: Tile, most: int) -> tuple[int]:
+    """Grid of a persistent kernel: as many programs as can be resident, at most one a tile."""
+    if not layer.hidden.is_cuda:
+        return (min(most, 4),)  # the interpreter runs them one after the other
+    size = sum(tile.blocks[name] for name in ("BLOCK_M", "BLOCK_N")) * tile.blocks["BLOCK_K"]
+    shared = size * tile.num_stages * layer.hidden.element_size()
+    resident = max(1, min(SHARED_BYTES[_target(layer.hidden)] // shared, 32 // tile.num_warps))
+    index = layer.hidden.device.index
+    assert index is not None
+    return (min(most, resident * _multiprocessors(index)),)
+
+
+def rows_of(layer: Layer, table: Tensor, row: Tensor, block_m: int | None = None) -> Rows:
+    """The routing that `route` has left in table and row."""
+    num_experts = len(layer.ranks)
+    block_m = block_m or experts_block_m(layer.hidden.dtype, layer.places, num_experts)
+    # every expert may end with a tile that is not full
+    return Rows(table, row, block_m, triton.cdiv(layer.places, block_m) + num_experts)
+
+
+def route(layer: Layer, block_m: int | None = None) -> Rows:
+    """Sort the (token, place) pairs by expert, in one launch or two."""
+    places, num_experts = layer.places, len(layer.ranks)
+    block_e = max(2, triton.next_power_of_2(num_experts))
+    block_p = max(64, ROUTE_TILE // block_e)
+    blocks = triton.cdiv(places, block_p)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=layer.hidden.device)
+    rows = rows_of(layer, new(experts_table_size(places, num_experts)), new(places), block_m)
+    count = new(blocks * block_e if blocks > 1 else 1)
+    how = {"NUM_EXPERTS": num_experts, "BLOCK_P": block_p, "BLOCK_E": block_e, "num_warps": 4}
+    with current_device_of(layer.hidden):
+        if blocks > 1:
+            routing._low_rank_experts_count_kernel[(blocks,)](layer.index, count, places, **how)
+        routing._low_rank_experts_place_kernel[(blocks,)](
+            layer.index, count, rows.table, rows.row, places, blocks, rows.max_tiles,
+            TILE_M=rows.block_m, ONE_BLOCK=blocks == 1, **how,
+        )  # fmt: skip
+    return rows
+
+
+def combine(layer: Layer, parts: Tensor) -> Tensor:
+    """out [M, N]: the k parts [M * k, N] of every token added up in order."""
+    tokens, features = layer.hidden.shape[0], parts.shape[1]
+    out = parts.new_empty((tokens, features))
+    grid = (tokens, triton.cdiv(features, 1024))
+    with current_device_of(parts):
+        routing._low_rank_experts_combine_kernel[grid](
+            parts, layer.index, out, tokens, features, BLOCK_N=1024, num_warps=4, **layer.options
+        )
+    return out
+
+
+def tile_of(layer: Layer, kernel: Any, rows: Rows) -> Tile:
+    return experts_tile(_target(layer.hidden), layer.hidden.dtype, kernel, rows.block_m)
+
+
+def experts_first(
+    layer: Layer,
+    rows: Rows,
+    sources: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+    widths: tuple[int, int],
+    z: Tensor,
+    other: Tensor | None = None,
+    **how: Any,
+) -> Tensor:
+    """z [rows, widths] of one product or two; with `other`, the routing weight times that, and
+    returned is dot [M * k] fp32."""
+    tile = tile_of(layer, "first", rows)
+    blocks = [triton.cdiv(width, tile.blocks["BLOCK_N"]) for width in widths]
+    blocks_n = sum(blocks) if how["PARTS"] == 2 else blocks[0]
+    dot = z.new_zeros((blocks[0], layer.places) if other is not None else 1, dtype=torch.float32)
+    forward._low_rank_experts_first_kernel[programs_of(layer, tile, rows.max_tiles * blocks_n)](
+        *sources, *weights, z, layer.weight, z if other is None else other, dot,
+        layer.index, rows.table, rows.row, layer.ranks, layer.hidden.shape[0], 0,
+        weights[0].shape[2 if how["W_ROWS_ARE_N"] else 1], *widths, sources[0].stride(0),
+        SCALE=other is not None, DECODE=False, BY_PLACE=False, BLOCK_T=1, USE_PDL=False,
+        WAIT=False, **how, **layer.options, **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return dot.sum(0) if other is not None else dot
+
+
+def _gate_up_ranks(layer: Layer, rows: Rows) -> Tensor:
+    """z [rows, ranks of gate | up]."""
+    widths = layer.rank("gate"), layer.rank("up")
+    z = layer.hidden.new_empty((layer.places, layer.width()))
+    if z.shape[1] == 0:
+        return z
+    if layer.shared:
+        how: dict[str, Any] = {"PARTS": 1, "SHIFT": SHIFTS["gate"]}
+    else:
+        how = {"PARTS": 2, "SHIFT": SHIFTS["gate"]}
+    As = layer.factors.get("gate_A"), layer.factors.get("up_A")
+    first, second = (A if A is not None else other for A, other in zip(As, As[::-1], strict=True))
+    assert first is not None and second is not None
+    experts_first(layer, rows, (layer.hidden, layer.hidden), (first, second), widths, z,
+           GATHER=True, W_ROWS_ARE_N=True, **how)  # fmt: skip
+    return z
+
+
+def experts_gated(layer: Layer, rows: Rows, z: Tensor, save: int) -> tuple[Tensor, Tensor, Tensor]:
+    """h, gate and up; save as the kernel's SAVE. Those not asked for are empty."""
+    size = layer.intermediate_size
+    kept, computed = (layer.places, size), layer.hidden.new_empty
+    h = computed(kept if save < 2 else (0,))
+    gate, up = computed(kept if save else (0,)), computed(kept if save else (0,))
+    tile = tile_of(layer, "gated", rows)
+    steps = rows.max_tiles * triton.cdiv(size, tile.blocks["BLOCK_N"])
+    forward._low_rank_experts_gated_kernel[programs_of(layer, tile, steps)](
+        layer.hidden, z, *map(layer.get, ("gate_B", "up_B", "gate_W", "up_W")),
+        h if save < 2 else gate, gate if save else h, up if save else h,
+        layer.index, rows.table, rows.row, layer.ranks, layer.hidden.shape[0], 0,
+        layer.hidden.shape[1], size, layer.rank("gate"), layer.rank("up"), layer.hidden.stride(0),
+        SHARED=layer.shared, SAVE=save, HAS_DENSE=layer.dense("gate", "up"), DECODE=False,
+        BY_PLACE=False, BLOCK_T=1, USE_PDL=False, WAIT=False,
+        **layer.options, **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return h, gate, up
+
+
+def experts_second(
+    layer: Layer,
+    rows: Rows,
+    z: Tensor,
+    dense: tuple[Tensor, Tensor],
+    names: tuple[str, str],
+    widths: tuple[int, int],
+    sizes: tuple[int, int],
+    **how: Any,
+) -> Tensor:
+    """[M * k, N] at each row's place; sizes are N and K of the dense projections."""
+    out = layer.hidden.new_empty((layer.places, sizes[0]))
+    tile = tile_of(layer, "second", rows)
+    steps = rows.max_tiles * triton.cdiv(sizes[0], tile.blocks["BLOCK_N"])
+    forward._low_rank_experts_second_kernel[programs_of(layer, tile, steps)](
+        z, *dense, *map(layer.get, names), *(layer.get(f"{name[:-1]}W") for name in names),
+        layer.weight, out, layer.index, rows.table, rows.row, layer.ranks,
+        layer.hidden.shape[0], 0, *sizes, *widths, **how, **layer.options, **tile.blocks,
+        **tile.options,
+    )  # fmt: skip
+    return out
+
+
+def low_rank_experts_forward(
+    layer: Layer, save: bool, recompute: bool, block_m: int | None = None
+) -> tuple[Tensor, Saved, Rows]:
+    """out [M, H], and what backward needs (save; without gate and up if recompute).
+
+    block_m: rows of a tile, other than the committed number, to measure it.
+    """
+    hidden = layer.hidden
+    sizes = hidden.shape[1], layer.intermediate_size
+    with current_device_of(hidden):
+        rows = route(layer, block_m)
+        z = _gate_up_ranks(layer, rows)
+        h, gate, up = experts_gated(layer, rows, z, 1 if save and not recompute else 0)
+        rank = layer.rank("down")
+        z2 = hidden.new_empty((layer.places, rank))
+        if rank:
+            A = layer.factors["down_A"]
+            experts_first(layer, rows, (h, h), (A, A), (rank, 0), z2, PARTS=1, SHIFT=SHIFTS["down"],
+                   GATHER=False, W_ROWS_ARE_N=True)  # fmt: skip
+        parts = experts_second(
+            layer, rows, z2, (h, h), ("down_B", "down_B"), (rank, 0), sizes,
+            SHIFT=SHIFTS["down"], PARTS=1, SHARED=False, SCALE=True, W_ROWS_ARE_N=True,
+            HAS_DENSE=layer.dense("down"),
+        )  # fmt: skip
+        return combine(layer, parts), Saved(z, z2, gate, up), rows
+
+
+def low_rank_experts_decode(layer: Layer, tiles: dict[str, Tile] | None = None) -> Tensor:
+    """out [M, H] for M <= EXPERTS_DECODE_MAX_TOKENS in four launches, three or two where
+    projections are dense.
+
+    tiles: other than the committed ones, to measure them.
+    """
+    hidden, target = layer.hidden, _target(layer.hidden)
+    tokens, hidden_size = hidden.shape
+    tiles = tiles or experts_decode_tiles(target, hidden.dtype)
+    size, rank = layer.intermediate_size, layer.rank("down")
+    # the experts in use are at most as many as the places that name them
+    by_place = layer.places <= len(layer.ranks)
+    slots = layer.places if by_place else len(layer.ranks)
+    stored = slots * tiles["first"].blocks["BLOCK_M"]
+    z = hidden.new_empty((stored, layer.width()))
+    h = hidden.new_empty((stored, size))
+    z2 = hidden.new_empty((stored, rank))
+    out = hidden.new_empty((tokens, hidden_size))
+    pdl = target in PDL_TARGETS and hidden.is_cuda
+    how: dict[str, Any] = {
+        "BY_PLACE": by_place,
+        "BLOCK_T": triton.next_power_of_2(layer.index.shape[1]),
+        "USE_PDL": pdl,
+        **layer.options,
+    }
+
+    def options(name: str, waits: bool) -> dict[str, Any]:
+        blocks = dict(tiles[name].blocks) | ({} if name == "decode" else {"GROUP_M": 1})
+        return {**how, **blocks, **tiles[name].options, **({"launch_pdl": True} if waits else {})}
+
+    def first(name: str, source: Tensor, A: tuple[Tensor, Tensor], widths: tuple[int, int],
+              target: Tensor, waits: bool, **given: Any) -> None:  # fmt: skip
+        blocks = [triton.cdiv(width, tiles[name].blocks["BLOCK_N"]) for width in widths]
+        blocks_n = sum(blocks) if given["PARTS"] == 2 else blocks[0]
+        forward._low_rank_experts_first_kernel[(slots * blocks_n,)](
+            source, source, *A, target, layer.weight, target, target, layer.index, layer.index,
+            layer.index, layer.ranks, tokens, slots, A[0].shape[2], *widths, source.stride(0),
+            SCALE=False, W_ROWS_ARE_N=True, DECODE=True, WAIT=waits, **given,
+            **options(name, waits),
+        )  # fmt: skip
+
+    with current_device_of(hidden):
+        if z.shape[1]:
+            given = layer.factors.get("gate_A"), layer.factors.get("up_A")
+            As = tuple(A if A is not None else B for A, B in zip(given, given[::-1], strict=True))
+            first("first", hidden, As, (layer.rank("gate"), layer.rank("up")), z, False,
+                  PARTS=1 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=True)  # fmt: skip
+        steps = slots * triton.cdiv(size, tiles["gated"].blocks["BLOCK_N"])
+        waits = pdl and z.shape[1] > 0
+        forward._low_rank_experts_gated_kernel[(steps,)](
+            hidden, z, *map(layer.get, ("gate_B", "up_B", "gate_W", "up_W")), h, h, h,
+            layer.index, layer.index, layer.index, layer.ranks, tokens, slots, hidden_size, size,
+            layer.rank("gate"), layer.rank("up"), hidden.stride(0), SHARED=layer.shared, SAVE=0,
+            HAS_DENSE=layer.dense("gate", "up"), DECODE=True, WAIT=waits,
+            **options("gated", waits),
+        )  # fmt: skip
+        if rank:
+            A = layer.factors["down_A"]
+            first("first_down", h, (A, A), (rank, 0), z2, pdl, PARTS=1, SHIFT=SHIFTS["down"],
+                  GATHER=False)  # fmt: skip
+        blocks_n = triton.cdiv(hidden_size, tiles["decode"].blocks["BLOCK_N"])
+        forward._low_rank_experts_decode_kernel[(blocks_n,)](
+            z2, h, layer.get("down_B"), layer.get("down_W"), layer.weight, out, layer.index,
+            layer.ranks, tokens, slots, hidden_size, size, rank, HAS_DENSE=layer.dense("down"),
+            **options("decode", pdl),
+        )  # fmt: skip
+    return out
