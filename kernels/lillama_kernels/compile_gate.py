@@ -31,7 +31,11 @@ from lillama_kernels.launch import SHARED_BYTES, TARGETS
 __all__ = ["Row", "Variant", "compile_variant", "main"]
 
 # Modules with a function variants(target) -> list[Variant]
-KERNEL_MODULES = ("low_rank_linear_launch", "distill_loss_triton")
+KERNEL_MODULES = (
+    "low_rank_linear_launch",
+    "low_rank_experts_variants",
+    "distill_loss_triton",
+)
 
 GPU_TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

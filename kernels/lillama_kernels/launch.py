@@ -237,13 +237,16 @@ def loss_tile(features: int, aligned: bool = True) -> Tile:
 
 # Tokens up to which a layer without gradients runs the four kernels that sort nothing
 EXPERTS_DECODE_MAX_TOKENS = 16
-ExpertsKernel = Literal["first", "gated", "second", "gated_grad", "weight_grad"]
+ExpertsKernel = Literal[
+    "first", "gated", "second", "first_grad", "gated_grad", "second_grad", "weight_grad"
+]
 
 
 def experts_block_m(dtype: torch.dtype, rows: int, num_experts: int) -> int:
-    """Rows of a tile: those of an average expert, at most 128, 64 for fp32."""
+    """Rows of a tile: those of an average expert, at most 128, 32 for fp32, whose products run
+    outside the tensor cores and spill registers in larger tiles."""
     each = -(-rows // num_experts)
-    sizes = (16, 32, 64) if dtype == torch.float32 else (16, 32, 64, 128)
+    sizes = (16, 32) if dtype == torch.float32 else (16, 32, 64, 128)
     return next((size for size in sizes if each <= size), sizes[-1])
 
 
@@ -261,12 +264,13 @@ def experts_decode_tiles(target: str, dtype: torch.dtype) -> dict[str, Tile]:
     """
     stages = {"sm_89": 3, "gfx942": 1}.get(target, 4)
     if dtype == torch.float32:
-        sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, 64))
+        k = 32 if target == "sm_89" else 64
+        sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, k))
     elif target in ("sm_89", "gfx942"):
         sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, 128))
     else:
         sizes = {"first": (16, 256), "first_down": (16, 256)}
-        sizes |= {"gated": (32, 128), "decode": (16, 256)}
+        sizes |= {"gated": (32, 128), "decode": (16, 128)}
     return {
         name: Tile(
             blocks={"BLOCK_M": EXPERTS_DECODE_MAX_TOKENS, "BLOCK_N": n, "BLOCK_K": k},
@@ -283,19 +287,23 @@ def experts_tile(target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m
     wide = target in ("sm_90", "sm_100")
     stages = 2 if target == "gfx942" else 3
     if kernel == "weight_grad":
-        n, k, p, warps = (64, 32, 16, 4) if dtype == torch.float32 else (128, 128, 32, 8)
+        n, k, p, warps = (64, 32, 16, 4) if dtype == torch.float32 else (128, 64, 32, 4)
         if wide and dtype != torch.float32:
-            n, k, p = 128, 256, 64
+            n, k, p, warps = 128, 256, 64, 8
         blocks = {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_P": p, "GROUP_N": 8}
         return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
+    wide_k = 64 if wide else 32
     if dtype == torch.float32:
         n, k, warps = 32, 16, 4
+    elif kernel == "gated_grad":  # three operands in the epilogue
+        n, k, warps = (64, wide_k, 8) if block_m == 128 else (32, wide_k, 4)
+        n = 32 if target == "gfx942" else n
     elif block_m < 128:
-        n, k, warps = 64 if kernel.startswith("gated") else 128, 64, 4
-    elif kernel.startswith("gated"):  # two accumulators, or three operands in the epilogue
-        n, k, warps = 128 if wide else 64, 64 if wide else 32, 8
+        n, k, warps = (64, 64, 8 if block_m == 64 else 4) if kernel == "gated" else (128, 64, 4)
+    elif kernel in ("gated", "first_grad", "second_grad"):  # two accumulators or two products
+        n, k, warps = 128 if wide else 64, wide_k, 8
     else:
-        n, k, warps = 256 if wide else 128, 64 if wide else 32, 8
+        n, k, warps = 256 if wide else 128, wide_k, 8
     if target == "gfx942":
         stages = 1 if dtype == torch.float32 else 2
         k = min(k, 32)

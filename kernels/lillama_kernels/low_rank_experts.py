@@ -98,7 +98,9 @@ def _misaligned(hidden: Tensor, factors: ExpertFactors) -> str:
         width = 0 if part.A is None else part.A.shape[1]
         for what, ranks in ((f"{name}'s rank", part.ranks), (f"{name}.A's rows", (width,))):
             sizes[what] = next((rank for rank in ranks if rank % 8 or rank > MAX_RANK), 0)
-    return ", ".join(f"{name} {size}" for name, size in sizes.items() if size % 8 or size > MAX_RANK)
+    return ", ".join(
+        f"{name} {size}" for name, size in sizes.items() if size % 8 or size > MAX_RANK
+    )
 
 
 def low_rank_experts(

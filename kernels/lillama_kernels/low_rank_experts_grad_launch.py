@@ -1,4 +1,4 @@
-"""Launchers of low_rank_experts' backward: products on the forward's kernels, and two of its own."""
+"""Launchers of low_rank_experts' backward: products on forward's kernels, and two of its own."""
 
 from collections.abc import Container
 from typing import Any
@@ -109,11 +109,11 @@ def low_rank_experts_backward(
         )
         dz = torch.empty_like(saved.z)
         if dz.shape[1]:
-            given = factors.get("gate_B"), factors.get("up_B")
-            Bs = tuple(B if B is not None else C for B, C in zip(given, given[::-1], strict=True))
-            experts_first(layer, rows, (dgate, dup), Bs, widths, dz, SHIFT=SHIFTS["gate"],
-                          PARTS=3 if layer.shared else 2, GATHER=False,
-                          W_ROWS_ARE_N=False)  # fmt: skip
+            experts_first(
+                layer, rows, (dgate, dup), layer.gate_and_up("B"), widths, dz,
+                PARTS=3 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=False,
+                W_ROWS_ARE_N=False,
+            )  # fmt: skip
         start = 0 if layer.shared else widths[0]
         x = {"GATHER_R": True}
         weight_grads(

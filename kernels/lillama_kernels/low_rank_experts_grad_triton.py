@@ -1,6 +1,6 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 """Triton kernels of low_rank_experts' backward that forward has none like.
 
     gated_grad   dh = dz2 A_down, and from it, gate and up: d gate, d up and h again
@@ -15,8 +15,9 @@ import triton.language as tl
 
 from lillama_kernels.launch_triton import multiple_of_8
 from lillama_kernels.low_rank_experts_parts_triton import (
-    _expert_rank,
+    _expert_ranks,
     _project,
+    _rank_of,
     _rows_of_tile,
     _tile_of,
 )
@@ -27,7 +28,7 @@ __all__ = ["_low_rank_experts_gated_grad_kernel", "_low_rank_experts_weight_grad
 @triton.jit(do_not_specialize=["M"])
 def _low_rank_experts_gated_grad_kernel(
     dz_ptr, dout_ptr, a_ptr, w_ptr, gate_ptr, up_ptr, weight_ptr, dgate_ptr, dup_ptr, h_ptr,
-    dot_ptr, index_ptr, table_ptr, row_ptr, ranks, M, H, I, R, stride_dout,
+    dot_ptr, index_ptr, table_ptr, row_ptr, ranks, M, H, INNER, R, stride_dout,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, HAS_DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -37,9 +38,9 @@ def _low_rank_experts_gated_grad_kernel(
     its gradient's part of this block of I goes to dot [blocks of I, M * k].
     """
     H = multiple_of_8(H, True)
-    I = multiple_of_8(I, True)  # noqa: E741
+    INNER = multiple_of_8(INNER, True)
     R = multiple_of_8(R, True)
-    blocks_n = tl.cdiv(I, BLOCK_N)
+    blocks_n = tl.cdiv(INNER, BLOCK_N)
     blocks_m = tl.load(table_ptr + NUM_EXPERTS + 1)
     for step in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
         tile, block = _tile_of(step, blocks_m, blocks_n, GROUP_M)
@@ -47,15 +48,15 @@ def _low_rank_experts_gated_grad_kernel(
             index_ptr, table_ptr, row_ptr, tile, M, NUM_EXPERTS, TOP_K, BLOCK_M, 1, False, False
         )
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        rank, dense = _expert_rank(ranks, expert, 33, HAS_DENSE)
+        rank, dense = _rank_of(_expert_ranks(ranks, expert), 33, HAS_DENSE)
         dh = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         dh = _project(
-            dh, dz_ptr + stored[:, None] * R,
-            dout_ptr + token[:, None] * multiple_of_8(stride_dout, True), mask_m, expert, rank,
-            dense, a_ptr, w_ptr, offs_n, I, R, H, BLOCK_K, False, HAS_DENSE, False,
+            dh, dz_ptr, stored * R, dout_ptr, token * multiple_of_8(stride_dout, True), mask_m,
+            expert, rank, dense, a_ptr, w_ptr, offs_n, INNER, R, H, BLOCK_K, False, HAS_DENSE,
+            False,
         )  # fmt: skip
-        mask = mask_m[:, None] & (offs_n < I)[None, :]
-        at = stored[:, None] * I + offs_n[None, :]
+        mask = mask_m[:, None] & (offs_n < INNER)[None, :]
+        at = stored[:, None] * INNER + offs_n[None, :]
         gate = tl.load(gate_ptr + at, mask=mask, other=0.0).to(tl.float32)
         up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
         sigmoid = 1.0 / (1.0 + tl.exp(-gate))
@@ -111,7 +112,7 @@ def _low_rank_experts_weight_grad_kernel(
     N = multiple_of_8(N, True)
     K = multiple_of_8(K, True)
     expert = tl.program_id(1)
-    rank, dense = _expert_rank(ranks, expert, SHIFT, RANK_IS == "none")
+    rank, dense = _rank_of(_expert_ranks(ranks, expert), SHIFT, True)
     limit_n = N
     limit_k = K
     target = expert

@@ -6,6 +6,7 @@ another dtype); H, I and every rank are multiples of 8.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from lillama_kernels import low_rank_experts_route_triton, low_rank_experts_trit
 from lillama_kernels.launch import (
     PDL_TARGETS,
     SHARED_BYTES,
+    ExpertsKernel,
     Tile,
     experts_block_m,
     experts_decode_tiles,
@@ -49,24 +51,32 @@ routing: Any = low_rank_experts_route_triton
 # Where the rank of a projection begins in the number of pack_ranks
 SHIFTS = {"gate": 1, "up": 17, "down": 33}
 # Elements of the tile in which the routing counts, [places, experts]
-ROUTE_TILE = 8192
+ROUTE_TILE = 4096
 
 
+def _fields(ranks: tuple[int, ...]) -> list[int]:
+    """16 bits for each expert: its rank, or 8 d + 1 where it is the d-th dense one."""
+    dense = iter(range(len(ranks)))
+    return [rank or next(dense) << 3 | 1 for rank in ranks]
+
+
+@functools.lru_cache(maxsize=4096)
 def pack_ranks(
     gate: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """One 64-bit number an expert with its three ranks.
+    """One 64-bit number an expert with its three ranks, which are multiples of 8.
 
     Odd and beyond 2^62 whatever the ranks, so that Triton, which compiles anew for an integer that
     is 1, a multiple of 16 or of another width, compiles once.
     """
     return tuple(
         1 << 62 | 1 | g << SHIFTS["gate"] | u << SHIFTS["up"] | d << SHIFTS["down"]
-        for g, u, d in zip(gate, up, down, strict=True)
+        for g, u, d in zip(*map(_fields, (gate, up, down)), strict=True)
     )
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Layer:
     """What one call computes with. factors: {"gate_A": [E, R, K], "gate_B": [E, N, R], "gate_W":
     [.., N, K], ...}, without those that do not exist; shared: up's A is gate's."""
 
@@ -101,7 +111,15 @@ class Layer(NamedTuple):
         """A factor, or something that is never read in its place."""
         return self.factors.get(name, self.hidden)
 
+    def gate_and_up(self, letter: str) -> tuple[Tensor, Tensor]:
+        """Both factors of a letter; where one projection is dense, the other's in its place."""
+        gate, up = (self.factors.get(f"{name}_{letter}") for name in ("gate", "up"))
+        first, second = (up if gate is None else gate), (gate if up is None else up)
+        assert first is not None and second is not None
+        return first, second
+
     def dense(self, *projections: str) -> bool:
+        """Whether some expert keeps one of these projections dense."""
         return any(f"{name}_W" in self.factors for name in projections)
 
     @property
@@ -168,7 +186,7 @@ def route(layer: Layer, block_m: int | None = None) -> Rows:
     new = functools.partial(torch.empty, dtype=torch.int32, device=layer.hidden.device)
     rows = rows_of(layer, new(experts_table_size(places, num_experts)), new(places), block_m)
     count = new(blocks * block_e if blocks > 1 else 1)
-    how = {"NUM_EXPERTS": num_experts, "BLOCK_P": block_p, "BLOCK_E": block_e, "num_warps": 4}
+    how = {"NUM_EXPERTS": num_experts, "BLOCK_P": block_p, "BLOCK_E": block_e, "num_warps": 8}
     with current_device_of(layer.hidden):
         if blocks > 1:
             routing._low_rank_experts_count_kernel[(blocks,)](layer.index, count, places, **how)
@@ -191,7 +209,7 @@ def combine(layer: Layer, parts: Tensor) -> Tensor:
     return out
 
 
-def tile_of(layer: Layer, kernel: Any, rows: Rows) -> Tile:
+def tile_of(layer: Layer, kernel: ExpertsKernel, rows: Rows) -> Tile:
     return experts_tile(_target(layer.hidden), layer.hidden.dtype, kernel, rows.block_m)
 
 
@@ -207,7 +225,7 @@ def experts_first(
 ) -> Tensor:
     """z [rows, widths] of one product or two; with `other`, the routing weight times that, and
     returned is dot [M * k] fp32."""
-    tile = tile_of(layer, "first", rows)
+    tile = tile_of(layer, "first" if how["W_ROWS_ARE_N"] else "first_grad", rows)
     blocks = [triton.cdiv(width, tile.blocks["BLOCK_N"]) for width in widths]
     blocks_n = sum(blocks) if how["PARTS"] == 2 else blocks[0]
     dot = z.new_zeros((blocks[0], layer.places) if other is not None else 1, dtype=torch.float32)
@@ -227,15 +245,10 @@ def _gate_up_ranks(layer: Layer, rows: Rows) -> Tensor:
     z = layer.hidden.new_empty((layer.places, layer.width()))
     if z.shape[1] == 0:
         return z
-    if layer.shared:
-        how: dict[str, Any] = {"PARTS": 1, "SHIFT": SHIFTS["gate"]}
-    else:
-        how = {"PARTS": 2, "SHIFT": SHIFTS["gate"]}
-    As = layer.factors.get("gate_A"), layer.factors.get("up_A")
-    first, second = (A if A is not None else other for A, other in zip(As, As[::-1], strict=True))
-    assert first is not None and second is not None
-    experts_first(layer, rows, (layer.hidden, layer.hidden), (first, second), widths, z,
-           GATHER=True, W_ROWS_ARE_N=True, **how)  # fmt: skip
+    experts_first(
+        layer, rows, (layer.hidden, layer.hidden), layer.gate_and_up("A"), widths, z,
+        PARTS=1 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=True, W_ROWS_ARE_N=True,
+    )  # fmt: skip
     return z
 
 
@@ -271,7 +284,7 @@ def experts_second(
 ) -> Tensor:
     """[M * k, N] at each row's place; sizes are N and K of the dense projections."""
     out = layer.hidden.new_empty((layer.places, sizes[0]))
-    tile = tile_of(layer, "second", rows)
+    tile = tile_of(layer, "second" if how["W_ROWS_ARE_N"] else "second_grad", rows)
     steps = rows.max_tiles * triton.cdiv(sizes[0], tile.blocks["BLOCK_N"])
     forward._low_rank_experts_second_kernel[programs_of(layer, tile, steps)](
         z, *dense, *map(layer.get, names), *(layer.get(f"{name[:-1]}W") for name in names),
@@ -352,9 +365,8 @@ def low_rank_experts_decode(layer: Layer, tiles: dict[str, Tile] | None = None) 
 
     with current_device_of(hidden):
         if z.shape[1]:
-            given = layer.factors.get("gate_A"), layer.factors.get("up_A")
-            As = tuple(A if A is not None else B for A, B in zip(given, given[::-1], strict=True))
-            first("first", hidden, As, (layer.rank("gate"), layer.rank("up")), z, False,
+            widths = layer.rank("gate"), layer.rank("up")
+            first("first", hidden, layer.gate_and_up("A"), widths, z, False,
                   PARTS=1 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=True)  # fmt: skip
         steps = slots * triton.cdiv(size, tiles["gated"].blocks["BLOCK_N"])
         waits = pdl and z.shape[1] > 0

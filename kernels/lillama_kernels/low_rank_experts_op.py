@@ -93,16 +93,14 @@ def _forward(
     from lillama_kernels import low_rank_experts_launch as launch
 
     factors = gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B, down_W
-    if index.numel() == 0 or not save:
-        places = index.numel() if save else 0
-        others = _kept(hidden, places, factors, ranks, shared, save and not recompute)
-        if index.numel() == 0:
-            return [torch.zeros_like(hidden, memory_format=torch.contiguous_format), *others]
+    nothing = _kept(hidden, 0, factors, ranks, shared, False)
+    if index.numel() == 0:
+        return [torch.zeros_like(hidden, memory_format=torch.contiguous_format), *nothing]
     layer = _layer(hidden, index, weight, factors, ranks, shared)
     if hidden.shape[0] <= EXPERTS_DECODE_MAX_TOKENS and not save:
-        return [launch.low_rank_experts_decode(layer), *others]
+        return [launch.low_rank_experts_decode(layer), *nothing]
     out, saved, rows = launch.low_rank_experts_forward(layer, save, recompute)
-    return [out, *saved, rows.table, rows.row] if save else [out, *others]
+    return [out, *saved, rows.table, rows.row] if save else [out, *nothing]
 
 
 def _kept(

@@ -1,6 +1,6 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 """What the Triton kernels of low_rank_experts share: whose rows a tile has, and its product.
 
 Letters, layout and DECODE as in low_rank_experts_triton.py.
@@ -12,9 +12,10 @@ import triton.language as tl
 from lillama_kernels.launch_triton import multiple_of_8
 
 __all__ = [
-    "_expert_rank",
+    "_expert_ranks",
     "_product",
     "_project",
+    "_rank_of",
     "_rows_of_slot",
     "_rows_of_tile",
     "_tile_of",
@@ -22,16 +23,21 @@ __all__ = [
 
 
 @triton.jit
-def _expert_rank(ranks, expert, SHIFT: tl.constexpr, HAS_DENSE: tl.constexpr):
-    """Rank of one projection of the expert; how many experts before it keep that dense."""
-    rank = 0
-    dense = 0
-    for i in tl.static_range(len(ranks)):
-        one = ((ranks[i] >> SHIFT) & 0xFFFF).to(tl.int32)
-        rank = tl.where(expert == i, one, rank)
-        if HAS_DENSE:
-            dense += tl.where((one == 0) & (i < expert), 1, 0)
-    return multiple_of_8(rank, True), dense
+def _expert_ranks(ranks, expert):
+    """The number of pack_ranks of one expert."""
+    packed = ranks[0]
+    for i in tl.static_range(1, len(ranks)):
+        packed = tl.where(expert == i, ranks[i], packed)
+    return packed
+
+
+@triton.jit
+def _rank_of(packed, SHIFT: tl.constexpr, HAS_DENSE: tl.constexpr):
+    """Rank of one projection; 0 for a dense one, and which of these it is."""
+    field = ((packed >> SHIFT) & 0xFFFF).to(tl.int32)
+    if HAS_DENSE:
+        field = tl.where(field % 2 == 1, 0, field)
+    return multiple_of_8(field, True), ((packed >> (SHIFT + 3)) & 0x1FFF).to(tl.int32)
 
 
 @triton.jit
@@ -144,32 +150,32 @@ def _product(
 
 @triton.jit
 def _project(
-    acc, z_rows, dense_rows, mask_m, expert, rank, dense, b_ptr, w_ptr, offs_n, N, R, K,
+    acc, z_ptr, z_rows, dense_ptr, dense_rows, mask_m, expert, rank, dense, b_ptr, w_ptr, offs_n,
+    N, R, K,
     BLOCK_K: tl.constexpr, W_ROWS_ARE_N: tl.constexpr, HAS_DENSE: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
     """acc + z B_e^T, or the dense rows times W_e^T where the expert's rank is 0.
 
-    B [E, N, R] and W [.., N, K], or with rows of k instead of n [E, R, N] and [.., K, N].
+    B [E, N, R] and W [.., N, K], or with rows of k instead of n [E, R, N] and [.., K, N]. z_rows
+    and dense_rows are where the rows begin. One loop for both cases: two would have twice the
+    shared memory.
     """
-    mask_n = offs_n < N
-    stride_b = R if W_ROWS_ARE_N else N
-    b_ptr += expert.to(tl.int64) * R * N
+    l_ptr = z_ptr
+    l_rows = z_rows
+    at = b_ptr + expert.to(tl.int64) * R * N
+    stride = R if W_ROWS_ARE_N else N
+    inner = rank
     if HAS_DENSE:
-        if rank == 0:
-            stride_w = K if W_ROWS_ARE_N else N
-            acc = _product(
-                acc, dense_rows, mask_m, w_ptr + dense.to(tl.int64) * K * N, stride_w, offs_n,
-                mask_n, K, BLOCK_K, W_ROWS_ARE_N, WAIT,
-            )  # fmt: skip
-        else:
-            acc = _product(
-                acc, z_rows, mask_m, b_ptr, stride_b, offs_n, mask_n, rank,
-                BLOCK_K, W_ROWS_ARE_N, WAIT,
-            )  # fmt: skip
-        return acc
-    else:
-        return _product(
-            acc, z_rows, mask_m, b_ptr, stride_b, offs_n, mask_n, rank,
-            BLOCK_K, W_ROWS_ARE_N, WAIT,
-        )  # fmt: skip
+        whole = rank == 0
+        l_ptr = tl.where(whole, dense_ptr, z_ptr)
+        # both are multiples of 8, which the choice would hide from the compiler
+        l_rows = multiple_of_8(tl.where(whole, dense_rows, z_rows), True)
+        at = tl.where(whole, w_ptr + dense.to(tl.int64) * K * N, at)
+        inner = tl.where(whole, K, rank)
+        if W_ROWS_ARE_N:
+            stride = tl.where(whole, K, R)
+    return _product(
+        acc, l_ptr + l_rows[:, None], mask_m, at, stride, offs_n, offs_n < N, inner,
+        BLOCK_K, W_ROWS_ARE_N, WAIT,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 """Triton kernels that sort the rows of low_rank_experts by expert, and add up the places of a
 token. Nothing is read back by the host: what depends on the routing is in a table on the GPU.
 
@@ -86,8 +86,8 @@ def _low_rank_experts_place_kernel(
         totals = tl.sum(named, axis=0)
     else:
         totals = tl.zeros((BLOCK_E,), dtype=tl.int32)
-        for first in tl.range(0, blocks, 32):
-            block = first + tl.arange(0, 32)
+        for first in tl.range(0, blocks, 16):
+            block = first + tl.arange(0, 16)
             counts = tl.load(
                 count_ptr + block[:, None] * BLOCK_E + experts[None, :],
                 mask=(block < blocks)[:, None],

@@ -1,6 +1,6 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 """Triton kernels of low_rank_experts' forward: four products over the rows of every expert.
 
     first   z = x A_gate^T | x A_up^T        gated   h = silu(z_g B_gate^T) * (z_u B_up^T)
@@ -23,9 +23,10 @@ import triton.language as tl
 
 from lillama_kernels.launch_triton import multiple_of_8
 from lillama_kernels.low_rank_experts_parts_triton import (
-    _expert_rank,
+    _expert_ranks,
     _product,
     _project,
+    _rank_of,
     _rows_of_slot,
     _rows_of_tile,
     _tile_of,
@@ -77,13 +78,14 @@ def _low_rank_experts_first_kernel(
             index_ptr, table_ptr, row_ptr, tile, M, NUM_EXPERTS, TOP_K, BLOCK_M, BLOCK_T,
             BY_PLACE, DECODE,
         )  # fmt: skip
-        rank, _ = _expert_rank(ranks, expert, SHIFT, False)
+        packed = _expert_ranks(ranks, expert)
+        rank, _ = _rank_of(packed, SHIFT, True)
         limit = R
         start = 0
         l_ptr = x_ptr
         w_ptr = a_ptr
         if PARTS == 2:
-            rank2, _ = _expert_rank(ranks, expert, SHIFT + 16, False)
+            rank2, _ = _rank_of(packed, SHIFT + 16, True)
             second = block >= blocks_r
             rank = tl.where(second, rank2, rank)
             limit = tl.where(second, R2, R)
@@ -127,7 +129,7 @@ def _low_rank_experts_first_kernel(
 @triton.jit(do_not_specialize=["M", "slots"])
 def _low_rank_experts_gated_kernel(
     x_ptr, z_ptr, b_ptr, b2_ptr, w_ptr, w2_ptr, h_ptr, gate_ptr, up_ptr,
-    index_ptr, table_ptr, row_ptr, ranks, M, slots, H, I, R, R2, stride_x,
+    index_ptr, table_ptr, row_ptr, ranks, M, slots, H, INNER, R, R2, stride_x,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, SAVE: tl.constexpr,
     HAS_DENSE: tl.constexpr, DECODE: tl.constexpr, BY_PLACE: tl.constexpr,
     BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr, WAIT: tl.constexpr,
@@ -140,12 +142,12 @@ def _low_rank_experts_gated_kernel(
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     H = multiple_of_8(H, True)
-    I = multiple_of_8(I, True)  # noqa: E741
+    INNER = multiple_of_8(INNER, True)
     R = multiple_of_8(R, True)
     R2 = multiple_of_8(R2, True)
     start = 0 if SHARED else R
     width = R if SHARED else R + R2
-    blocks_n = tl.cdiv(I, BLOCK_N)
+    blocks_n = tl.cdiv(INNER, BLOCK_N)
     blocks_m = slots
     if not DECODE:
         blocks_m = tl.load(table_ptr + NUM_EXPERTS + 1)
@@ -157,22 +159,23 @@ def _low_rank_experts_gated_kernel(
         )  # fmt: skip
         if active:
             offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            x_rows = x_ptr + token[:, None] * multiple_of_8(stride_x, True)
-            z_rows = z_ptr + stored[:, None] * width
+            x_rows = token * multiple_of_8(stride_x, True)
+            z_rows = stored * width
             gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            rank, dense = _expert_rank(ranks, expert, 1, HAS_DENSE)
+            packed = _expert_ranks(ranks, expert)
+            rank, dense = _rank_of(packed, 1, HAS_DENSE)
             gate = _project(
-                gate, z_rows, x_rows, mask_m, expert, rank, dense, b_ptr, w_ptr, offs_n, I, R, H,
-                BLOCK_K, True, HAS_DENSE, WAIT,
+                gate, z_ptr, z_rows, x_ptr, x_rows, mask_m, expert, rank, dense, b_ptr, w_ptr,
+                offs_n, INNER, R, H, BLOCK_K, True, HAS_DENSE, WAIT,
             )  # fmt: skip
             up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            rank, dense = _expert_rank(ranks, expert, 17, HAS_DENSE)
+            rank, dense = _rank_of(packed, 17, HAS_DENSE)
             up = _project(
-                up, z_rows + start, x_rows, mask_m, expert, rank, dense, b2_ptr, w2_ptr,
-                offs_n, I, R2, H, BLOCK_K, True, HAS_DENSE, False,
+                up, z_ptr, z_rows + start, x_ptr, x_rows, mask_m, expert, rank, dense, b2_ptr,
+                w2_ptr, offs_n, INNER, R2, H, BLOCK_K, True, HAS_DENSE, False,
             )  # fmt: skip
-            mask = mask_m[:, None] & (offs_n < I)[None, :]
-            at = stored[:, None] * I + offs_n[None, :]
+            mask = mask_m[:, None] & (offs_n < INNER)[None, :]
+            at = stored[:, None] * INNER + offs_n[None, :]
             # rounded here as between two layers, whether or not they are kept
             gate = gate.to(h_ptr.dtype.element_ty)
             up = up.to(h_ptr.dtype.element_ty)
@@ -211,20 +214,20 @@ def _low_rank_experts_second_kernel(
             index_ptr, table_ptr, row_ptr, tile, M, NUM_EXPERTS, TOP_K, BLOCK_M, 1, False, False
         )
         offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        z_rows = z_ptr + stored[:, None] * width
-        l_rows = stored[:, None] * K
+        z_rows = stored * width
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        rank, dense = _expert_rank(ranks, expert, SHIFT, HAS_DENSE)
+        packed = _expert_ranks(ranks, expert)
+        rank, dense = _rank_of(packed, SHIFT, HAS_DENSE)
         acc = _project(
-            acc, z_rows, l_ptr + l_rows, mask_m, expert, rank, dense, b_ptr, w_ptr, offs_n, N, R,
-            K, BLOCK_K, W_ROWS_ARE_N, HAS_DENSE, False,
+            acc, z_ptr, z_rows, l_ptr, stored * K, mask_m, expert, rank, dense, b_ptr, w_ptr,
+            offs_n, N, R, K, BLOCK_K, W_ROWS_ARE_N, HAS_DENSE, False,
         )  # fmt: skip
         if PARTS == 2:
             start = 0 if SHARED else R
-            rank, dense = _expert_rank(ranks, expert, SHIFT + 16, HAS_DENSE)
+            rank, dense = _rank_of(packed, SHIFT + 16, HAS_DENSE)
             acc = _project(
-                acc, z_rows + start, l2_ptr + l_rows, mask_m, expert, rank, dense, b2_ptr, w2_ptr,
-                offs_n, N, R2, K, BLOCK_K, W_ROWS_ARE_N, HAS_DENSE, False,
+                acc, z_ptr, z_rows + start, l2_ptr, stored * K, mask_m, expert, rank, dense,
+                b2_ptr, w2_ptr, offs_n, N, R2, K, BLOCK_K, W_ROWS_ARE_N, HAS_DENSE, False,
             )  # fmt: skip
         if SCALE:
             weight = tl.load(weight_ptr + place, mask=mask_m, other=0.0).to(tl.float32)
@@ -259,11 +262,11 @@ def _low_rank_experts_decode_kernel(
         )
         if active:
             stored = (slot * BLOCK_M + offs_m).to(tl.int64)
-            rank, dense = _expert_rank(ranks, expert, 33, HAS_DENSE)
+            rank, dense = _rank_of(_expert_ranks(ranks, expert), 33, HAS_DENSE)
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             acc = _project(
-                acc, z_ptr + stored[:, None] * R, h_ptr + stored[:, None] * K, mask_m, expert,
-                rank, dense, b_ptr, w_ptr, offs_n, N, R, K, BLOCK_K, True, HAS_DENSE, False,
+                acc, z_ptr, stored * R, h_ptr, stored * K, mask_m, expert, rank, dense, b_ptr,
+                w_ptr, offs_n, N, R, K, BLOCK_K, True, HAS_DENSE, False,
             )  # fmt: skip
             weight = tl.load(weight_ptr + place, mask=named, other=0.0).to(tl.float32)
             total += tl.sum(weight, axis=1)[:, None] * acc
