@@ -20,7 +20,15 @@ from typing import Literal, get_args
 
 import torch
 
-__all__ = ["Impl", "has_triton", "interpreting", "kernels_impl", "resolve_impl"]
+__all__ = [
+    "Impl",
+    "autocasting",
+    "has_triton",
+    "interpreting",
+    "kernels_impl",
+    "resolve_impl",
+    "work_dtype",
+]
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -74,6 +82,19 @@ def interpreting() -> bool:
     TRITON_INTERPRET=1 must be set before triton is imported: its own functions are bound then.
     """
     return _triton_is_interpreted()
+
+
+def autocasting(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; never for one that has none, as meta."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def work_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What nn.Linear would compute in: autocast leaves fp64 alone."""
+    if autocasting(tensor) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
+    return tensor.dtype
 
 
 @contextlib.contextmanager

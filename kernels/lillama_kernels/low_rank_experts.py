@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lillama_kernels import low_rank_experts_op, reference
-from lillama_kernels.impl import Impl, resolve_impl
+from lillama_kernels.impl import Impl, autocasting, resolve_impl, work_dtype
 from lillama_kernels.launch import DTYPES, dtype_name, target_of
 from lillama_kernels.reference import ExpertFactors, ProjectionFactors
 
@@ -51,7 +51,7 @@ def _check_same(hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors
     named = {"topk_index": topk_index, "topk_weight": topk_weight}
     for projection, part in zip(PROJECTIONS, factors, strict=True):
         named |= {f"{projection}.{letter}": getattr(part, letter) for letter in "ABW"}
-    autocast = torch.is_autocast_enabled(hidden.device.type)
+    autocast = autocasting(hidden)
     for name, tensor in named.items():
         if tensor is None:
             continue
@@ -151,7 +151,7 @@ def low_rank_experts(
     _check_projection("up", up, num_experts, hidden_size, intermediate_size)
     _check_projection("down", down, num_experts, intermediate_size, hidden_size)
     _check_same(hidden, topk_index, topk_weight, factors)
-    dtype = low_rank_experts_op.work_dtype(hidden)
+    dtype = work_dtype(hidden)
     misaligned = _misaligned(hidden, factors)
     auto = "reference"
     if dtype in DTYPES and not misaligned and target_of(hidden.device) is not None:

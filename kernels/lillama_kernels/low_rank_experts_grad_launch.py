@@ -1,6 +1,6 @@
 """Launchers of low_rank_experts' backward: products on forward's kernels, and two of its own."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -70,43 +70,54 @@ def _weight_grad(
     return out
 
 
+def _weight_grads(
+    layer: Layer, rows: Rows, needed: Container[str], operands: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Tensor]:
+    """operands: for each factor, what `_weight_grad` takes, the names of its gathers last."""
+    return {
+        name: _weight_grad(layer, rows, name, *given, **dict.fromkeys(gather, True))
+        for name, (*given, gather) in operands.items()
+        if name in layer.factors and name in needed
+    }
+
+
+def _down_backward(
+    layer: Layer, rows: Rows, saved: Saved, dout: Tensor, needed: Container[str]
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Gradients of the routing weights and of down's factors; d gate and d up."""
+    dz2 = torch.empty_like(saved.z2)
+    dweight = None
+    if "down_B" in layer.factors:
+        B = layer.factors["down_B"]
+        dweight = experts_first(
+            layer, rows, (dout, dout), (B, B), (layer.rank("down"), 0), dz2, other=saved.z2,
+            PARTS=1, SHIFT=SHIFTS["down"], GATHER=True, W_ROWS_ARE_N=False,
+        )  # fmt: skip
+    gate, up = saved.gate, saved.up
+    if gate.numel() == 0:
+        _, gate, up = experts_gated(layer, rows, saved.z, 2)
+    dgate, dup, h, of_dense = _gated_grad(layer, rows, dz2, dout, gate, up)
+    if of_dense is not None:
+        dweight = of_dense if dweight is None else dweight + of_dense
+    assert dweight is not None
+    routed = ("GATHER_L", "SCALE_L")
+    operands = {
+        "down_A": (dz2, h, ()),
+        "down_B": (dout, saved.z2, routed),
+        "down_W": (dout, h, routed),
+    }
+    grads = _weight_grads(layer, rows, needed, operands)
+    grads["weight"] = dweight.view(layer.index.shape).to(layer.weight.dtype)
+    return grads, dgate, dup
+
+
 def low_rank_experts_backward(
     layer: Layer, rows: Rows, saved: Saved, dout: Tensor, needed: Container[str]
 ) -> dict[str, Tensor]:
     """Gradients by name ("hidden", "weight", "gate_A", ...), those needed; dout [M, H]."""
-    hidden, factors, grads = layer.hidden, layer.factors, {}
-    widths = layer.rank("gate"), layer.rank("up")
-
-    def weight_grads(operands: dict[str, tuple]) -> None:
-        for name, (left, right, starts, gather) in operands.items():
-            if name in factors and name in needed:
-                grads[name] = _weight_grad(layer, rows, name, left, right, starts, **gather)
-
+    hidden, widths = layer.hidden, (layer.rank("gate"), layer.rank("up"))
     with current_device_of(hidden):
-        dz2 = torch.empty_like(saved.z2)
-        dweight = None
-        if "down_B" in factors:
-            B, rank = factors["down_B"], layer.rank("down")
-            dweight = experts_first(
-                layer, rows, (dout, dout), (B, B), (rank, 0), dz2, other=saved.z2, PARTS=1,
-                SHIFT=SHIFTS["down"], GATHER=True, W_ROWS_ARE_N=False,
-            )  # fmt: skip
-        gate, up = saved.gate, saved.up
-        if gate.numel() == 0:
-            _, gate, up = experts_gated(layer, rows, saved.z, 2)
-        dgate, dup, h, of_dense = _gated_grad(layer, rows, dz2, dout, gate, up)
-        if of_dense is not None:
-            dweight = of_dense if dweight is None else dweight + of_dense
-        assert dweight is not None
-        grads["weight"] = dweight.view(layer.index.shape).to(layer.weight.dtype)
-        routed = {"GATHER_L": True, "SCALE_L": True}
-        weight_grads(
-            {
-                "down_A": (dz2, h, (0, 0), {}),
-                "down_B": (dout, saved.z2, (0, 0), routed),
-                "down_W": (dout, h, (0, 0), routed),
-            }
-        )
+        grads, dgate, dup = _down_backward(layer, rows, saved, dout, needed)
         dz = torch.empty_like(saved.z)
         if dz.shape[1]:
             experts_first(
@@ -115,18 +126,18 @@ def low_rank_experts_backward(
                 W_ROWS_ARE_N=False,
             )  # fmt: skip
         start = 0 if layer.shared else widths[0]
-        x = {"GATHER_R": True}
-        weight_grads(
-            {
-                "gate_A": (dz, hidden, (0, 0), x),
-                "gate_B": (dgate, saved.z, (0, 0), {}),
-                "gate_W": (dgate, hidden, (0, 0), x),
-                "up_B": (dup, saved.z, (0, start), {}),
-                "up_W": (dup, hidden, (0, 0), x),
-            }
-            # one A for both has one gradient
-            | ({} if layer.shared else {"up_A": (dz, hidden, (start, 0), x)})
-        )
+        x = ("GATHER_R",)
+        operands = {
+            "gate_A": (dz, hidden, x),
+            "gate_B": (dgate, saved.z, ()),
+            "gate_W": (dgate, hidden, x),
+            "up_A": (dz, hidden, (start, 0), x),
+            "up_B": (dup, saved.z, (0, start), ()),
+            "up_W": (dup, hidden, x),
+        }
+        if layer.shared:  # one A for both has one gradient
+            del operands["up_A"]
+        grads |= _weight_grads(layer, rows, needed, operands)
         if "hidden" in needed:
             parts = experts_second(
                 layer, rows, dz, (dgate, dup), ("gate_A", "up_A"), widths,

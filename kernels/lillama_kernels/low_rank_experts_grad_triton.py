@@ -19,6 +19,7 @@ from lillama_kernels.low_rank_experts_parts_triton import (
     _project,
     _rank_of,
     _rows_of_tile,
+    _scaled,
     _tile_of,
 )
 
@@ -63,13 +64,8 @@ def _low_rank_experts_gated_grad_kernel(
         h = gate * sigmoid * up
         if HAS_DENSE:
             if rank == 0:
-                tl.store(
-                    dot_ptr + block.to(tl.int64) * M * TOP_K + place,
-                    tl.sum(dh * h, axis=1),
-                    mask=mask_m,
-                )
-                weight = tl.load(weight_ptr + place, mask=mask_m, other=0.0).to(tl.float32)
-                dh *= weight[:, None]
+                dot_at = block.to(tl.int64) * M * TOP_K + place
+                dh = _scaled(dh, h, dot_ptr + dot_at, weight_ptr + place, mask_m)
         dgate = dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
         tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
         tl.store(dup_ptr + at, (dh * gate * sigmoid).to(dup_ptr.dtype.element_ty), mask=mask)

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from lillama_kernels import low_rank_experts_route_triton, low_rank_experts_triton
 from lillama_kernels.launch import (
-    PDL_TARGETS,
     SHARED_BYTES,
     ExpertsKernel,
     Tile,
     experts_block_m,
-    experts_decode_tiles,
     experts_table_size,
     experts_tile,
     target_of,
@@ -35,7 +33,7 @@ __all__ = [
     "experts_first",
     "experts_gated",
     "experts_second",
-    "low_rank_experts_decode",
+    "experts_target",
     "low_rank_experts_forward",
     "pack_ranks",
     "programs_of",
@@ -145,7 +143,7 @@ class Saved(NamedTuple):
     up: Tensor
 
 
-def _target(tensor: Tensor) -> str:
+def experts_target(tensor: Tensor) -> str:
     target = target_of(tensor.device)
     if target is None:
         raise NotImplementedError(f"no Triton tiles for the GPU {tensor.device}; use the reference")
@@ -163,7 +161,9 @@ def programs_of(layer: Layer, tile: Tile, most: int) -> tuple[int]:
         return (min(most, 4),)  # the interpreter runs them one after the other
     size = sum(tile.blocks[name] for name in ("BLOCK_M", "BLOCK_N")) * tile.blocks["BLOCK_K"]
     shared = size * tile.num_stages * layer.hidden.element_size()
-    resident = max(1, min(SHARED_BYTES[_target(layer.hidden)] // shared, 32 // tile.num_warps))
+    resident = max(
+        1, min(SHARED_BYTES[experts_target(layer.hidden)] // shared, 32 // tile.num_warps)
+    )
     index = layer.hidden.device.index
     assert index is not None
     return (min(most, resident * _multiprocessors(index)),)
@@ -210,7 +210,7 @@ def combine(layer: Layer, parts: Tensor) -> Tensor:
 
 
 def tile_of(layer: Layer, kernel: ExpertsKernel, rows: Rows) -> Tile:
-    return experts_tile(_target(layer.hidden), layer.hidden.dtype, kernel, rows.block_m)
+    return experts_tile(experts_target(layer.hidden), layer.hidden.dtype, kernel, rows.block_m)
 
 
 def experts_first(
@@ -256,8 +256,8 @@ def experts_gated(layer: Layer, rows: Rows, z: Tensor, save: int) -> tuple[Tenso
     """h, gate and up; save as the kernel's SAVE. Those not asked for are empty."""
     size = layer.intermediate_size
     kept, computed = (layer.places, size), layer.hidden.new_empty
-    h = computed(kept if save < 2 else (0,))
-    gate, up = computed(kept if save else (0,)), computed(kept if save else (0,))
+    h = computed(kept if save < 2 else (0, size))
+    gate, up = (computed(kept if save else (0, size)) for _ in range(2))
     tile = tile_of(layer, "gated", rows)
     steps = rows.max_tiles * triton.cdiv(size, tile.blocks["BLOCK_N"])
     forward._low_rank_experts_gated_kernel[programs_of(layer, tile, steps)](
@@ -320,71 +320,3 @@ def low_rank_experts_forward(
             HAS_DENSE=layer.dense("down"),
         )  # fmt: skip
         return combine(layer, parts), Saved(z, z2, gate, up), rows
-
-
-def low_rank_experts_decode(layer: Layer, tiles: dict[str, Tile] | None = None) -> Tensor:
-    """out [M, H] for M <= EXPERTS_DECODE_MAX_TOKENS in four launches, three or two where
-    projections are dense.
-
-    tiles: other than the committed ones, to measure them.
-    """
-    hidden, target = layer.hidden, _target(layer.hidden)
-    tokens, hidden_size = hidden.shape
-    tiles = tiles or experts_decode_tiles(target, hidden.dtype)
-    size, rank = layer.intermediate_size, layer.rank("down")
-    # the experts in use are at most as many as the places that name them
-    by_place = layer.places <= len(layer.ranks)
-    slots = layer.places if by_place else len(layer.ranks)
-    stored = slots * tiles["first"].blocks["BLOCK_M"]
-    z = hidden.new_empty((stored, layer.width()))
-    h = hidden.new_empty((stored, size))
-    z2 = hidden.new_empty((stored, rank))
-    out = hidden.new_empty((tokens, hidden_size))
-    pdl = target in PDL_TARGETS and hidden.is_cuda
-    how: dict[str, Any] = {
-        "BY_PLACE": by_place,
-        "BLOCK_T": triton.next_power_of_2(layer.index.shape[1]),
-        "USE_PDL": pdl,
-        **layer.options,
-    }
-
-    def options(name: str, waits: bool) -> dict[str, Any]:
-        blocks = dict(tiles[name].blocks) | ({} if name == "decode" else {"GROUP_M": 1})
-        return {**how, **blocks, **tiles[name].options, **({"launch_pdl": True} if waits else {})}
-
-    def first(name: str, source: Tensor, A: tuple[Tensor, Tensor], widths: tuple[int, int],
-              target: Tensor, waits: bool, **given: Any) -> None:  # fmt: skip
-        blocks = [triton.cdiv(width, tiles[name].blocks["BLOCK_N"]) for width in widths]
-        blocks_n = sum(blocks) if given["PARTS"] == 2 else blocks[0]
-        forward._low_rank_experts_first_kernel[(slots * blocks_n,)](
-            source, source, *A, target, layer.weight, target, target, layer.index, layer.index,
-            layer.index, layer.ranks, tokens, slots, A[0].shape[2], *widths, source.stride(0),
-            SCALE=False, W_ROWS_ARE_N=True, DECODE=True, WAIT=waits, **given,
-            **options(name, waits),
-        )  # fmt: skip
-
-    with current_device_of(hidden):
-        if z.shape[1]:
-            widths = layer.rank("gate"), layer.rank("up")
-            first("first", hidden, layer.gate_and_up("A"), widths, z, False,
-                  PARTS=1 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=True)  # fmt: skip
-        steps = slots * triton.cdiv(size, tiles["gated"].blocks["BLOCK_N"])
-        waits = pdl and z.shape[1] > 0
-        forward._low_rank_experts_gated_kernel[(steps,)](
-            hidden, z, *map(layer.get, ("gate_B", "up_B", "gate_W", "up_W")), h, h, h,
-            layer.index, layer.index, layer.index, layer.ranks, tokens, slots, hidden_size, size,
-            layer.rank("gate"), layer.rank("up"), hidden.stride(0), SHARED=layer.shared, SAVE=0,
-            HAS_DENSE=layer.dense("gate", "up"), DECODE=True, WAIT=waits,
-            **options("gated", waits),
-        )  # fmt: skip
-        if rank:
-            A = layer.factors["down_A"]
-            first("first_down", h, (A, A), (rank, 0), z2, pdl, PARTS=1, SHIFT=SHIFTS["down"],
-                  GATHER=False)  # fmt: skip
-        blocks_n = triton.cdiv(hidden_size, tiles["decode"].blocks["BLOCK_N"])
-        forward._low_rank_experts_decode_kernel[(blocks_n,)](
-            z2, h, layer.get("down_B"), layer.get("down_W"), layer.weight, out, layer.index,
-            layer.ranks, tokens, slots, hidden_size, size, rank, HAS_DENSE=layer.dense("down"),
-            **options("decode", pdl),
-        )  # fmt: skip
-    return out

@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lillama_kernels.impl import work_dtype
 from lillama_kernels.launch import EXPERTS_DECODE_MAX_TOKENS, experts_table_size
 from lillama_kernels.reference import ExpertFactors
 
-__all__ = ["run", "work_dtype"]
+__all__ = ["run"]
 
 NAMES = tuple(f"{name}_{letter}" for name in ExpertFactors._fields for letter in "ABW")
-
-
-def work_dtype(x: Tensor) -> torch.dtype:
-    """What nn.Linear would compute in: autocast leaves fp64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def run(
@@ -90,7 +84,8 @@ def _forward(
 ) -> list[Tensor]:
     """out [M, H]; then, with save, what backward needs: z, z2, gate, up, table and row; empty
     without, as are gate and up with recompute. ranks: of gate, up and down, E each."""
-    from lillama_kernels import low_rank_experts_launch as launch
+    from lillama_kernels.low_rank_experts_decode_launch import low_rank_experts_decode
+    from lillama_kernels.low_rank_experts_launch import low_rank_experts_forward
 
     factors = gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B, down_W
     nothing = _kept(hidden, 0, factors, ranks, shared, False)
@@ -98,8 +93,8 @@ def _forward(
         return [torch.zeros_like(hidden, memory_format=torch.contiguous_format), *nothing]
     layer = _layer(hidden, index, weight, factors, ranks, shared)
     if hidden.shape[0] <= EXPERTS_DECODE_MAX_TOKENS and not save:
-        return [launch.low_rank_experts_decode(layer), *nothing]
-    out, saved, rows = launch.low_rank_experts_forward(layer, save, recompute)
+        return [low_rank_experts_decode(layer), *nothing]
+    out, saved, rows = low_rank_experts_forward(layer, save, recompute)
     return [out, *saved, rows.table, rows.row] if save else [out, *nothing]
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "_rank_of",
     "_rows_of_slot",
     "_rows_of_tile",
+    "_scaled",
     "_tile_of",
 ]
 
@@ -179,3 +180,11 @@ def _project(
         acc, l_ptr + l_rows[:, None], mask_m, at, stride, offs_n, offs_n < N, inner,
         BLOCK_K, W_ROWS_ARE_N, WAIT,
     )  # fmt: skip
+
+
+@triton.jit
+def _scaled(grad, value, dot_ptr, weight_ptr, mask_m):
+    """grad times the rows' routing weights; their own gradient, grad . value, goes to dot."""
+    tl.store(dot_ptr, tl.sum(grad * value, axis=1), mask=mask_m)
+    weight = tl.load(weight_ptr, mask=mask_m, other=0.0).to(tl.float32)
+    return grad * weight[:, None]

@@ -29,6 +29,7 @@ from lillama_kernels.low_rank_experts_parts_triton import (
     _rank_of,
     _rows_of_slot,
     _rows_of_tile,
+    _scaled,
     _tile_of,
 )
 
@@ -38,6 +39,27 @@ __all__ = [
     "_low_rank_experts_gated_kernel",
     "_low_rank_experts_second_kernel",
 ]
+
+
+@triton.jit
+def _part_of(
+    packed, block, x_ptr, x2_ptr, a_ptr, a2_ptr, R, R2, SHIFT: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Which of two projections a block of columns of z is of: the expert's rank, the padded one,
+    where it starts in z, the block within it, and what it multiplies."""
+    rank, _ = _rank_of(packed, SHIFT, True)
+    if PARTS == 2:
+        rank2, _ = _rank_of(packed, SHIFT + 16, True)
+        blocks = tl.cdiv(R, BLOCK_N)
+        second = block >= blocks
+        return (
+            tl.where(second, rank2, rank), tl.where(second, R2, R), tl.where(second, R, 0),
+            tl.where(second, block - blocks, block), tl.where(second, x2_ptr, x_ptr),
+            tl.where(second, a2_ptr, a_ptr),
+        )  # fmt: skip
+    else:
+        return rank, R, 0, block, x_ptr, a_ptr
 
 
 # The number of tokens changes with every call and must not compile again.
@@ -63,8 +85,7 @@ def _low_rank_experts_first_kernel(
     K = multiple_of_8(K, True)
     R = multiple_of_8(R, True)
     R2 = multiple_of_8(R2, True)
-    blocks_r = tl.cdiv(R, BLOCK_N)
-    blocks_n = blocks_r
+    blocks_n = tl.cdiv(R, BLOCK_N)
     width = R
     if PARTS == 2:
         blocks_n += tl.cdiv(R2, BLOCK_N)
@@ -78,21 +99,10 @@ def _low_rank_experts_first_kernel(
             index_ptr, table_ptr, row_ptr, tile, M, NUM_EXPERTS, TOP_K, BLOCK_M, BLOCK_T,
             BY_PLACE, DECODE,
         )  # fmt: skip
-        packed = _expert_ranks(ranks, expert)
-        rank, _ = _rank_of(packed, SHIFT, True)
-        limit = R
-        start = 0
-        l_ptr = x_ptr
-        w_ptr = a_ptr
-        if PARTS == 2:
-            rank2, _ = _rank_of(packed, SHIFT + 16, True)
-            second = block >= blocks_r
-            rank = tl.where(second, rank2, rank)
-            limit = tl.where(second, R2, R)
-            start = tl.where(second, R, 0)
-            block = tl.where(second, block - blocks_r, block)
-            l_ptr = tl.where(second, x2_ptr, x_ptr)
-            w_ptr = tl.where(second, a2_ptr, a_ptr)
+        rank, limit, start, block, l_ptr, w_ptr = _part_of(
+            _expert_ranks(ranks, expert), block, x_ptr, x2_ptr, a_ptr, a2_ptr, R, R2, SHIFT,
+            PARTS, BLOCK_N,
+        )  # fmt: skip
         if active & (block * BLOCK_N < rank):
             offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < rank
@@ -114,13 +124,8 @@ def _low_rank_experts_first_kernel(
             z_at = stored[:, None] * width + start + offs_n[None, :]
             if SCALE:
                 other = tl.load(other_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
-                tl.store(
-                    dot_ptr + block.to(tl.int64) * M * TOP_K + place,
-                    tl.sum(acc * other, axis=1),
-                    mask=mask_m,
-                )
-                weight = tl.load(weight_ptr + place, mask=mask_m, other=0.0).to(tl.float32)
-                acc *= weight[:, None]
+                dot_at = block.to(tl.int64) * M * TOP_K + place
+                acc = _scaled(acc, other, dot_ptr + dot_at, weight_ptr + place, mask_m)
             tl.store(z_ptr + z_at, acc.to(z_ptr.dtype.element_ty), mask=mask)
     if WAIT:  # programs without work too: a kernel's end must mean the end of those before it
         tl.extra.cuda.gdc_wait()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lillama_kernels import reference
-from lillama_kernels.impl import Impl, resolve_impl
+from lillama_kernels.impl import Impl, autocasting, resolve_impl, work_dtype
 from lillama_kernels.launch import (
     AUTO_MAX_ROWS,
     DECODE_MAX_ROWS,
@@ -108,13 +108,12 @@ def _check_pair(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, called: st
         raise ValueError(f"x must be [..., K] with K = {A.shape[1]} as in {a}, got {list(x.shape)}")
     if bias is not None and bias.shape != (B.shape[0],):
         raise ValueError(f"{c} must be [N] = [{B.shape[0]}] as in {b}, got {list(bias.shape)}")
-    autocast = torch.is_autocast_enabled(x.device.type)
     for name, tensor in ((a, A), (b, B), (c, bias)):
         if tensor is None:
             continue
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not autocast:
+        if tensor.dtype != x.dtype and not autocasting(x):
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
@@ -129,7 +128,7 @@ def _runs_triton(
     biases: Sequence[Tensor | None],
     impl: Impl,
 ) -> bool:
-    dtype = _work_dtype(x)
+    dtype = work_dtype(x)
     auto = "reference"
     if x.is_cuda and dtype in DTYPES and not _trains(x, *As, *Bs, *biases):
         aligned = all(size % 8 == 0 for matrix in (*As, *Bs) for size in matrix.shape)
@@ -142,17 +141,10 @@ def _runs_triton(
     return True
 
 
-def _work_dtype(x: Tensor) -> torch.dtype:
-    """What nn.Linear would compute in: autocast leaves fp64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
 def _low_rank_linears_triton(
     x: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    dtype = _work_dtype(x)
+    dtype = work_dtype(x)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     *ys, _ = torch.ops.lillama.low_rank_linears(
         rows,

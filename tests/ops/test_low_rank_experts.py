@@ -119,8 +119,8 @@ def test_low_rank_experts_noncontiguous(dtype, device):
     [
         pytest.param(lambda index: index.clamp(max=1), id="two-empty-experts"),
         pytest.param(lambda index: torch.full_like(index, 2), id="all-to-one"),
-        pytest.param(lambda index: index + 2, id="half-out-of-range"),
-        pytest.param(lambda index: torch.where(index > 1, 9, index), id="far-out-of-range"),
+        pytest.param(lambda index: (index + 2).clamp(max=4), id="half-out-of-range"),
+        pytest.param(lambda index: torch.where(index > 1, 4, index), id="out-of-range"),
     ],
 )
 @pytest.mark.parametrize("ranks", [RANKS[0], RANKS[1]])
@@ -216,7 +216,7 @@ def test_low_rank_experts_compiled_equals_eager(ranks, dtype, device):
     inputs, index = make(17, 2, ranks, dtype, device)
     # two experts, an empty one, and places out of range, whose rows grouped_mm leaves unwritten
     index = torch.where(index == 1, 4, index)
-    index[0] = 9
+    index[0] = 4
     op = op_of(index, ranks)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     grad = torch.randn(17, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -303,3 +303,26 @@ def test_low_rank_experts_rejects_shapes(change, message):
     hidden, index, weight = (torch.zeros(shape) for shape in shapes.values())
     with pytest.raises(ValueError, match=message):
         low_rank_experts(hidden, index.long(), weight, factors_with())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk_index": torch.full((5, 2), 3)}, r"in 0\.\.1, or 2 for no expert; got 3"),
+        ({"topk_index": torch.full((5, 2), -1)}, r"in 0\.\.1, or 2 for no expert; got -1"),
+        ({"topk_index": z(5, 2)}, r"topk_index must be int64 or int32, got torch\.float32"),
+        ({"hidden": z(5, 8).double()}, r"gate\.A must have the dtype of hidden, torch\.float64"),
+        ({"topk_weight": z(5, 2).to("meta")}, r"topk_weight must be on the device of hidden, cpu"),
+        ({"hidden": z(5, 8).to("meta")}, r"topk_index must be on the device of hidden, meta"),
+    ],
+    ids=["index-large", "index-negative", "index-float", "dtype", "weight-device", "device"],
+)
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_low_rank_experts_rejects_values(change, message, impl):
+    given = {
+        "hidden": z(5, 8),
+        "topk_index": torch.zeros(5, 2, dtype=torch.int64),
+        "topk_weight": z(5, 2),
+    }
+    with pytest.raises(ValueError, match=message):
+        low_rank_experts(**given | change, factors=factors_with(), impl=impl)

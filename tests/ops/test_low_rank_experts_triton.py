@@ -1,0 +1,349 @@
+"""The Triton kernels of low_rank_experts against the reference in fp64: every path and gradient.
+
+The reference is held to a loop over tokens in test_low_rank_experts.py. On the CPU the kernels run
+in Triton's interpreter, which computes bf16 wrongly; bf16 is tested with --device=cuda.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lillama_kernels import kernels_impl, low_rank_experts, reference
+from lillama_kernels.launch import EXPERTS_DECODE_MAX_TOKENS
+from lillama_kernels.testing import (
+    check_op,
+    check_values,
+    expert_factors,
+    low_rank_experts_inputs,
+    values_and_grads,
+)
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+HIDDEN, INTERMEDIATE = 24, 40
+Ranks = dict[str, tuple[int, ...]]
+# four experts: ragged, dense (0) among factorised, all dense, and all of one rank
+RAGGED: Ranks = {"gate": (8, 16, 40, 8), "up": (16, 8, 8, 24), "down": (8, 24, 8, 16)}
+MIXED: Ranks = {"gate": (8, 0, 24, 0), "up": (0, 8, 0, 24), "down": (8, 0, 0, 16)}
+DENSE: Ranks = {"gate": (0,) * 4, "up": (0,) * 4, "down": (0,) * 4}
+HALF: Ranks = {"gate": (0,) * 4, "up": (8,) * 4, "down": (0,) * 4}
+each_ranks = pytest.mark.parametrize(
+    "ranks", [RAGGED, MIXED, DENSE, HALF], ids=["ragged", "mixed", "dense", "half"]
+)
+
+
+def make(num_rows: int, top_k: int, ranks: Ranks, dtype: torch.dtype, device: torch.device):
+    return low_rank_experts_inputs(
+        num_rows, top_k, HIDDEN, INTERMEDIATE, ranks, dtype=dtype, device=device
+    )
+
+
+def calls(index: Tensor, ranks: Ranks, **options: Any) -> tuple[Callable[..., Tensor], ...]:
+    """The op on Triton and the reference, as functions of the floating tensors.
+
+    Without an `up_A` among them, gate's is up's too.
+    """
+
+    def with_factors(function: Callable[..., Tensor], **given: Any) -> Callable[..., Tensor]:
+        def call(hidden: Tensor, topk_weight: Tensor, **tensors: Tensor) -> Tensor:
+            factors = expert_factors(tensors, ranks)
+            if "up_A" not in tensors and "gate_A" in tensors and max(ranks["up"]) > 0:
+                factors = factors._replace(up=factors.up._replace(A=tensors["gate_A"]))
+            return function(hidden, index, topk_weight, factors, **given)
+
+        return call
+
+    op = with_factors(low_rank_experts, impl="triton", **options)
+    return op, with_factors(reference.low_rank_experts)
+
+
+def check(inputs: dict[str, Tensor], index: Tensor, ranks: Ranks, **options: Any) -> None:
+    op, oracle = calls(index, ranks, **options)
+    check_values(op, oracle, inputs)
+    check_op(op, oracle, inputs)
+
+
+# 3 tokens without gradients run the decode kernels, training and 20 tokens the others
+@each_dtype
+@each_ranks
+@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton(num_rows, ranks, dtype, device, runs):
+    if runs(dtype) and (dtype != torch.float16 or device.type == "cuda" or ranks is MIXED):
+        check(*make(num_rows, 2, ranks, dtype, device), ranks)
+
+
+@each_dtype
+def test_low_rank_experts_triton_many_rows(dtype, device, runs):
+    """Several tiles an expert, and a routing that is counted in several blocks."""
+    if runs(dtype):
+        check(*make(300, 2, RAGGED, dtype, device), RAGGED)
+
+
+@pytest.mark.parametrize("ranks", [RAGGED, MIXED], ids=["ragged", "mixed"])
+def test_low_rank_experts_triton_recomputes(ranks, device):
+    inputs, index = make(20, 2, ranks, torch.float32, device)
+    grad = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
+    op, _ = calls(index, ranks, recompute=True)
+    results = values_and_grads(op, inputs, [grad])
+    plain, _ = calls(index, ranks)
+    for name, expected in values_and_grads(plain, inputs, [grad]).items():
+        assert torch.equal(results[name], expected), name
+
+
+def test_low_rank_experts_triton_recompute_keeps_less(device):
+    inputs, index = make(20, 2, RAGGED, torch.float32, device)
+    kept = []
+    for recompute in (False, True):
+        op, _ = calls(index, RAGGED, recompute=recompute)
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            op(**leaves)
+        kept.append(sum(sizes))
+    assert kept[0] - kept[1] == 2 * index.numel() * INTERMEDIATE
+
+
+# E experts, k of them for each token; a slot is an expert or, where k is small, a place
+@pytest.mark.parametrize(
+    ("num_experts", "top_k"), [(1, 1), (2, 1), (8, 4), (8, 8), (64, 8), (5, 2)], ids=str
+)
+def test_low_rank_experts_triton_numbers_of_experts(num_experts, top_k, device):
+    ranks = {name: (8, 16, 24, 8, 40)[:num_experts] for name in RAGGED}
+    if num_experts > 5:
+        ranks = {name: (8,) * num_experts for name in RAGGED}
+    inputs, index = make(3, top_k, ranks, torch.float32, device)
+    if num_experts == 64 and device.type == "cpu":  # the interpreter takes 15 s for its gradients
+        check_values(*calls(index, ranks), inputs)
+        inputs, index = make(20, 1, ranks, torch.float32, device)
+        check_values(*calls(index, ranks), inputs)
+        return
+    check(inputs, index, ranks)
+
+
+ROUTES = [
+    pytest.param(lambda index: index.clamp(max=1), id="two-empty-experts"),
+    pytest.param(lambda index: torch.full_like(index, 2), id="all-to-one"),
+    pytest.param(lambda index: (index + 2).clamp(max=4), id="half-to-none"),
+    pytest.param(lambda index: torch.full_like(index, 4), id="all-to-none"),
+]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("num_rows", [1, 5, 33], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton_routing(num_rows, route, device):
+    inputs, index = make(num_rows, 2, MIXED, torch.float32, device)
+    index = route(index)
+    check(inputs, index, MIXED)
+    if bool((index == 4).all()):
+        assert not calls(index, MIXED)[0](**inputs).any()
+
+
+@each_dtype
+@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton_shared_first_factor(num_rows, dtype, device, runs, monkeypatch):
+    ranks = {"gate": (8, 16, 40, 8), "up": (8, 16, 40, 8), "down": (8, 24, 8, 16)}
+    inputs, index = make(num_rows, 2, ranks, dtype, device)
+    del inputs["up_A"]
+    if not runs(dtype):
+        return
+    check(inputs, index, ranks)
+    from lillama_kernels import low_rank_experts_launch as launch
+
+    seen, kernel = [], launch.experts_gated
+    monkeypatch.setattr(
+        launch, "experts_gated", lambda layer, *args: seen.append(layer) or kernel(layer, *args)
+    )
+    op, _ = calls(index, ranks)
+    op(**{name: tensor.requires_grad_() for name, tensor in inputs.items()})
+    assert [layer.shared for layer in seen] == [True] and seen[0].width() == 40
+
+
+@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton_shared_factor_of_other_ranks(num_rows, device):
+    """One A, but up uses fewer of its rows, or some experts are dense: computed apart."""
+    for up in ((8, 8, 24, 8), (8, 0, 40, 0)):
+        ranks = {"gate": (8, 16, 40, 8), "up": up, "down": (8, 24, 8, 16)}
+        inputs, index = make(num_rows, 2, ranks, torch.float32, device)
+        del inputs["up_A"]
+        if up[2] == 24:
+            inputs["up_B"] = torch.nn.functional.pad(inputs["up_B"], (0, 16))
+        check(inputs, index, ranks)
+
+
+@each_dtype
+def test_low_rank_experts_triton_noncontiguous(dtype, device, runs):
+    inputs, index = make(17, 2, MIXED, dtype, device)
+    op, oracle = calls(index.T.contiguous().T, MIXED)
+    if runs(dtype):
+        check_op(op, oracle, inputs, noncontiguous=True)
+
+
+def test_low_rank_experts_triton_takes_columns_and_int32(device):
+    """A view whose rows lie apart is read in place; other integers are converted."""
+    inputs, index = make(5, 2, RAGGED, torch.float32, device)
+    op, _ = calls(index, RAGGED)
+    expected = op(**inputs)
+    for start, width in ((0, HIDDEN + 8), (1, HIDDEN + 8), (0, HIDDEN + 1)):
+        wide = torch.full((5, width), float("nan"), device=device)
+        wide[:, start : start + HIDDEN] = inputs["hidden"]
+        given = inputs | {"hidden": wide[:, start : start + HIDDEN]}
+        assert torch.equal(calls(index.int(), RAGGED)[0](**given), expected)
+
+
+@each_ranks
+@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton_ignores_the_padding(num_rows, ranks, device):
+    inputs, index = make(num_rows, 2, ranks, torch.float32, device)
+    op, _ = calls(index, ranks)
+    grad = torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
+    before = values_and_grads(op, inputs, [grad])
+    for name, each in ranks.items():
+        for expert, rank in enumerate(each):
+            if f"{name}_A" in inputs:
+                inputs[f"{name}_A"][expert, rank:] = float("nan")
+                inputs[f"{name}_B"][expert, :, rank:] = float("nan")
+                for letter, dim in (("A", 0), ("B", 1)):
+                    part = before[f"grad {name}_{letter}"][expert]
+                    assert not part.narrow(dim, rank, part.shape[dim] - rank).any()
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    out = op(**leaves)
+    assert torch.equal(out, before["output 0"])
+    found = torch.autograd.grad(out, list(leaves.values()), grad)
+    for name, tensor in zip(leaves, found, strict=True):
+        assert torch.equal(tensor, before[f"grad {name}"]), name
+    with torch.no_grad():
+        assert not op(**inputs).isnan().any()
+
+
+def test_low_rank_experts_triton_no_tokens(device):
+    inputs, index = make(0, 2, MIXED, torch.float32, device)
+    op, _ = calls(index, MIXED)
+    results = values_and_grads(op, inputs, [torch.zeros(0, HIDDEN, device=device)])
+    assert results.pop("output 0").shape == (0, HIDDEN)
+    assert not any(tensor.any() for tensor in results.values())
+    with torch.no_grad():
+        assert op(**inputs).shape == (0, HIDDEN)
+
+
+def test_low_rank_experts_triton_only_the_gradients_asked_for(device):
+    inputs, index = make(5, 2, MIXED, torch.float32, device)
+    op, _ = calls(index, MIXED)
+    grads = values_and_grads(op, inputs, [torch.ones(5, HIDDEN, device=device)])
+    for name in inputs:
+        alone = {n: t.detach().requires_grad_(n == name) for n, t in inputs.items()}
+        (grad,) = torch.autograd.grad(op(**alone).sum(), [alone[name]])
+        assert torch.equal(grad, grads[f"grad {name}"]), name
+
+
+def test_low_rank_experts_triton_has_no_second_gradient(device):
+    inputs, index = make(3, 2, RAGGED, torch.float32, device)
+    op, _ = calls(index, RAGGED)
+    hidden = inputs.pop("hidden").requires_grad_()
+    (grad,) = torch.autograd.grad(op(hidden, **inputs).sum(), [hidden], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_low_rank_experts_triton_under_autocast(device):
+    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
+    inputs, index = make(5, 2, MIXED, torch.float32, device)
+    op, oracle = calls(index, MIXED)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    with torch.autocast(device.type, dtype):
+        out = op(**leaves)
+    out.sum().backward()
+    expected = oracle(**{n: t.detach() for n, t in inputs.items()})
+    assert out.dtype == torch.float32
+    assert all(tensor.grad is not None and tensor.grad.any() for tensor in leaves.values())
+    torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton_compiled(num_rows, device):
+    torch.compiler.reset()
+    inputs, index = make(num_rows, 2, MIXED, torch.float32, device)
+    op, _ = calls(index, MIXED)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    grad = torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
+    results = values_and_grads(compiled, inputs, [grad])
+    for name, expected in values_and_grads(op, inputs, [grad]).items():
+        assert torch.equal(results[name], expected), name
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs), op(**inputs))
+
+
+@pytest.mark.parametrize("num_rows", [0, 3], ids=lambda m: f"M{m}")
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_low_rank_experts_triton_is_a_well_formed_op(num_rows, recompute, device):
+    inputs, index = make(num_rows, 2, MIXED, torch.float32, device)
+    factors = [inputs.get(f"{p}_{letter}") for p in MIXED for letter in "ABW"]
+    ranks = [rank for each in MIXED.values() for rank in each]
+    given = (inputs["hidden"], index, inputs["topk_weight"], *factors, ranks, False)
+    op = torch.ops.lillama.low_rank_experts.default
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for save in (False, True):
+        torch.library.opcheck(op, (*given, save, recompute), test_utils=checks)
+
+
+@pytest.mark.parametrize("num_rows", [EXPERTS_DECODE_MAX_TOKENS, 40], ids=lambda m: f"M{m}")
+def test_low_rank_experts_triton_in_a_cuda_graph(num_rows, device):
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    inputs, index = make(num_rows, 2, MIXED, torch.bfloat16, device)
+    op, _ = calls(index, MIXED)
+    with torch.no_grad():
+        expected = op(**inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = op(**inputs)
+        index.copy_(index.flip(0))  # another routing in the same graph
+        graph.replay()
+        again = op(**inputs)
+    assert torch.equal(out, again) and not torch.equal(out, expected)
+
+
+# What is refused
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"ranks": {**RAGGED, "up": (16, 8, 8, 20)}},
+            r"multiples of 8 .* up's rank 20, up.A's rows 20; pad",
+        ),
+        ({"dtype": torch.float64}, r"Triton kernels take float32, float16, bfloat16; got float64"),
+    ],
+    ids=["rank", "fp64"],
+)
+def test_low_rank_experts_triton_refuses(change, message, device):
+    ranks = change.get("ranks", RAGGED)
+    inputs, index = make(3, 2, ranks, change.get("dtype", torch.float32), device)
+    with pytest.raises((ValueError, TypeError), match=message):
+        calls(index, ranks)[0](**inputs)
+
+
+def test_low_rank_experts_auto_is_the_reference_on_a_cpu(monkeypatch):
+    inputs, index = make(3, 2, RAGGED, torch.float32, torch.device("cpu"))
+    ran: list[str] = []
+    original = torch.ops.lillama.low_rank_experts
+
+    @functools.wraps(original)
+    def spy(*args: Any) -> Any:
+        ran.append("triton")
+        return original(*args)
+
+    monkeypatch.setattr(torch.ops.lillama, "low_rank_experts", spy)
+    factors = expert_factors(inputs, RAGGED)
+    given = (inputs["hidden"], index, inputs["topk_weight"], factors)
+    low_rank_experts(*given)
+    assert not ran
+    with kernels_impl("triton"):
+        low_rank_experts(*given)
+    assert ran == ["triton"]
