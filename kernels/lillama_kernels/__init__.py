@@ -3,17 +3,18 @@
 This package imports torch, and triton when a kernel runs; nothing of models, configs or files.
 """
 
-from lillama_kernels.causal_conv1d import causal_conv1d
+from lillama_kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
 from lillama_kernels.distill_loss import distill_loss, distill_loss_and_grad
 from lillama_kernels.impl import kernels_impl
 from lillama_kernels.low_rank_experts import ExpertFactors, ProjectionFactors, low_rank_experts
 from lillama_kernels.low_rank_linear import low_rank_linear, low_rank_linears
-from lillama_kernels.selective_scan import selective_scan
+from lillama_kernels.selective_scan import selective_scan, selective_state_update
 
 __all__ = [
     "ExpertFactors",
     "ProjectionFactors",
     "causal_conv1d",
+    "causal_conv1d_update",
     "distill_loss",
     "distill_loss_and_grad",
     "kernels_impl",
@@ -21,4 +22,5 @@ __all__ = [
     "low_rank_linear",
     "low_rank_linears",
     "selective_scan",
+    "selective_state_update",
 ]

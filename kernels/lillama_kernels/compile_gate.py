@@ -35,6 +35,8 @@ KERNEL_MODULES = (
     "low_rank_linear_launch",
     "low_rank_experts_variants",
     "distill_loss_triton",
+    "selective_scan_launch",
+    "causal_conv1d_triton",
 )
 
 GPU_TARGETS = {

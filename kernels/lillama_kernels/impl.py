@@ -33,7 +33,9 @@ __all__ = [
 Impl = Literal["auto", "reference", "triton"]
 
 # Ops with a Triton kernel: each kernel file adds its op here.
-TRITON_OPS = frozenset({"distill_loss", "low_rank_experts", "low_rank_linear"})
+TRITON_OPS = frozenset(
+    {"causal_conv1d", "distill_loss", "low_rank_experts", "low_rank_linear", "selective_scan"}
+)
 
 logger = logging.getLogger(__name__)
 # What replaces "auto", for which ops (None: all of them)

@@ -28,6 +28,8 @@ __all__ = [
     "ExpertsKernel",
     "Tile",
     "chain_tile",
+    "conv_step_tile",
+    "conv_tile",
     "cooperative_tile",
     "decode_split",
     "decode_tiles",
@@ -38,6 +40,9 @@ __all__ = [
     "experts_tile",
     "loss_tile",
     "matmul_tile",
+    "scan_tile",
+    "scan_update_tile",
+    "sequence_like",
     "target_of",
 ]
 
@@ -311,3 +316,43 @@ def experts_tile(target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m
         k = min(k, 32)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
     return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
+
+
+# selective_scan and causal_conv1d
+
+
+def sequence_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An empty [B, D, T] in which channels are neighbours where they are in x, else steps."""
+    batch, channels, steps = x.shape
+    if x.stride(1) == 1 and channels > 1:
+        return x.new_empty((batch, steps, channels), dtype=dtype).transpose(1, 2)
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def scan_tile(target: str, backward: bool = False) -> Tile:
+    """BLOCK_D channels and BLOCK_T steps of a chunk, for all dtypes.
+
+    16 channels are a 32-byte sector of 16-bit numbers where channels are neighbours, and make 320
+    programs of Mamba-2.8B's 5120. BLOCK_T must be the same in both directions: backward starts from
+    the states that forward left at the chunks' borders. Backward holds twice as many tiles and
+    spills registers in longer chunks on sm_80 and gfx942.
+    """
+    steps = {"sm_80": 32, "gfx942": 16}.get(target, 64)
+    warps = 8 if backward and steps == 64 else 4
+    return Tile(blocks={"BLOCK_D": 16, "BLOCK_T": steps}, num_warps=warps, num_stages=1)
+
+
+def scan_update_tile() -> Tile:
+    """BLOCK_D channels of a single step."""
+    return Tile(blocks={"BLOCK_D": 32}, num_warps=2, num_stages=1)
+
+
+def conv_tile() -> Tile:
+    """BLOCK_D channels and BLOCK_T steps of causal_conv1d, one for all targets and dtypes; either
+    may be the side on which neighbours lie in memory."""
+    return Tile(blocks={"BLOCK_D": 32, "BLOCK_T": 16}, num_warps=4, num_stages=1)
+
+
+def conv_step_tile() -> Tile:
+    """BLOCK_D channels of causal_conv1d_update."""
+    return Tile(blocks={"BLOCK_D": 64}, num_warps=4, num_stages=1)

@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["causal_conv1d", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "selective_scan",
+    "selective_state_update",
+]
 
 # Time steps whose [T, B, D, S] tensors are alive at once in the scan. 16 steps of a small Mamba (8
 # x 384 x 16 states) are 3 MB per tensor; measured on 2 CPU cores, 16 and 32 beat 2, 4 and 8 by up
@@ -145,3 +150,51 @@ def causal_conv1d(
     padded = torch.cat([past.to(x.dtype), x], dim=2)
     y = F.conv1d(padded, weight[:, None], bias, groups=channels)
     return F.silu(y) if silu else y
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """causal_conv1d of x [B, D, T] after the inputs in conv_state [B, D, L >= W-1], which then
+    holds the last L inputs."""
+    past = weight.shape[1] - 1
+    state = conv_state[..., conv_state.shape[2] - past :]
+    y = causal_conv1d(x, weight, bias, silu, state)
+    joined = torch.cat([conv_state, x.to(conv_state.dtype)], dim=2)
+    conv_state.copy_(joined[..., joined.shape[2] - conv_state.shape[2] :])
+    return y
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """One step of selective_scan: state [B, D, S] is replaced; x, dt, z [B, D]; A [D, S]; B, C
+    [B, S]; D, dt_bias [D] -> y [B, D]. Computed in fp32 (fp64 for fp64)."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    u, step = x.to(work), dt.to(work)
+    if dt_bias is not None:
+        step = step + dt_bias.to(work)
+    if dt_softplus:
+        step = F.softplus(step)
+    h = torch.exp(step[..., None] * A.to(work)) * state.to(work)
+    h = torch.addcmul(h, (step * u)[..., None], B.to(work)[:, None, :])
+    state.copy_(h)
+    y = (h * C.to(work)[:, None, :]).sum(-1)
+    if D is not None:
+        y = torch.addcmul(y, u, D.to(work))
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    return y.to(x.dtype)
