@@ -335,9 +335,9 @@ def scan_tile(target: str, backward: bool = False) -> Tile:
     16 channels are a 32-byte sector of 16-bit numbers where channels are neighbours, and make 320
     programs of Mamba-2.8B's 5120. BLOCK_T must be the same in both directions: backward starts from
     the states that forward left at the chunks' borders. Backward holds twice as many tiles and
-    spills registers in longer chunks on sm_80 and gfx942.
+    spills registers in longer chunks on gfx942.
     """
-    steps = {"sm_80": 32, "gfx942": 16}.get(target, 64)
+    steps = 16 if target == "gfx942" else 64
     warps = 8 if backward and steps == 64 else 4
     return Tile(blocks={"BLOCK_D": 16, "BLOCK_T": steps}, num_warps=warps, num_stages=1)
 

@@ -13,7 +13,10 @@ that nothing of size [B, D, T, S] ever exists.
     h_t = a_t h_(t-1) + b_t          a = exp(dt A), b = dt x B
     y_t = (C_t . h_t + D x_t) silu(z_t)
     dh_t = C_t dy_t + a_(t+1) dh_(t+1)
-    d(dt A) = dh_t a_t h_(t-1) = dh_t (h_t - b_t)
+    d(dt A) = dh_t a_t h_(t-1)
+
+The last needs what is kept of the state before, k_t = a_t h_(t-1) = a_t (k_(t-1) + b_(t-1)), itself
+and not as h_t - b_t, in which a small one is lost; so backward scans k and adds b.
 
 B and C's gradients are sums over channels: a program writes the sum over its own, and the parts
 [D / BLOCK_D, B, S, T] are added up in order. x, delta and z may have any strides; transformers
@@ -42,11 +45,6 @@ def _softplus(x):
 def _sigmoid(x):
     small = tl.exp(-tl.abs(x))  # never overflows
     return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
-
-
-@triton.jit
-def _step_size(raw, SOFTPLUS: tl.constexpr):
-    return _softplus(raw) if SOFTPLUS else raw
 
 
 @triton.jit
@@ -80,6 +78,71 @@ def _row(ptr, s, offs_t, T, mask_t):
     return tl.load(ptr + s * T + offs_t, mask=mask_t, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _one_state_backward(
+    y, dx, ddt, dt, dt_next, before, x, dy, mask, offs_d, offs_t, mask_d, s, is_first, T,
+    a_ptr, b_ptr, c_ptr, border, da_ptr, dh_ptr, db_ptr, dc_ptr, S: tl.constexpr,
+):  # fmt: skip
+    """What state s of a chunk adds to y, to dx / dt and to ddt; its dA, dB and dC go to memory, and
+    in dh its gradient at the chunk's first step takes the place of that at the next chunk's."""
+    mask_t = offs_t < T
+    rate = tl.load(a_ptr + offs_d * S + s, mask=mask_d, other=0.0).to(tl.float32)[:, None]
+    B = _row(b_ptr, s, offs_t, T, mask_t)[None, :]
+    C = _row(c_ptr, s, offs_t, T, mask_t)[None, :]
+    B_before = _row(b_ptr - 1, s, offs_t, T, mask_t & (offs_t > 0))[None, :]
+    decay = tl.exp2(dt * (rate * LOG2_E))
+    decay, kept = tl.associative_scan((decay, decay * before * B_before), 1, _after)
+    kept += decay * tl.load(border + s, mask=mask_d, other=0.0)[:, None]
+    h = kept + dt * x * B
+    decay, dh = tl.associative_scan(
+        (tl.exp2(dt_next * (rate * LOG2_E)), dy * C), 1, _after, reverse=True
+    )
+    dh += decay * tl.load(dh_ptr + s, mask=mask_d, other=0.0)[:, None]
+    at = s * T + offs_t
+    tl.store(dc_ptr + at, tl.sum(dy * h, axis=0), mask=mask_t)
+    tl.store(db_ptr + at, tl.sum(dh * dt * x, axis=0), mask=mask_t)
+    of_log = tl.where(mask, dh * kept, 0.0)
+    da = tl.load(da_ptr + s, mask=mask_d, other=0.0) + tl.sum(of_log * dt, axis=1)
+    tl.store(da_ptr + s, da, mask=mask_d)
+    is_edge = (tl.arange(0, dt.shape[1]) == 0)[None, :]
+    edge = tl.sum(tl.where(is_edge, dh, 0.0), axis=1)
+    if is_first:  # through the first step, to the state before it
+        first_dt = tl.sum(tl.where(is_edge, dt, 0.0), axis=1, keep_dims=True)
+        edge *= tl.sum(tl.exp2(first_dt * (rate * LOG2_E)), axis=1)
+    tl.store(dh_ptr + s, edge, mask=mask_d)
+    return y + h * C, dx + dh * B, ddt + of_log * rate
+
+
+@triton.jit
+def _step_sizes(
+    dt_ptr, batch, offs_d, offs_t, dt_b, dt_d, dt_t, bias, mask, SOFTPLUS: tl.constexpr
+):
+    """delta with its bias, and dt, which is 0 where masked: nothing decays, nothing enters."""
+    raw = _tile(dt_ptr, batch, offs_d, offs_t, dt_b, dt_d, dt_t, mask) + bias[:, None]
+    return raw, tl.where(mask, _softplus(raw) if SOFTPLUS else raw, 0.0)
+
+
+@triton.jit
+def _neighbours(
+    x_ptr, dt_ptr, batch, offs_d, offs_t, x_b, x_d, x_t, dt_b, dt_d, dt_t, bias, mask_d, T,
+    SOFTPLUS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """delta with its bias and dt; dt x of the step before, within the chunk, which the state then
+    took in; dt of the step after."""
+    mask = mask_d[:, None] & (offs_t < T)[None, :]
+    raw, dt = _step_sizes(dt_ptr, batch, offs_d, offs_t, dt_b, dt_d, dt_t, bias, mask, SOFTPLUS)
+    inside = mask & (tl.arange(0, BLOCK_T) > 0)[None, :]
+    _, before = _step_sizes(
+        dt_ptr, batch, offs_d, offs_t - 1, dt_b, dt_d, dt_t, bias, inside, SOFTPLUS
+    )
+    before *= _tile(x_ptr, batch, offs_d, offs_t - 1, x_b, x_d, x_t, inside)
+    later = mask_d[:, None] & (offs_t + 1 < T)[None, :]
+    _, after = _step_sizes(
+        dt_ptr, batch, offs_d, offs_t + 1, dt_b, dt_d, dt_t, bias, later, SOFTPLUS
+    )
+    return raw, dt, before, after
+
+
 # The length of a sequence and the batch change with every call.
 @triton.jit(do_not_specialize=["T", "chunks"])
 def _selective_scan_forward_kernel(
@@ -102,9 +165,7 @@ def _selective_scan_forward_kernel(
         mask_t = offs_t < T
         mask = mask_d[:, None] & mask_t[None, :]
         x = _tile(x_ptr, batch, offs_d, offs_t, x_b, x_d, x_t, mask)  # [BLOCK_D, BLOCK_T]
-        dt = _tile(dt_ptr, batch, offs_d, offs_t, dt_b, dt_d, dt_t, mask) + bias[:, None]
-        # beyond the end nothing decays and nothing enters
-        dt = tl.where(mask, _step_size(dt, SOFTPLUS), 0.0)
+        _, dt = _step_sizes(dt_ptr, batch, offs_d, offs_t, dt_b, dt_d, dt_t, bias, mask, SOFTPLUS)
         y = tl.zeros((BLOCK_D, BLOCK_T), dtype=tl.float32)
         border = border_ptr + (batch * (chunks + 1) + chunk) * D * S + offs_d.to(tl.int64) * S
         for s in tl.range(0, S):
@@ -157,11 +218,10 @@ def _selective_scan_backward_kernel(
         mask_t = offs_t < T
         mask = mask_d[:, None] & mask_t[None, :]
         x = _tile(x_ptr, batch, offs_d, offs_t, x_b, x_d, x_t, mask)
-        raw = _tile(dt_ptr, batch, offs_d, offs_t, dt_b, dt_d, dt_t, mask) + bias[:, None]
-        dt = tl.where(mask, _step_size(raw, SOFTPLUS), 0.0)
-        later = mask_d[:, None] & (offs_t + 1 < T)[None, :]
-        dt_next = _tile(dt_ptr, batch, offs_d, offs_t + 1, dt_b, dt_d, dt_t, later) + bias[:, None]
-        dt_next = tl.where(later, _step_size(dt_next, SOFTPLUS), 0.0)
+        raw, dt, before, dt_next = _neighbours(
+            x_ptr, dt_ptr, batch, offs_d, offs_t, x_b, x_d, x_t, dt_b, dt_d, dt_t, bias, mask_d, T,
+            SOFTPLUS, BLOCK_T,
+        )  # fmt: skip
         dout = _tile(dy_ptr, batch, offs_d, offs_t, dx_b, dx_d, dx_t, mask)
         dy = dout
         z = dout
@@ -173,32 +233,11 @@ def _selective_scan_backward_kernel(
         ddt = tl.zeros((BLOCK_D, BLOCK_T), dtype=tl.float32)
         border = border_ptr + (batch * (chunks + 1) + chunk) * D * S + offs_d.to(tl.int64) * S
         for s in tl.range(0, S):
-            rate = tl.load(a_ptr + offs_d * S + s, mask=mask_d, other=0.0).to(tl.float32)[:, None]
-            B = _row(b_ptr + row, s, offs_t, T, mask_t)[None, :]
-            C = _row(c_ptr + row, s, offs_t, T, mask_t)[None, :]
-            enter = dt * x * B
-            decay, h = tl.associative_scan((tl.exp2(dt * (rate * LOG2_E)), enter), 1, _after)
-            h += decay * tl.load(border + s, mask=mask_d, other=0.0)[:, None]
-            decay, dh = tl.associative_scan(
-                (tl.exp2(dt_next * (rate * LOG2_E)), dy * C), 1, _after, reverse=True
-            )
-            dh += decay * tl.load(dh_ptr + state + s, mask=mask_d, other=0.0)[:, None]
-            y += h * C
-            at = part + s * T + offs_t
-            tl.store(dc_ptr + at, tl.sum(dy * h, axis=0), mask=mask_t)
-            tl.store(db_ptr + at, tl.sum(dh * dt * x, axis=0), mask=mask_t)
-            dx += dh * B
-            of_log = tl.where(mask, dh * (h - enter), 0.0)
-            ddt += of_log * rate
-            da = tl.load(da_ptr + state + s, mask=mask_d, other=0.0) + tl.sum(of_log * dt, axis=1)
-            tl.store(da_ptr + state + s, da, mask=mask_d)
-            first = tl.sum(tl.where((tl.arange(0, BLOCK_T) == 0)[None, :], dh, 0.0), axis=1)
-            if chunk == 0:  # through the first step, to the state before it
-                first_dt = tl.sum(
-                    tl.where((tl.arange(0, BLOCK_T) == 0)[None, :], dt, 0.0), axis=1, keep_dims=True
-                )
-                first *= tl.sum(tl.exp2(first_dt * (rate * LOG2_E)), axis=1)
-            tl.store(dh_ptr + state + s, first, mask=mask_d)
+            y, dx, ddt = _one_state_backward(
+                y, dx, ddt, dt, dt_next, before, x, dy, mask, offs_d, offs_t, mask_d, s, chunk == 0,
+                T, a_ptr, b_ptr + row, c_ptr + row, border, da_ptr + state, dh_ptr + state,
+                db_ptr + part, dc_ptr + part, S,
+            )  # fmt: skip
         ddt += dx * x
         dx *= dt
         if SOFTPLUS:
@@ -240,7 +279,7 @@ def _selective_scan_update_kernel(
     dt = tl.load(dt_ptr + batch * dt_b + offs_d * dt_d, mask=mask_d, other=0.0).to(tl.float32)
     if HAS_BIAS:
         dt += _per_channel(bias_ptr, offs_d, mask_d)
-    dt = _step_size(dt, SOFTPLUS)
+    dt = _softplus(dt) if SOFTPLUS else dt
     B = tl.load(b_ptr + batch * b_b + offs_s * b_s, mask=mask_s, other=0.0).to(tl.float32)
     C = tl.load(c_ptr + batch * c_b + offs_s * c_s, mask=mask_s, other=0.0).to(tl.float32)
     rate = tl.load(a_ptr + offs_d[:, None] * S + offs_s[None, :], mask=mask, other=0.0)
