@@ -37,8 +37,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _softplus(x):
-    # log1p(e^x) without overflow
-    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+    """log(1 + e^x), exact too where e^x is small and 1 + e^x has rounded it: log(w) e / (w - 1)."""
+    e = tl.exp(-tl.abs(x))
+    w = 1.0 + e
+    rest = tl.where(w == 1.0, e, tl.log(w) * e / tl.where(w == 1.0, 1.0, w - 1.0))
+    return tl.maximum(x, 0.0) + rest
 
 
 @triton.jit
@@ -68,8 +71,12 @@ def _store_tile(ptr, value, b, offs_d, offs_t, stride_b, stride_d, stride_t, mas
 
 
 @triton.jit
-def _per_channel(ptr, offs_d, mask_d):
-    return tl.load(ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+def _per_channel(ptr, offs_d, mask_d, GIVEN: tl.constexpr):
+    """One number a channel, 0 where the argument is absent."""
+    if GIVEN:
+        return tl.load(ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros(offs_d.shape, dtype=tl.float32)
 
 
 @triton.jit
@@ -157,9 +164,7 @@ def _selective_scan_forward_kernel(
     row = batch * S * T
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    if HAS_BIAS:
-        bias = _per_channel(bias_ptr, offs_d, mask_d)
+    bias = _per_channel(bias_ptr, offs_d, mask_d, HAS_BIAS)
     for chunk in tl.range(0, chunks):
         offs_t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
@@ -179,8 +184,7 @@ def _selective_scan_forward_kernel(
             y += h * C[None, :]
             last = tl.sum(tl.where((tl.arange(0, BLOCK_T) == BLOCK_T - 1)[None, :], h, 0.0), axis=1)
             tl.store(border + D * S + s, last, mask=mask_d)
-        if HAS_D:
-            y += x * _per_channel(d_ptr, offs_d, mask_d)[:, None]
+        y += x * _per_channel(d_ptr, offs_d, mask_d, HAS_D)[:, None]
         if HAS_Z:
             z = _tile(z_ptr, batch, offs_d, offs_t, z_b, z_d, z_t, mask)
             y *= z * _sigmoid(z)
@@ -209,14 +213,12 @@ def _selective_scan_backward_kernel(
     part = (tl.program_id(0) * tl.num_programs(1) + batch) * S * T
     sum_d = tl.zeros((BLOCK_D,), dtype=tl.float32)
     sum_bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    if HAS_BIAS:
-        bias = _per_channel(bias_ptr, offs_d, mask_d)
+    bias = _per_channel(bias_ptr, offs_d, mask_d, HAS_BIAS)
+    skip = _per_channel(d_ptr, offs_d, mask_d, HAS_D)[:, None]
     for back in tl.range(0, chunks):
         chunk = chunks - 1 - back
         offs_t = chunk * BLOCK_T + tl.arange(0, BLOCK_T)
-        mask_t = offs_t < T
-        mask = mask_d[:, None] & mask_t[None, :]
+        mask = mask_d[:, None] & (offs_t < T)[None, :]
         x = _tile(x_ptr, batch, offs_d, offs_t, x_b, x_d, x_t, mask)
         raw, dt, before, dt_next = _neighbours(
             x_ptr, dt_ptr, batch, offs_d, offs_t, x_b, x_d, x_t, dt_b, dt_d, dt_t, bias, mask_d, T,
@@ -240,25 +242,19 @@ def _selective_scan_backward_kernel(
             )  # fmt: skip
         ddt += dx * x
         dx *= dt
-        if SOFTPLUS:
-            ddt *= _sigmoid(raw)
-        ddt = tl.where(mask, ddt, 0.0)
+        ddt = tl.where(mask, ddt * _sigmoid(raw) if SOFTPLUS else ddt, 0.0)
         sum_bias += tl.sum(ddt, axis=1)
-        if HAS_D:
-            skip = _per_channel(d_ptr, offs_d, mask_d)[:, None]
-            y += x * skip
-            dx += dy * skip
-            sum_d += tl.sum(dy * x, axis=1)
+        dx += dy * skip
+        sum_d += tl.sum(dy * x, axis=1)
         if HAS_Z:
             gate = _sigmoid(z)
-            dz = dout * y * gate * (1.0 + z * (1.0 - gate))
+            dz = dout * (y + x * skip) * gate * (1.0 + z * (1.0 - gate))
             _store_tile(dz_ptr, dz, batch, offs_d, offs_t, dx_b, dx_d, dx_t, mask)
         _store_tile(dx_ptr, dx, batch, offs_d, offs_t, dx_b, dx_d, dx_t, mask)
         _store_tile(ddt_ptr, ddt, batch, offs_d, offs_t, dx_b, dx_d, dx_t, mask)
         tl.debug_barrier()
     tl.store(dbias_ptr + batch * D + offs_d, sum_bias, mask=mask_d)
-    if HAS_D:
-        tl.store(dd_ptr + batch * D + offs_d, sum_d, mask=mask_d)
+    tl.store(dd_ptr + batch * D + offs_d, sum_d, mask=mask_d)
 
 
 @triton.jit
@@ -277,8 +273,7 @@ def _selective_scan_update_kernel(
     mask = mask_d[:, None] & mask_s[None, :]
     x = tl.load(x_ptr + batch * x_b + offs_d * x_d, mask=mask_d, other=0.0).to(tl.float32)
     dt = tl.load(dt_ptr + batch * dt_b + offs_d * dt_d, mask=mask_d, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        dt += _per_channel(bias_ptr, offs_d, mask_d)
+    dt += _per_channel(bias_ptr, offs_d, mask_d, HAS_BIAS)
     dt = _softplus(dt) if SOFTPLUS else dt
     B = tl.load(b_ptr + batch * b_b + offs_s * b_s, mask=mask_s, other=0.0).to(tl.float32)
     C = tl.load(c_ptr + batch * c_b + offs_s * c_s, mask=mask_s, other=0.0).to(tl.float32)
@@ -288,8 +283,7 @@ def _selective_scan_update_kernel(
     h = tl.exp2(dt[:, None] * (rate.to(tl.float32) * LOG2_E)) * h + (dt * x)[:, None] * B[None, :]
     tl.store(state, h.to(state_ptr.dtype.element_ty), mask=mask)
     y = tl.sum(h * C[None, :], axis=1)
-    if HAS_D:
-        y += x * _per_channel(d_ptr, offs_d, mask_d)
+    y += x * _per_channel(d_ptr, offs_d, mask_d, HAS_D)
     if HAS_Z:
         z = tl.load(z_ptr + batch * z_b + offs_d * z_d, mask=mask_d, other=0.0).to(tl.float32)
         y *= z * _sigmoid(z)

@@ -159,6 +159,14 @@ def test_selective_scan_triton_large_steps(device):
     check_op(op, oracle, inputs)
 
 
+def test_selective_scan_triton_small_steps(device):
+    """softplus of -15 is 3e-7, which 1 + e^x in fp32 would have rounded to a few bits."""
+    inputs = selective_scan_inputs(1, 3, 2, 17, dtype=torch.float32, device=device)
+    inputs["delta"] = inputs["delta"] - 15
+    del inputs["D"], inputs["initial_state"]
+    check_op(op, oracle, inputs)
+
+
 def test_selective_scan_triton_compiled(device):
     torch.compiler.reset()
     inputs = selective_scan_inputs(2, 5, 2, 17, dtype=torch.float32, device=device)
