@@ -269,8 +269,8 @@ def experts_decode_tiles(target: str, dtype: torch.dtype) -> dict[str, Tile]:
     """
     stages = {"sm_89": 3, "gfx942": 1}.get(target, 4)
     if dtype == torch.float32:
-        k = 32 if target == "sm_89" else 64
-        sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, k))
+        sizes = {"first": (16, 32), "first_down": (16, 32), "decode": (32, 16)}
+        sizes["gated"] = (16, 32 if target == "sm_89" else 64)
     elif target in ("sm_89", "gfx942"):
         sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, 128))
     else:
@@ -286,9 +286,13 @@ def experts_decode_tiles(target: str, dtype: torch.dtype) -> dict[str, Tile]:
     }
 
 
-def experts_tile(target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m: int) -> Tile:
+def experts_tile(
+    target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m: int, dense: bool = False
+) -> Tile:
     """Tile (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M) of a product over many rows, BLOCK_M as given;
-    that of "weight_grad", which sums over BLOCK_P rows, is BLOCK_N, BLOCK_K, GROUP_N."""
+    that of "weight_grad", which sums over BLOCK_P rows, is BLOCK_N, BLOCK_K, GROUP_N.
+
+    dense: some experts keep the projection dense, which takes more registers."""
     wide = target in ("sm_90", "sm_100")
     stages = 2 if target == "gfx942" else 3
     if kernel == "weight_grad":
@@ -299,10 +303,10 @@ def experts_tile(target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m
         return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
     wide_k = 64 if wide else 32
     if dtype == torch.float32:
-        n, k, warps = 32, 16, 4
+        n, k, warps = 32, 32, 4
     elif kernel == "gated_grad":  # three operands in the epilogue
         n, k, warps = (64, wide_k, 8) if block_m == 128 else (32, wide_k, 4)
-        n = 32 if target == "gfx942" else n
+        n = 32 if target == "gfx942" or dense else n
     elif block_m < 128:
         n, k, warps = (64, 64, 8 if block_m == 64 else 4) if kernel == "gated" else (128, 64, 4)
     elif kernel in ("gated", "first_grad", "second_grad"):  # two accumulators or two products
@@ -329,17 +333,17 @@ def sequence_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Te
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def scan_tile(target: str, backward: bool = False) -> Tile:
+def scan_tile(target: str) -> Tile:
     """BLOCK_D channels and BLOCK_T steps of a chunk, for all dtypes.
 
     16 channels are a 32-byte sector of 16-bit numbers where channels are neighbours, and make 320
-    programs of Mamba-2.8B's 5120. BLOCK_T must be the same in both directions: backward starts from
-    the states that forward left at the chunks' borders. Backward holds twice as many tiles and
-    spills registers in longer chunks on gfx942.
+    programs of Mamba-2.8B's 5120. Forward and backward share it: backward starts from the states
+    that forward left at the chunks' borders, and spills registers in longer chunks on gfx942.
     """
     steps = 16 if target == "gfx942" else 64
-    warps = 8 if backward and steps == 64 else 4
-    return Tile(blocks={"BLOCK_D": 16, "BLOCK_T": steps}, num_warps=warps, num_stages=1)
+    return Tile(
+        blocks={"BLOCK_D": 16, "BLOCK_T": steps}, num_warps=8 if steps == 64 else 4, num_stages=1
+    )
 
 
 def scan_update_tile() -> Tile:

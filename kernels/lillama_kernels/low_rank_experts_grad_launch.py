@@ -33,7 +33,7 @@ def _gated_grad(
     """d gate, d up and h [rows, I]; the routing weights' gradient [M * k] where down is dense."""
     size, dense = layer.intermediate_size, layer.dense("down")
     dgate, dup, h = (torch.empty_like(gate) for _ in range(3))
-    tile = tile_of(layer, "gated_grad", rows)
+    tile = tile_of(layer, "gated_grad", rows, dense)
     blocks = triton.cdiv(size, tile.blocks["BLOCK_N"])
     dot = gate.new_zeros((blocks, layer.places) if dense else 1, dtype=torch.float32)
     kernels._low_rank_experts_gated_grad_kernel[programs_of(layer, tile, rows.max_tiles * blocks)](

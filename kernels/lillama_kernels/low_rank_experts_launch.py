@@ -209,8 +209,9 @@ def combine(layer: Layer, parts: Tensor) -> Tensor:
     return out
 
 
-def tile_of(layer: Layer, kernel: ExpertsKernel, rows: Rows) -> Tile:
-    return experts_tile(experts_target(layer.hidden), layer.hidden.dtype, kernel, rows.block_m)
+def tile_of(layer: Layer, kernel: ExpertsKernel, rows: Rows, dense: bool = False) -> Tile:
+    target = experts_target(layer.hidden)
+    return experts_tile(target, layer.hidden.dtype, kernel, rows.block_m, dense)
 
 
 def experts_first(

@@ -114,7 +114,7 @@ def _many_rows(target: str, dtype: torch.dtype, block_m: int, matrix: str) -> li
             how = LAYER | {"SHIFT": 33 if rows_are_n else 1, "PARTS": parts, "SHARED": False}
             how |= {"SCALE": rows_are_n, "W_ROWS_ARE_N": rows_are_n, "HAS_DENSE": dense}
             found.append(_variant(f"second {label} parts{parts}", kernel, *given, **how))
-        given = (dtype, experts_tile(target, dtype, "gated_grad", block_m), matrix)
+        given = (dtype, experts_tile(target, dtype, "gated_grad", block_m, dense), matrix)
         kernel = backward._low_rank_experts_gated_grad_kernel
         found.append(_variant(f"gated_grad {label}", kernel, *given, HAS_DENSE=dense, **LAYER))
     return found

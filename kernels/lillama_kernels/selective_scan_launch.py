@@ -103,7 +103,7 @@ def selective_scan_backward(
     those of absent arguments are empty."""
     batch, channels, steps = x.shape
     size = A.shape[1]
-    tile = tile or scan_tile(_target(x), backward=True)
+    tile = tile or scan_tile(_target(x))
     blocks = triton.cdiv(channels, tile.blocks["BLOCK_D"])
     dx, ddelta = sequence_like(x), sequence_like(x, delta.dtype)
     dz = sequence_like(x) if z is not None else x.new_empty(0)
@@ -197,7 +197,7 @@ def variants(target: str) -> list[Variant]:
         for near in ("_d", "_t"):
             for name in ("forward", "backward"):
                 kernel = getattr(kernels, f"_selective_scan_{name}_kernel")
-                tile = scan_tile(target, backward=name == "backward")
+                tile = scan_tile(target)
                 found.append(_variant(f"{name} near{near}", kernel, dtype, tile, 16, near))
         how = {"BLOCK_S": 16}
         found.append(_variant("update", kernels._selective_scan_update_kernel, dtype,
