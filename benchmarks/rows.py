@@ -39,11 +39,13 @@ class Work:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """calls: one a set of inputs. check: raises when the result is wrong. work: its own, where it
-    does another than "ours", as the dense layer."""
+    does another than "ours", as the dense layer. graph: False where it waits for the GPU, which a
+    CUDA graph cannot capture."""
 
     calls: Sequence[Call]
     check: Callable[[], None] | None = None
     work: Work | None = None
+    graph: bool = True
 
 
 def compiled(*functions: Callable[..., Any]) -> list[Callable[..., Any]]:
@@ -172,7 +174,11 @@ def compare(
     works = {name: variant.work or work for name, variant in right.items()}
     found = {}
     for mode in modes_of(device) if modes is None else modes:
-        calls = {name: variant.calls for name, variant in right.items()}
+        calls = {
+            name: variant.calls
+            for name, variant in right.items()
+            if variant.graph or mode.name != "graph"
+        }
         seconds, not_run = measure(
             calls, mode, rounds=rounds, warmup_rounds=warmup_rounds, sample_s=sample_s
         )

@@ -10,11 +10,13 @@ __all__ = [
     "EXPERTS",
     "LINEARS",
     "LOSSES",
+    "MAMBA_BLOCKS",
     "SCANS",
     "SHARED_LINEARS",
     "ExpertsShape",
     "LinearShape",
     "LossShape",
+    "MambaBlockShape",
     "ScanShape",
     "Shape",
     "SharedLinearsShape",
@@ -56,12 +58,17 @@ class SharedLinearsShape(Shape):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsShape(Shape):
+    """skewed: half of the (token, place) pairs name one expert, and the others share the rest
+    unevenly. train: forward and backward are timed together without --full too."""
+
     rows: int
     hidden_size: int
     intermediate_size: int
     num_experts: int
     top_k: int
     rank: int
+    skewed: bool = False
+    train: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +88,18 @@ class ScanShape(Shape):
     min_speedup: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaBlockShape(Shape):
+    """ranks: of in_proj and out_proj."""
+
+    batch: int = 1
+    steps: int
+    hidden_size: int
+    state_size: int
+    time_step_rank: int
+    ranks: tuple[int, int]
+
+
 # Mixtral-8x7B: mistralai/Mixtral-8x7B-v0.1 config.json
 MIXTRAL_8X7B_HIDDEN = 4096
 MIXTRAL_8X7B_INTERMEDIATE = 14336
@@ -90,6 +109,7 @@ MIXTRAL_8X7B_TOP_K = 2
 MAMBA_2_8B_HIDDEN = 2560
 MAMBA_2_8B_INTERMEDIATE = 5120
 MAMBA_2_8B_STATE = 16
+MAMBA_2_8B_TIME_STEP_RANK = 160
 # Phi-2: microsoft/phi-2 config.json
 PHI_2_HIDDEN = 2560
 PHI_2_INTERMEDIATE = 10240
@@ -198,6 +218,36 @@ SHARED_LINEARS = [
     ),
 ]
 
+# By rank, the tokens that run without --full with even and with skewed routing
+EXPERTS_ROWS = (1, 4, 16, 64, 512, 4096, 16384)
+EXPERTS_STANDARD = {
+    1024: (EXPERTS_ROWS, (16, 4096)),
+    1536: ((1, 16, 4096), ()),
+    2048: ((1, 16, 4096), ()),
+}
+
+
+def _mixtral(rank: int, rows: int, skewed: bool) -> ExpertsShape:
+    return ExpertsShape(
+        name=f"mixtral-8x7b-R{rank}-M{rows}{'-skewed' if skewed else ''}",
+        full=rows not in EXPERTS_STANDARD[rank][skewed],
+        rows=rows,
+        hidden_size=MIXTRAL_8X7B_HIDDEN,
+        intermediate_size=MIXTRAL_8X7B_INTERMEDIATE,
+        num_experts=MIXTRAL_8X7B_EXPERTS,
+        top_k=MIXTRAL_8X7B_TOP_K,
+        rank=rank,
+        skewed=skewed,
+        train=(rank, rows, skewed) == (1024, 4096, False),
+    )
+
+
+_LAYERS = [
+    _mixtral(rank, rows, skewed)
+    for rank in EXPERTS_STANDARD
+    for skewed in (False, True)
+    for rows in EXPERTS_ROWS
+]
 EXPERTS = [
     ExpertsShape(
         name="tiny-mixtral-M1024",
@@ -208,19 +258,10 @@ EXPERTS = [
         num_experts=TINY_MIXTRAL_EXPERTS,
         top_k=2,
         rank=48,
+        train=True,
     ),
-    *(
-        ExpertsShape(
-            name=f"mixtral-8x7b-M{rows}",
-            rows=rows,
-            hidden_size=MIXTRAL_8X7B_HIDDEN,
-            intermediate_size=MIXTRAL_8X7B_INTERMEDIATE,
-            num_experts=MIXTRAL_8X7B_EXPERTS,
-            top_k=MIXTRAL_8X7B_TOP_K,
-            rank=1024,
-        )
-        for rows in (16, 4096)
-    ),
+    # those that run without --full first, in case time runs out
+    *sorted(_LAYERS, key=lambda shape: shape.full),
 ]
 
 LOSSES = [
@@ -251,11 +292,40 @@ SCANS = [
         steps=256,
         min_speedup=20.0,
     ),
-    ScanShape(
-        name="mamba-2.8b-B1-T1024",
-        batch=1,
-        channels=MAMBA_2_8B_INTERMEDIATE,
-        state_size=MAMBA_2_8B_STATE,
-        steps=1024,
+    *(
+        ScanShape(
+            name=f"mamba-2.8b-B1-T{steps}",
+            batch=1,
+            channels=MAMBA_2_8B_INTERMEDIATE,
+            state_size=MAMBA_2_8B_STATE,
+            steps=steps,
+        )
+        for steps in (1024, 4096)
     ),
+]
+
+# One Mamba block, ranks as when half of in_proj and out_proj is kept; steps 1 is a decode step
+MAMBA_BLOCKS = [
+    MambaBlockShape(
+        name=f"tiny-T{steps}",
+        needs_gpu=False,
+        steps=steps,
+        hidden_size=TINY_HIDDEN,
+        state_size=TINY_MAMBA_STATE,
+        time_step_rank=8,
+        ranks=(48, 40),
+    )
+    for steps in (1, 64)
+]
+MAMBA_BLOCKS += [
+    MambaBlockShape(
+        name=f"mamba-2.8b-B{batch}-T{steps}",
+        batch=batch,
+        steps=steps,
+        hidden_size=MAMBA_2_8B_HIDDEN,
+        state_size=MAMBA_2_8B_STATE,
+        time_step_rank=MAMBA_2_8B_TIME_STEP_RANK,
+        ranks=(1024, 848),
+    )
+    for batch, steps in ((1, 1), (16, 1), (1, 4096))
 ]

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from benchmarks.shapes import LINEARS, LOSSES, LinearShape
+from benchmarks.shapes import EXPERTS, LINEARS, LOSSES, ExpertsShape, LinearShape
 
 __all__ = ["COLUMNS", "GPU", "TARGETS", "Goal", "Target", "Verdict", "judge"]
 
 # how the result files of the GPU that the targets are for begin
 GPU = "nvidia-h200"
 COLUMNS = {
-    "eager": "two cuBLAS calls (loss: plain PyTorch), all eager",
+    "eager": "two cuBLAS calls (loss: plain PyTorch; Mamba: transformers), all eager",
     "compiled": "torch.compile max-autotune",
-    "dense": "dense cuBLAS",
+    "factorised": "strongest with the same factors",
+    "dense": "dense cuBLAS (experts: transformers; Mamba block: on our kernels)",
     "ceiling": "of the ceiling",
 }
 
@@ -87,6 +88,35 @@ def _decode(models: tuple[str, ...], rank: int) -> list[LinearShape]:
     return _linears(lambda s: s.name.startswith(models) and s.rank == rank and s.rows <= 16)
 
 
+def _experts(keep: Callable[[ExpertsShape], bool], kind: str) -> tuple[str, ...]:
+    """Rows of Mixtral's layer at rank 1024, evenly routed."""
+    return tuple(
+        f"bench_low_rank_experts[{s.name}-{kind}]"
+        for s in EXPERTS
+        if s.needs_gpu and s.rank == 1024 and not s.skewed and keep(s)
+    )
+
+
+def _experts_goals(
+    rows: tuple[str, ...], factorised: float, dense: float, percent: float, decode: bool
+) -> tuple[Goal, ...]:
+    # a loop over the experts waits for the GPU, so it is timed with launches only
+    loops = () if decode else ("cublas_loop", "compiled_loop")
+    dense_rivals = ("dense", "dense_batched") if decode else ("dense",)
+    return (
+        Goal(column="factorised", least=factorised, rows=rows, rivals=("grouped_mm",), mode="graph")
+        if decode
+        else Goal(
+            column="factorised", least=factorised, rows=rows, rivals=("grouped_mm", *loops),
+            mode="eager",
+        ),
+        Goal(column="dense", least=dense, rows=rows, rivals=dense_rivals),
+        Goal(column="ceiling", least=percent, rows=rows),
+    )  # fmt: skip
+
+
+SCAN = ("bench_selective_scan[mamba-2.8b-B1-T4096]",)
+BLOCK = ("bench_mamba_block[mamba-2.8b-B1-T1]",)
 LOSS = tuple(
     f"bench_distill_loss[{s.name}-training]"
     for s in LOSSES
@@ -115,6 +145,34 @@ TARGETS = [
             Goal(column="eager", least=14, rows=LOSS, rivals=("eager",), mode="eager"),
             Goal(column="compiled", least=1.5, rows=LOSS, rivals=("compiled", "compiled_and_grad")),
             Goal(column="ceiling", least=88, rows=LOSS),
+        ),
+    ),
+    Target(
+        case="Mixtral experts, decode T = 1 to 16, rank 1024",
+        goals=_experts_goals(_experts(lambda s: s.rows <= 16, "forward"), 1.5, 2.7, 80, True),
+    ),
+    Target(
+        case="Mixtral experts, prefill T = 4096, rank 1024",
+        goals=_experts_goals(_experts(lambda s: s.rows == 4096, "forward"), 1.2, 2.6, 75, False),
+    ),
+    Target(
+        case="Mixtral experts, forward and backward T = 4096, rank 1024",
+        goals=_experts_goals(_experts(lambda s: s.rows == 4096, "training"), 1.2, 2.5, 70, False),
+    ),
+    Target(
+        case="selective scan of Mamba-2.8B, forward and backward, 4096 tokens",
+        goals=(
+            Goal(column="eager", least=50, rows=SCAN, rivals=("transformers_eager",), mode="eager"),
+            Goal(column="ceiling", least=60, rows=SCAN, mode="eager"),
+        ),
+    ),
+    Target(
+        case="Mamba-2.8B block, decode of one token",
+        goals=(
+            Goal(
+                column="eager", least=3, rows=BLOCK, rivals=("transformers_low_rank",), mode="eager"
+            ),
+            Goal(column="dense", least=1.3, rows=BLOCK, rivals=("dense_on_ours",)),
         ),
     ),
 ]

@@ -75,8 +75,7 @@ def calls(monkeypatch) -> list[str]:
 
 
 def expected(model: PreTrainedModel) -> set[str]:
-    convolution = set(OURS[:2])
-    return convolution if model.config.model_type == "mamba2" else set(OURS)
+    return set(OURS[:2] if model.config.model_type == "mamba2" else OURS)
 
 
 def tokens(device: torch.device) -> tuple[Tensor, Tensor]:
