@@ -8,10 +8,16 @@ from lillama_kernels.distill_loss import distill_loss, distill_loss_and_grad
 from lillama_kernels.impl import kernels_impl
 from lillama_kernels.low_rank_experts import ExpertFactors, ProjectionFactors, low_rank_experts
 from lillama_kernels.low_rank_linear import low_rank_linear, low_rank_linears
+from lillama_kernels.mamba_mixer_step import (
+    MixerWeights,
+    mamba_mixer_step,
+    mamba_mixer_step_runs_triton,
+)
 from lillama_kernels.selective_scan import selective_scan, selective_state_update
 
 __all__ = [
     "ExpertFactors",
+    "MixerWeights",
     "ProjectionFactors",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -21,6 +27,8 @@ __all__ = [
     "low_rank_experts",
     "low_rank_linear",
     "low_rank_linears",
+    "mamba_mixer_step",
+    "mamba_mixer_step_runs_triton",
     "selective_scan",
     "selective_state_update",
 ]

@@ -21,6 +21,7 @@ __all__ = [
     "DTYPES",
     "EXPERTS_DECODE_MAX_TOKENS",
     "MAX_SPLIT",
+    "MIXER_MAX_ROWS",
     "NUM_PROGRAMS",
     "PDL_TARGETS",
     "SHARED_BYTES",
@@ -40,6 +41,8 @@ __all__ = [
     "experts_tile",
     "loss_tile",
     "matmul_tile",
+    "mixer_conv_tile",
+    "mixer_scan_tile",
     "scan_tile",
     "scan_update_tile",
     "sequence_like",
@@ -360,3 +363,19 @@ def conv_tile() -> Tile:
 def conv_step_tile() -> Tile:
     """BLOCK_D channels of causal_conv1d_update."""
     return Tile(blocks={"BLOCK_D": 64}, num_warps=4, num_stages=1)
+
+
+# mamba_mixer_step
+
+# Sequences of a step: the convolution spills registers in the tiles of more
+MIXER_MAX_ROWS = 16
+
+
+def mixer_conv_tile(target: str, dtype: torch.dtype) -> Tile:
+    """Tile (BLOCK_M, BLOCK_N, BLOCK_R) of in_proj's second stage with the convolution."""
+    return decode_tiles(target, dtype, MIXER_MAX_ROWS)[1]
+
+
+def mixer_scan_tile() -> Tile:
+    """BLOCK_D channels of the step's scan, each with a row of dt_proj in registers."""
+    return Tile(blocks={"BLOCK_D": 16}, num_warps=4, num_stages=1)

@@ -61,10 +61,12 @@ def low_rank_linear_decode(
     biases: Sequence[Tensor | None],
     tiles: tuple[Tile, Tile] | None = None,
     split: int | None = None,
+    waits: bool = False,
 ) -> list[Tensor]:
     """Every y_i [M, N_i] for M <= DECODE_MAX_ROWS by two kernels; A is the pairs' concatenation.
 
-    tiles and split: other than the committed ones, to measure them.
+    tiles and split: other than the committed ones, to measure them. waits: x comes from a kernel
+    that lets this one start before it ends (programmatic dependent launch).
     """
     target = _target(x)
     rows, in_features = x.shape
@@ -80,7 +82,8 @@ def low_rank_linear_decode(
     with current_device_of(x):
         kernels._low_rank_linear_first_kernel[grid](
             x, A, z, rows, in_features, rank, x.stride(0), A.stride(0),
-            SPLIT_K=split, ALIGNED=aligned, USE_PDL=bool(pdl), **first.blocks, **first.options,
+            SPLIT_K=split, ALIGNED=aligned, USE_PDL=bool(pdl), WAIT=waits, **first.blocks,
+            **first.options, **(pdl if waits else {}),
         )  # fmt: skip
         kernels._low_rank_linear_second_kernel[(blocks_n,)](
             z, tuple(Bs), tuple(B if b is None else b for b, B in zip(biases, Bs, strict=True)),
@@ -228,7 +231,7 @@ def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
             given = (dtype, first, matrix)
             how: dict[str, Any] = {"SPLIT_K": split, "USE_PDL": pdl}
             name = f"M{rows} split{split}"
-            found.append(_variant(f"first {name}", first_kernel, *given, **how))
+            found.append(_variant(f"first {name}", first_kernel, *given, WAIT=pdl, **how))
             # three pairs as in q/k/v
             for pairs in (1, 3) if split == 1 else (1,):
                 given = (dtype, second, matrix, pairs)
@@ -241,7 +244,7 @@ def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
     for rows in (16, DECODE_MAX_ROWS):
         first, second = decode_tiles(target, dtype, rows, aligned=False)
         given = (dtype, first, matrix, 1, False)
-        found.append(_variant(f"first M{rows}", first_kernel, *given, **how))
+        found.append(_variant(f"first M{rows}", first_kernel, *given, WAIT=False, **how))
         given = (dtype, second, matrix, 1, False)
         found.append(_variant(f"second M{rows}", second_kernel, *given, BIASES=1, **how))
     return found

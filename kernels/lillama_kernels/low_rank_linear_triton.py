@@ -106,11 +106,14 @@ def _store_y(
 def _low_rank_linear_first_kernel(
     x_ptr, a_ptr, z_ptr, M, K, R, stride_xm, stride_ar,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, ALIGNED: tl.constexpr, USE_PDL: tl.constexpr,
+    SPLIT_K: tl.constexpr, ALIGNED: tl.constexpr, USE_PDL: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
+    """WAIT: x comes from a kernel that may still run."""
     if USE_PDL:
         # at once: the second kernel loads weights meanwhile and waits for z by itself
         tl.extra.cuda.gdc_launch_dependents()
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     _first_tile(
         x_ptr, a_ptr, z_ptr, tl.program_id(0), tl.program_id(1), M,
         multiple_of_8(K, ALIGNED), multiple_of_8(R, ALIGNED),

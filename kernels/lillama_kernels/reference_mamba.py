@@ -5,6 +5,7 @@ Nothing here checks its arguments; the public function of the same name does tha
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "MixerWeights",
     "causal_conv1d",
     "causal_conv1d_update",
+    "mamba_mixer_step",
     "selective_scan",
     "selective_state_update",
 ]
@@ -198,3 +201,41 @@ def selective_state_update(
     if z is not None:
         y = y * F.silu(z.to(work))
     return y.to(x.dtype)
+
+
+class MixerWeights(NamedTuple):
+    """A Mamba-1 mixer with low-rank projections; H hidden_size, D channels, S state size, W filter
+    width, P the rank of dt. in_A [R, H], in_B [2 D, R] (x first, then z), out_A [R, D], out_B
+    [H, R], conv [D, W], x_proj [P + 2 S, D], dt [D, P], dt_bias [D], A_log [D, S], D [D]; biases
+    may be None."""
+
+    in_A: Tensor
+    in_B: Tensor
+    in_bias: Tensor | None
+    conv: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt: Tensor
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    out_A: Tensor
+    out_B: Tensor
+    out_bias: Tensor | None
+
+
+def mamba_mixer_step(
+    x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MixerWeights
+) -> Tensor:
+    """One token of every sequence through a mixer: x [B, H], conv_state [B, D, L] and ssm_state
+    [B, D, S] are replaced -> [B, H]."""
+    w = weights
+    u, z = F.linear(F.linear(x, w.in_A), w.in_B, w.in_bias).chunk(2, dim=-1)
+    u = causal_conv1d_update(u[..., None], conv_state, w.conv, w.conv_bias, silu=True)[..., 0]
+    size = w.A_log.shape[1]
+    dt, B, C = F.linear(u, w.x_proj).split([w.dt.shape[1], size, size], dim=-1)
+    rate = -torch.exp(w.A_log.to(torch.promote_types(x.dtype, torch.float32)))
+    y = selective_state_update(
+        ssm_state, u, F.linear(dt, w.dt), rate, B, C, w.D, z, w.dt_bias, dt_softplus=True
+    )
+    return F.linear(F.linear(y, w.out_A), w.out_B, w.out_bias)

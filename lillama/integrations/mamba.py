@@ -3,22 +3,29 @@
 transformers' own scan without extra packages is a Python loop over time whose autograd graph grows
 with the square of the length: under 100 tokens/s for a tiny Mamba on a CPU. The mixers look these
 functions up as globals of their module at call time, so replacing the globals is enough; they are
-put back on leaving.
+put back on leaving. A decode step of a Mamba mixer whose projections are low-rank is one operation
+of ours where its Triton kernels run.
 """
 
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from lillama_kernels import (
+    MixerWeights,
     causal_conv1d,
     causal_conv1d_update,
+    mamba_mixer_step,
+    mamba_mixer_step_runs_triton,
     selective_scan,
     selective_state_update,
 )
-from torch import Tensor
+from torch import Tensor, nn
+
+from lillama.modules.low_rank_linear import LowRankLinear
 
 __all__ = ["fast_mamba"]
 
@@ -77,6 +84,52 @@ REPLACED: dict[str, dict[str, tuple[str, Any]]] = {
 }
 
 
+def _mixer_weights(mixer: Any) -> MixerWeights | None:
+    """What a decode step computes with; None where a projection is not as it expects."""
+    into, out, inner = mixer.in_proj, mixer.out_proj, mixer.x_proj
+    if not isinstance(into, LowRankLinear) or not isinstance(out, LowRankLinear):
+        return None
+    if type(inner) is not nn.Linear or inner.bias is not None or mixer.dt_proj.bias is None:
+        return None
+    if mixer.activation not in ("silu", "swish"):
+        return None
+    conv, dt = mixer.conv1d, mixer.dt_proj
+    return MixerWeights(
+        in_A=into.lr_A, in_B=into.lr_B, in_bias=into.bias, conv=conv.weight.squeeze(1),
+        conv_bias=conv.bias, x_proj=inner.weight, dt=dt.weight, dt_bias=dt.bias,
+        A_log=mixer.A_log, D=mixer.D, out_A=out.lr_A, out_B=out.lr_B, out_bias=out.bias,
+    )  # fmt: skip
+
+
+def _mixer_forward(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The mixer's forward, with a decode step on Triton as one operation."""
+
+    def forward(
+        mixer: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        def rest() -> Tensor:
+            return theirs(mixer, hidden_states, cache_params, attention_mask, **kwargs)
+
+        if cache_params is None or attention_mask is not None or hidden_states.shape[1] != 1:
+            return rest()
+        if torch.is_grad_enabled() or not cache_params.has_previous_state(mixer.layer_idx):
+            return rest()
+        layer, weights = cache_params.layers[mixer.layer_idx], _mixer_weights(mixer)
+        x = hidden_states[:, 0]
+        if weights is None or getattr(layer, "record_past", False):
+            return rest()
+        if not mamba_mixer_step_runs_triton(x, weights):
+            return rest()
+        states = layer.conv_states[0], layer.recurrent_states[0]
+        return mamba_mixer_step(x, *states, weights)[:, None]
+
+    return forward
+
+
 @contextlib.contextmanager
 def fast_mamba() -> Iterator[None]:
     """Inside the block the mixers of Mamba, FalconMamba and Jamba use lillama_kernels, and Mamba-2
@@ -92,7 +145,11 @@ def fast_mamba() -> Iterator[None]:
                 if importlib.util.find_spec(package) is None:
                     saved.append((module, function, getattr(module, function)))
                     setattr(module, function, ours)
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        saved.append((MambaMixer, "forward", MambaMixer.forward))
+        MambaMixer.forward = _mixer_forward(MambaMixer.forward)
         yield
     finally:
-        for module, function, theirs in saved:
-            setattr(module, function, theirs)
+        for owner, name, theirs in reversed(saved):
+            setattr(owner, name, theirs)

@@ -46,7 +46,7 @@ def calls(monkeypatch) -> list[str]:
         "low_rank_experts", "low_rank_experts_backward", "low_rank_linears",
         "low_rank_linears_backward", "selective_scan", "selective_scan_backward",
         "selective_state_update", "causal_conv1d", "causal_conv1d_backward",
-        "causal_conv1d_update",
+        "causal_conv1d_update", "mamba_mixer_step",
     ):  # fmt: skip
         original = getattr(torch.ops.lillama, name)
 
@@ -105,13 +105,23 @@ def test_mixtral_on_triton_equals_the_reference(make_low_rank, calls, device):
 
 
 def test_mamba_on_triton_equals_the_reference(make_low_rank, calls, device):
-    model = make_low_rank("mamba", MAMBA).to(device)
+    model = make_low_rank("mamba", MAMBA, time_step_rank=8).to(device)
     assert_equal_on_triton(model, tokens(device, 9))
     both = ("low_rank_linears", "selective_scan", "causal_conv1d")
     assert set(calls) == {*both, *(f"{name}_backward" for name in both)}
     calls.clear()
     assert_generates_the_same(model, tokens(device, 5))
-    assert {"selective_state_update", "causal_conv1d_update", "low_rank_linears"} <= set(calls)
+    # the prompt, then steps that are one operation a layer
+    prompt = ["low_rank_linears", "causal_conv1d", "selective_scan", "low_rank_linears"]
+    assert calls == 2 * prompt + 3 * 2 * ["mamba_mixer_step"]
+
+
+def test_mamba_step_by_step_on_triton(make_low_rank, calls, device):
+    """Where the mixer's step does not apply, here to a low-rank x_proj, its parts run."""
+    ranks = {**MAMBA, "backbone.layers.0.mixer.x_proj": 8}
+    model = make_low_rank("mamba", ranks, time_step_rank=8).to(device)
+    assert_generates_the_same(model, tokens(device, 5))
+    assert {"selective_state_update", "causal_conv1d_update", "mamba_mixer_step"} <= set(calls)
     assert not any(name.endswith("backward") for name in calls)
 
 
