@@ -13,7 +13,11 @@ import torch
 from lillama_kernels import ExpertFactors, ProjectionFactors, low_rank_experts
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    ExpertsInterface,
+    use_experts_implementation,
+)
 
 from lillama.families import PROJECTIONS
 
@@ -21,7 +25,8 @@ __all__ = ["LowRankExperts"]
 
 
 class _LowRankExpertsInterface(ExpertsInterface):
-    """The names a user or generate() may set ("grouped_mm", "batched_mm"), all served by our op.
+    """The names a user or generate() may set ("grouped_mm", "batched_mm" and any other that
+    transformers knows for its dense experts), all served by our op.
 
     A mapping of its own: ExpertsInterface.register writes the class's mapping.
     """
@@ -36,7 +41,7 @@ def _forward(
 
 
 _INTERFACE = _LowRankExpertsInterface()
-for _name in ("grouped_mm", "batched_mm"):
+for _name in ALL_EXPERTS_FUNCTIONS:
     _INTERFACE.register(_name, _forward)
 
 

@@ -125,7 +125,7 @@ def test_mamba_step_by_step_on_triton(make_low_rank, calls, device):
     assert not any(name.endswith("backward") for name in calls)
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "sonicmoe", "eager"])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_other_families_experts_run_on_triton(family, implementation, calls, device):
     model_class, config_class, sizes = FAMILIES[family]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
+from lillama_kernels.impl import TRITON_OPS
 from lillama_kernels.launch import TARGETS
 
 
@@ -24,7 +25,9 @@ def test_every_shipped_tile_passes():
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == set(TARGETS) and {row[-1] for row in rows} == {"ok"}
-    for op in ("low_rank_linear", "distill_loss"):
+    ops = {row[1] for row in rows}
+    assert ops == set(TRITON_OPS)
+    for op in ops:
         for dtype in ("fp32", "fp16", "bf16"):
             assert {row[0] for row in rows if row[1] == op and dtype in row} == set(TARGETS), op
 

@@ -9,8 +9,8 @@ from typing import cast
 import lillama_kernels
 import pytest
 import torch
+from lillama_kernels import MixerWeights, kernels_impl, launch
 from lillama_kernels import impl as rule
-from lillama_kernels import kernels_impl, launch
 from lillama_kernels.impl import resolve_impl
 from lillama_kernels.testing import (
     causal_conv1d_inputs,
@@ -22,7 +22,8 @@ from lillama_kernels.testing import (
 )
 from torch import Tensor
 
-NOT_OPS = {"ExpertFactors", "ProjectionFactors", "kernels_impl"}
+NOT_OPS = {"ExpertFactors", "MixerWeights", "ProjectionFactors", "kernels_impl"}
+NOT_OPS |= {"mamba_mixer_step_runs_triton"}
 OPS = sorted(set(lillama_kernels.__all__) - NOT_OPS)
 CPU = torch.zeros(1)
 # resolve_impl asks a tensor only for these
@@ -36,6 +37,10 @@ def inputs_of(op: str, device: torch.device) -> dict:
     match op:
         case "causal_conv1d":
             inputs |= causal_conv1d_inputs(1, 2, 3, 4, **where)
+        case "causal_conv1d_update":
+            tensors = causal_conv1d_inputs(1, 2, 1, 4, **where)
+            inputs |= {n: tensors[n] for n in ("x", "weight", "bias")}
+            inputs["conv_state"] = tensors["initial_state"]
         case "distill_loss" | "distill_loss_and_grad":
             inputs |= distill_loss_inputs([3], 4, **where)[0]
         case "low_rank_experts":
@@ -47,6 +52,21 @@ def inputs_of(op: str, device: torch.device) -> dict:
         case "low_rank_linears":
             tensors = low_rank_linear_inputs([3], 4, 5, 2, **where)
             inputs |= {"x": tensors["x"], "As": [tensors["A"]] * 2, "Bs": [tensors["B"]] * 2}
+        case "mamba_mixer_step":
+            one = torch.ones(1, 1, **where)
+            weights = {name: one for name in MixerWeights._fields}
+            weights |= {
+                name: one[0] for name in ("in_bias", "conv_bias", "dt_bias", "D", "out_bias")
+            }
+            weights |= {"in_B": one.expand(2, 1), "in_bias": one[0].expand(2)}
+            weights |= {"x_proj": one.expand(3, 1)}
+            inputs |= {"x": one, "weights": MixerWeights(**weights)}
+            inputs |= {name: torch.ones(1, 1, 1, **where) for name in ("conv_state", "ssm_state")}
+        case "selective_state_update":
+            tensors = selective_scan_inputs(1, 2, 3, 1, **where)
+            inputs |= {n: tensors[n][..., 0] for n in ("x", "B", "C")}
+            inputs |= {"dt": tensors["delta"][..., 0], "A": tensors["A"]}
+            inputs["state"] = tensors["initial_state"]
         case "selective_scan":
             inputs |= selective_scan_inputs(1, 2, 3, 4, **where)
         case _:
@@ -77,6 +97,7 @@ def one_kernel(monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_triton_without_a_kernel_is_refused(op, no_kernels, device):
     name = {"low_rank_linears": "low_rank_linear", "distill_loss_and_grad": "distill_loss"}
+    name |= {"selective_state_update": "selective_scan", "causal_conv1d_update": "causal_conv1d"}
     with pytest.raises(NotImplementedError, match=f"{name.get(op, op)} has no Triton kernel yet"):
         call(op, device, impl="triton")
     with kernels_impl("triton"), pytest.raises(NotImplementedError, match=name.get(op, op)):
