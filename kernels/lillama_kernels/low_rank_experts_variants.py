@@ -140,6 +140,16 @@ def _routing() -> list[Variant]:
     return found
 
 
+def _with_experts(variant: Variant, number: int) -> Variant:
+    """The same tile for more experts, each of which is an argument and 8 of which a token has."""
+    constants = variant.constants | {"NUM_EXPERTS": number, "TOP_K": 8}
+    if "BLOCK_T" in constants and constants["BLOCK_T"] > 1:
+        constants["BLOCK_T"] = 8
+    signature = {n: ("i64",) * number if n == "ranks" else k for n, k in variant.signature.items()}
+    name = f"{variant.name} E{number}"
+    return variant._replace(name=name, constants=constants, signature=signature)
+
+
 def variants(target: str) -> list[Variant]:
     """Every tile that the launchers use on this target, for each dtype."""
     found = _routing()
@@ -157,4 +167,12 @@ def variants(target: str) -> list[Variant]:
             found.append(_variant(f"weight_grad {name}",
                                   backward._low_rank_experts_weight_grad_kernel, dtype, tile,
                                   "none" if plain else "wide", TOP_K=2, **how))  # fmt: skip
-    return found
+    if target == "gfx942":
+        # the ranks of 64 experts are more than its scalar registers hold: the compiler keeps some
+        # of them in lanes of vector registers, which counts as spilling
+        return found
+    return found + [
+        _with_experts(variant, 64)
+        for variant in found
+        if variant.name.endswith("bf16") and ("decode" in variant.name or "M128" in variant.name)
+    ]
