@@ -9,6 +9,7 @@ from lillama_kernels.impl import kernels_impl
 from lillama_kernels.low_rank_experts import ExpertFactors, ProjectionFactors, low_rank_experts
 from lillama_kernels.low_rank_linear import low_rank_linear, low_rank_linears
 from lillama_kernels.selective_scan import selective_scan, selective_state_update
+from lillama_kernels.ssd_scan import ssd_scan, ssd_state_update
 
 __all__ = [
     "ExpertFactors",
@@ -23,4 +24,6 @@ __all__ = [
     "low_rank_linears",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
+    "ssd_state_update",
 ]

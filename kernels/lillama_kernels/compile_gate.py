@@ -37,6 +37,7 @@ KERNEL_MODULES = (
     "distill_loss_triton",
     "selective_scan_launch",
     "causal_conv1d_triton",
+    "ssd_scan_launch",
 )
 
 GPU_TARGETS = {

@@ -34,7 +34,14 @@ Impl = Literal["auto", "reference", "triton"]
 
 # Ops with a Triton kernel: each kernel file adds its op here.
 TRITON_OPS = frozenset(
-    {"causal_conv1d", "distill_loss", "low_rank_experts", "low_rank_linear", "selective_scan"}
+    {
+        "causal_conv1d",
+        "distill_loss",
+        "low_rank_experts",
+        "low_rank_linear",
+        "selective_scan",
+        "ssd_scan",
+    }
 )
 
 logger = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ __all__ = [
     "NUM_PROGRAMS",
     "PDL_TARGETS",
     "SHARED_BYTES",
+    "SSD_MAX_STATE",
     "TARGETS",
     "ExpertsKernel",
     "Tile",
@@ -43,6 +44,8 @@ __all__ = [
     "scan_tile",
     "scan_update_tile",
     "sequence_like",
+    "ssd_tile",
+    "ssd_update_tile",
     "target_of",
 ]
 
@@ -356,3 +359,30 @@ def conv_tile() -> Tile:
 def conv_step_tile() -> Tile:
     """BLOCK_D channels of causal_conv1d_update."""
     return Tile(blocks={"BLOCK_D": 64}, num_warps=4, num_stages=1)
+
+
+# ssd_scan
+
+SSD_MAX_STATE = 256
+
+
+def ssd_tile(target: str, dtype: torch.dtype, width: int, size: int, backward: bool) -> Tile:
+    """BLOCK_T steps of a chunk, BLOCK_P channels of a head and BLOCK_S, all states of a channel.
+
+    BLOCK_T must be the same in both directions: backward starts from the states at the chunks'
+    borders.
+    """
+    block_s = max(16, 1 << (size - 1).bit_length())
+    block_p = max(16, 1 << (width - 1).bit_length())
+    if dtype == torch.float32:
+        blocks = {"BLOCK_T": 16, "BLOCK_P": min(block_p, 16), "BLOCK_S": block_s}
+        return Tile(blocks=blocks, num_warps=4, num_stages=1)
+    blocks = {"BLOCK_T": 64, "BLOCK_P": min(block_p, 64), "BLOCK_S": block_s}
+    return Tile(blocks=blocks, num_warps=8 if backward else 4, num_stages=1)
+
+
+def ssd_update_tile(size: int) -> Tile:
+    """BLOCK_P channels of a single step, with all their states (BLOCK_S)."""
+    block_s = max(16, 1 << (size - 1).bit_length())
+    blocks = {"BLOCK_P": max(1, 2048 // block_s), "BLOCK_S": block_s}
+    return Tile(blocks=blocks, num_warps=4, num_stages=1)
