@@ -44,6 +44,7 @@ __all__ = [
     "scan_tile",
     "scan_update_tile",
     "sequence_like",
+    "ssd_steps_tile",
     "ssd_tile",
     "ssd_update_tile",
     "target_of",
@@ -379,6 +380,11 @@ def ssd_tile(target: str, dtype: torch.dtype, width: int, size: int, backward: b
         return Tile(blocks=blocks, num_warps=4, num_stages=1)
     blocks = {"BLOCK_T": 64, "BLOCK_P": min(block_p, 64), "BLOCK_S": block_s}
     return Tile(blocks=blocks, num_warps=8 if backward else 4, num_stages=1)
+
+
+def ssd_steps_tile() -> Tile:
+    """Of the kernels around ssd_scan's main ones: a chunk of one head, BLOCK_T as theirs."""
+    return Tile(blocks={}, num_warps=1, num_stages=1)
 
 
 def ssd_update_tile(size: int) -> Tile:

@@ -189,7 +189,7 @@ def _forward(
     high: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the states that enter each chunk [B, chunks, nh, P, S] fp32 (empty
+    """y, the last state, and the states that enter each chunk [B, nh, chunks, S, P] fp32 (empty
     without save), which backward starts from."""
     from lillama_kernels.ssd_scan_launch import ssd_scan_fwd
 
@@ -202,7 +202,7 @@ def _(x, dt, A, B, C, D, dt_bias, initial_state, softplus, low, high, save):
     last = x.new_empty((batch, *head, B.shape[3]), dtype=torch.float32)
     tile = ssd_tile(target_of(x.device) or "sm_90", x.dtype, head[1], B.shape[3], False)
     chunks = (steps + tile.blocks["BLOCK_T"] - 1) // tile.blocks["BLOCK_T"]
-    border = (batch, chunks, *head, B.shape[3]) if save else (0,)
+    border = (batch, head[0], chunks, B.shape[3], head[1]) if save else (0,)
     return x.new_empty(x.shape), last, x.new_empty(border, dtype=torch.float32)
 
 

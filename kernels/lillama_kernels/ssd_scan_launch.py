@@ -4,6 +4,7 @@ Inputs are as `ssd_scan.py` checks them. x, B, C and the gradient of y are copie
 dimension is not dense, as are the small tensors and the initial state where they are not contiguous.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lillama_kernels.launch import (
     DTYPES,
     SSD_MAX_STATE,
     Tile,
+    ssd_steps_tile,
     ssd_tile,
     ssd_update_tile,
     target_of,
@@ -44,8 +46,18 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor.contiguous()
 
 
-def _flags(D: Tensor | None, bias: Tensor | None, softplus: bool) -> dict[str, bool]:
-    return {"SOFTPLUS": softplus, "HAS_D": D is not None, "HAS_BIAS": bias is not None}
+def _steps(
+    dt: Tensor, A: Tensor, bias: Tensor | None, softplus: bool, low: float, high: float, tile: Tile
+) -> Tensor:
+    """dt as it is used and its sums with A, [B, nh, chunks, 3, BLOCK_T] fp32."""
+    (batch, steps, heads), block = dt.shape, tile.blocks["BLOCK_T"]
+    chunks, options = triton.cdiv(steps, block), ssd_steps_tile().options
+    out = dt.new_empty((batch, heads, chunks, 3, block), dtype=torch.float32)
+    kernels.ssd_steps_kernel[(batch * heads * chunks,)](
+        dt, A.contiguous(), _or(bias, dt), out, steps, heads, chunks, *dt.stride(), low, high,
+        BLOCK_T=block, SOFTPLUS=softplus, HAS_BIAS=bias is not None, **options,
+    )  # fmt: skip
+    return out
 
 
 def ssd_scan_fwd(
@@ -63,12 +75,12 @@ def ssd_scan_fwd(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, nh, P]; the last state; with save the states that enter each chunk
-    [B, chunks, nh, P, S], else empty. States are fp32."""
+    [B, nh, chunks, S, P], else empty. States are fp32."""
     (batch, steps, heads, width), size = x.shape, B.shape[3]
     tile = _tile(x, size, False)
     chunks = triton.cdiv(steps, tile.blocks["BLOCK_T"])
     border = x.new_empty(
-        (batch, chunks, heads, width, size) if save else (0,), dtype=torch.float32
+        (batch, heads, chunks, size, width) if save else (0,), dtype=torch.float32
     )
     y, last = x.new_empty(x.shape), x.new_empty((batch, heads, width, size), dtype=torch.float32)
     x, B, C = map(_dense, (x, B, C))
@@ -76,11 +88,11 @@ def ssd_scan_fwd(
     if programs == 0:
         return y, last, border
     with current_device_of(x):
+        given = _steps(dt, A, bias, softplus, low, high, tile)
         kernels.ssd_scan_fwd_kernel[(programs,)](
-            x, dt, A.contiguous(), B, C, _or(D, x), _or(bias, x), _or(first, x), y, last,
-            border if save else last, steps, heads, heads // B.shape[2], width, size,
-            *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], low, high,
-            HAS_FIRST=first is not None, SAVE=save, **_flags(D, bias, softplus),
+            x, given, B, C, _or(D, x), _or(first, x), y, last, border if save else last,
+            steps, heads, heads // B.shape[2], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+            P=width, S=size, HAS_D=D is not None, HAS_FIRST=first is not None, SAVE=save,
             **tile.blocks, **tile.options,
         )  # fmt: skip
     return y, last, border
@@ -109,34 +121,40 @@ def ssd_scan_bwd(
     """
     (batch, steps, heads, width), (groups, size) = x.shape, B.shape[2:]
     tile = _tile(x, size, True)
-    slices = triton.cdiv(width, tile.blocks["BLOCK_P"])
-    dx, per_group = x.new_empty(x.shape), heads // groups
+    slices, block = triton.cdiv(width, tile.blocks["BLOCK_P"]), tile.blocks["BLOCK_T"]
+    dx, per_group, chunks = x.new_empty(x.shape), heads // groups, border.shape[2]
     grad, x, B, C = map(_dense, (grad, x, B, C))
 
     def partial(*shape: int) -> Tensor:
-        return x.new_empty((slices, batch, *shape), dtype=torch.float32)
+        return x.new_empty(shape, dtype=torch.float32)
 
-    ddt, dA = partial(steps, heads), partial(heads)
-    dB, dC = partial(steps, heads, size), partial(steps, heads, size)
-    dD = x.new_empty(0) if D is None else partial(heads)
-    dfirst = x.new_empty((batch, heads, width, size), dtype=torch.float32)
-    if slices * heads * batch:
+    ddt, dA = partial(batch, heads, steps), partial(batch, heads, chunks)
+    parts, whole = partial(slices, *dA.shape, 4, block), partial(slices, *dA.shape)
+    dB, dC = (partial(slices, batch, steps, heads, size) for _ in range(2))
+    dD = partial(0) if D is None else partial(slices, batch, heads)
+    dfirst = partial(batch, heads, width, size)
+    if dx.numel():
         with current_device_of(x):
+            given = _steps(dt, A, bias, softplus, low, high, tile)
             kernels.ssd_scan_bwd_kernel[(slices * heads * batch,)](
-                grad, _or(grad_last, x), x, dt, A.contiguous(), B, C, _or(D, x), _or(bias, x),
-                border, dx, ddt, dA, dB, dC, dD, dfirst,
-                steps, batch, heads, per_group, width, size, *grad.stride()[:3], *x.stride()[:3],
-                *dt.stride(), *B.stride()[:3], *C.stride()[:3], low, high,
-                HAS_LAST=grad_last is not None, **_flags(D, bias, softplus),
+                grad, _or(grad_last, x), x, given, B, C, _or(D, x), border,
+                dx, parts, whole, dB, dC, dD, dfirst, steps, batch, heads, per_group,
+                *grad.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
+                P=width, S=size, HAS_D=D is not None, HAS_LAST=grad_last is not None,
                 **tile.blocks, **tile.options,
             )  # fmt: skip
-    ddt = ddt.sum(0)
+            kernels.ssd_steps_bwd_kernel[(dA.numel(),)](
+                dt, A.contiguous(), _or(bias, dt), given, parts, whole, ddt, dA,
+                dA.numel(), steps, heads, chunks, *dt.stride(), low, high,
+                BLOCK_T=block, SLICES=slices, SOFTPLUS=softplus, HAS_BIAS=bias is not None,
+                **ssd_steps_tile().options,
+            )  # fmt: skip
     of_groups = (slices, batch, steps, groups, per_group, size)
     dB, dC = (t.view(of_groups).sum((0, 4)) for t in (dB, dC))
     return [
-        dx, ddt.to(dt.dtype), dA.sum((0, 1)).to(A.dtype), dB.to(B.dtype), dC.to(C.dtype),
-        dD if D is None else dD.sum((0, 1)).to(D.dtype),
-        x.new_empty(0) if bias is None else ddt.sum((0, 1)).to(bias.dtype), dfirst,
+        dx, ddt.transpose(1, 2).to(dt.dtype), dA.sum((0, 2)).to(A.dtype),
+        dB.to(B.dtype), dC.to(C.dtype), dD if D is None else dD.sum((0, 1)).to(D.dtype),
+        partial(0) if bias is None else ddt.sum((0, 2)).to(bias.dtype), dfirst,
     ]  # fmt: skip
 
 
@@ -163,9 +181,10 @@ def ssd_state_update(
         with current_device_of(x):
             kernels.ssd_state_update_kernel[(programs,)](
                 state, x, dt, A.contiguous(), B, C, _or(D, x), _or(bias, x), y,
-                heads, heads // groups, width, size, *state.stride(), *x.stride()[:2],
+                heads, heads // groups, *state.stride(), *x.stride()[:2],
                 *dt.stride(), *B.stride()[:2], *C.stride()[:2], low, high,
-                **_flags(D, bias, softplus), **tile.blocks, **tile.options,
+                SOFTPLUS=softplus, HAS_D=D is not None, HAS_BIAS=bias is not None, P=width, S=size,
+                **tile.blocks, **tile.options,
             )  # fmt: skip
     return y
 
@@ -175,10 +194,13 @@ def ssd_state_update(
 SAME_POINTERS = ("x_ptr", "dt_ptr", "b_ptr", "c_ptr", "y_ptr", "grad_ptr", "dx_ptr")
 
 
-def _variant(name: str, kernel: Any, dtype: torch.dtype, tile: Tile, **flags: bool) -> Variant:
+def _variant(
+    name: str, kernel: Any, dtype: torch.dtype, tile: Tile, size: int, **flags: bool
+) -> Variant:
     names = [p.name for p in kernel.params]
     everything = {n: True for n in names if n.startswith("HAS_") or n in ("SOFTPLUS", "SAVE")}
-    constants: dict[str, Any] = everything | flags | dict(tile.blocks)
+    constants: dict[str, Any] = everything | flags | dict(tile.blocks) | {"P": 64, "S": size, "SLICES": 2}
+    constants = {key: value for key, value in constants.items() if key in names}
     signature: dict[str, Any] = {}
     for parameter in kernel.params:
         key = parameter.name
@@ -188,13 +210,13 @@ def _variant(name: str, kernel: Any, dtype: torch.dtype, tile: Tile, **flags: bo
             signature[key] = f"*{DTYPES[dtype] if key in SAME_POINTERS else 'fp32'}:16"
         elif key in ("low", "high"):
             signature[key] = "fp32"
-        elif key in ("P", "S") or (key[:2] in ("x_", "b_", "c_", "gr") and key[-2] == "s"):
+        elif key[:2] in ("x_", "b_", "c_", "gr") and key[-2] == "s":
             signature[key] = "i32:16"
         elif key == "h_ss":
             constants[key] = 1
         else:
             signature[key] = "i32"
-    matrix = "none" if dtype == torch.float32 or name.startswith("update") else "any"
+    matrix = "any" if dtype != torch.float32 and name[:3] in ("fwd", "bwd") else "none"
     label = f"ssd_scan {name} {DTYPES[dtype]}"
     return Variant(label, kernel, signature, constants, tile.options, matrix)
 
@@ -207,13 +229,18 @@ def variants(target: str) -> list[Variant]:
         for size in (16, 64, 128, SSD_MAX_STATE):
             for name, kernel in (("fwd", forward), ("bwd", backward)):
                 tile = ssd_tile(target, dtype, 64, size, name == "bwd")
-                found.append(_variant(f"{name} S{size}", kernel, dtype, tile))
+                found.append(_variant(f"{name} S{size}", kernel, dtype, tile, size))
     for name, kernel in (("fwd", forward), ("bwd", backward)):
         tile = ssd_tile(target, torch.float16, 64, 128, name == "bwd")
-        found.append(_variant(f"{name} S128", kernel, torch.float16, tile))
+        found.append(_variant(f"{name} S128", kernel, torch.float16, tile, 128))
+    steps = dataclasses.replace(ssd_steps_tile(), blocks={"BLOCK_T": 64})
+    for name, kernel in (
+        ("steps", kernels.ssd_steps_kernel), ("steps_bwd", kernels.ssd_steps_bwd_kernel)
+    ):
+        found.append(_variant(name, kernel, torch.bfloat16, steps, 128))
     for dtype in DTYPES:
         tile = ssd_update_tile(128)
         found.append(
-            _variant("update S128", kernels.ssd_state_update_kernel, dtype, tile)
+            _variant("update S128", kernels.ssd_state_update_kernel, dtype, tile, 128)
         )
     return found
