@@ -25,6 +25,7 @@ __all__ = [
     "PDL_TARGETS",
     "SHARED_BYTES",
     "SSD_MAX_STATE",
+    "SsdKernel",
     "TARGETS",
     "ExpertsKernel",
     "Tile",
@@ -365,21 +366,21 @@ def conv_step_tile() -> Tile:
 # ssd_scan
 
 SSD_MAX_STATE = 256
+SsdKernel = Literal["states", "output", "gradient"]
 
 
-def ssd_tile(target: str, dtype: torch.dtype, width: int, size: int, backward: bool) -> Tile:
-    """BLOCK_T steps of a chunk, BLOCK_P channels of a head and BLOCK_S, all states of a channel.
-
-    BLOCK_T must be the same in both directions: backward starts from the states at the chunks'
-    borders.
-    """
+def ssd_tile(
+    kernel: SsdKernel, target: str, dtype: torch.dtype, width: int, size: int
+) -> Tile:
+    """BLOCK_T steps of a chunk, the same in every kernel; BLOCK_P channels of a head; BLOCK_S, all
+    states of a channel."""
     block_s = max(16, 1 << (size - 1).bit_length())
     block_p = max(16, 1 << (width - 1).bit_length())
     if dtype == torch.float32:
         blocks = {"BLOCK_T": 16, "BLOCK_P": min(block_p, 16), "BLOCK_S": block_s}
         return Tile(blocks=blocks, num_warps=4, num_stages=1)
     blocks = {"BLOCK_T": 64, "BLOCK_P": min(block_p, 64), "BLOCK_S": block_s}
-    return Tile(blocks=blocks, num_warps=8 if backward else 4, num_stages=1)
+    return Tile(blocks=blocks, num_warps=4, num_stages=1)
 
 
 def ssd_steps_tile() -> Tile:

@@ -71,8 +71,7 @@ def ssd_scan(
             x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_state
         )
     low, high = map(float, dt_limit)
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, last, _ = torch.ops.lillama.ssd_scan(*tensors, dt_softplus, low, high, trains)
+    y, last, _ = torch.ops.lillama.ssd_scan(*tensors, dt_softplus, low, high)
     return y, last
 
 
@@ -187,23 +186,21 @@ def _forward(
     softplus: bool,
     low: float,
     high: float,
-    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state, and the states that enter each chunk [B, nh, chunks, S, P] fp32 (empty
-    without save), which backward starts from."""
+    """y, the last state, and the states that enter each chunk [B, nh, chunks, S, P], which backward
+    starts from."""
     from lillama_kernels.ssd_scan_launch import ssd_scan_fwd
 
-    return ssd_scan_fwd(x, dt, A, B, C, D, dt_bias, initial_state, softplus, low, high, save)
+    return ssd_scan_fwd(x, dt, A, B, C, D, dt_bias, initial_state, softplus, low, high)
 
 
 @_forward.register_fake
-def _(x, dt, A, B, C, D, dt_bias, initial_state, softplus, low, high, save):
+def _(x, dt, A, B, C, D, dt_bias, initial_state, softplus, low, high):
     batch, steps, *head = x.shape
     last = x.new_empty((batch, *head, B.shape[3]), dtype=torch.float32)
-    tile = ssd_tile(target_of(x.device) or "sm_90", x.dtype, head[1], B.shape[3], False)
+    tile = ssd_tile("states", target_of(x.device) or "sm_90", x.dtype, head[1], B.shape[3])
     chunks = (steps + tile.blocks["BLOCK_T"] - 1) // tile.blocks["BLOCK_T"]
-    border = (batch, head[0], chunks, B.shape[3], head[1]) if save else (0,)
-    return x.new_empty(x.shape), last, x.new_empty(border, dtype=torch.float32)
+    return x.new_empty(x.shape), last, x.new_empty((batch, head[0], chunks, B.shape[3], head[1]))
 
 
 @torch.library.custom_op("lillama::ssd_scan_backward", mutates_args=())
@@ -240,7 +237,7 @@ def _(grad, grad_last, x, dt, A, B, C, D, dt_bias, border, softplus, low, high):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, initial_state, ctx.softplus, ctx.low, ctx.high, ctx.saved = inputs
+    *tensors, initial_state, ctx.softplus, ctx.low, ctx.high = inputs
     ctx.state_dtype = None if initial_state is None else initial_state.dtype
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[-1])
@@ -249,8 +246,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd_backward(
     ctx: Any, grad: Tensor | None, grad_last: Tensor | None, _: Tensor | None
 ) -> tuple[Any, ...]:
-    if not ctx.saved:
-        raise RuntimeError("lillama::ssd_scan has no gradient without save=True")
     *tensors, border = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(tensors[0])
@@ -259,7 +254,7 @@ def _autograd_backward(
     )
     found = [None if t is None else g for t, g in zip(tensors, grads, strict=False)]
     state = None if ctx.state_dtype is None else grads[-1].to(ctx.state_dtype)
-    return *found, state, None, None, None, None
+    return *found, state, None, None, None
 
 
 def _second_derivative(ctx: Any, grads: list[Tensor | None]) -> None:

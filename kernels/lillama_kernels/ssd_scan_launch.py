@@ -16,6 +16,7 @@ from lillama_kernels.compile_gate import Variant
 from lillama_kernels.launch import (
     DTYPES,
     SSD_MAX_STATE,
+    SsdKernel,
     Tile,
     ssd_steps_tile,
     ssd_tile,
@@ -29,11 +30,11 @@ __all__ = ["ssd_scan_bwd", "ssd_scan_fwd", "ssd_state_update", "variants"]
 kernels: Any = ssd_scan_triton  # jitted functions mean nothing to a type checker
 
 
-def _tile(x: Tensor, size: int, backward: bool) -> Tile:
+def _tile(kernel: SsdKernel, x: Tensor, size: int) -> Tile:
     target = target_of(x.device)
     if target is None:
         raise NotImplementedError(f"no Triton tiles for the GPU {x.device}; use the reference")
-    return ssd_tile(target, x.dtype, x.shape[-1], size, backward)
+    return ssd_tile(kernel, target, x.dtype, x.shape[-1], size)
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -60,6 +61,28 @@ def _steps(
     return out
 
 
+def _states(
+    x: Tensor, steps: Tensor, B: Tensor, first: Tensor | None, reverse: bool, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk [B, nh, chunks, S, P] in x's dtype, which is what the products
+    take, and the last one [B, nh, P, S] fp32; with reverse their gradients, see the kernel."""
+    (batch, length, heads, width), (groups, size) = x.shape, B.shape[2:]
+    border = x.new_empty((*steps.shape[:3], size, width))
+    last = x.new_empty((batch, heads, width, size), dtype=torch.float32)
+    programs = triton.cdiv(width, tile.blocks["BLOCK_P"]) * heads * batch
+    kernels.ssd_states_kernel[(programs,)](
+        x, steps, B, _or(first, x), border, last, length, heads, heads // groups,
+        *x.stride()[:3], *B.stride()[:3], P=width, S=size, HAS_FIRST=first is not None,
+        REVERSE=reverse, **tile.blocks, **tile.options,
+    )  # fmt: skip
+    return border, last
+
+
+def _empty_state(x: Tensor, B: Tensor) -> Tensor:
+    batch, _, heads, width = x.shape
+    return x.new_zeros((batch, heads, width, B.shape[3]), dtype=torch.float32)
+
+
 def ssd_scan_fwd(
     x: Tensor,
     dt: Tensor,
@@ -72,28 +95,24 @@ def ssd_scan_fwd(
     softplus: bool,
     low: float,
     high: float,
-    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, T, nh, P]; the last state; with save the states that enter each chunk
-    [B, nh, chunks, S, P], else empty. States are fp32."""
-    (batch, steps, heads, width), size = x.shape, B.shape[3]
-    tile = _tile(x, size, False)
-    chunks = triton.cdiv(steps, tile.blocks["BLOCK_T"])
-    border = x.new_empty(
-        (batch, heads, chunks, size, width) if save else (0,), dtype=torch.float32
-    )
-    y, last = x.new_empty(x.shape), x.new_empty((batch, heads, width, size), dtype=torch.float32)
+    """y [B, T, nh, P]; the last state [B, nh, P, S] fp32; the states that enter each chunk
+    [B, nh, chunks, S, P] in x's dtype."""
+    (batch, length, heads, width), (groups, size) = x.shape, B.shape[2:]
+    tile, states = (_tile(name, x, size) for name in ("output", "states"))
+    y = x.new_empty(x.shape)
+    chunks = triton.cdiv(length, tile.blocks["BLOCK_T"])
+    if y.numel() == 0:
+        return y, _empty_state(x, B), x.new_empty((batch, heads, chunks, size, width))
     x, B, C = map(_dense, (x, B, C))
-    programs = triton.cdiv(width, tile.blocks["BLOCK_P"]) * heads * batch
-    if programs == 0:
-        return y, last, border
+    slices = triton.cdiv(width, tile.blocks["BLOCK_P"])
     with current_device_of(x):
-        given = _steps(dt, A, bias, softplus, low, high, tile)
-        kernels.ssd_scan_fwd_kernel[(programs,)](
-            x, given, B, C, _or(D, x), _or(first, x), y, last, border if save else last,
-            steps, heads, heads // B.shape[2], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-            P=width, S=size, HAS_D=D is not None, HAS_FIRST=first is not None, SAVE=save,
-            **tile.blocks, **tile.options,
+        steps = _steps(dt, A, bias, softplus, low, high, tile)
+        border, last = _states(x, steps, B, first, False, states)
+        kernels.ssd_output_kernel[(slices * heads * chunks * batch,)](
+            x, steps, B, C, _or(D, x), border, y, length, chunks, heads, heads // groups,
+            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], P=width, S=size,
+            HAS_D=D is not None, **tile.blocks, **tile.options,
         )  # fmt: skip
     return y, last, border
 
@@ -119,41 +138,42 @@ def ssd_scan_bwd(
     Each program writes what it has of dt, B and C for its own head and slice of P, fp32; PyTorch
     adds the slices and the heads of a group up, in the same order every time.
     """
-    (batch, steps, heads, width), (groups, size) = x.shape, B.shape[2:]
-    tile = _tile(x, size, True)
+    (batch, length, heads, width), (groups, size) = x.shape, B.shape[2:]
+    tile, states = (_tile(name, x, size) for name in ("gradient", "states"))
     slices, block = triton.cdiv(width, tile.blocks["BLOCK_P"]), tile.blocks["BLOCK_T"]
     dx, per_group, chunks = x.new_empty(x.shape), heads // groups, border.shape[2]
     grad, x, B, C = map(_dense, (grad, x, B, C))
 
     def partial(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=torch.float32)
+        # nothing computes them where there are no batches, heads or channels
+        return (x.new_empty if dx.numel() else x.new_zeros)(shape, dtype=torch.float32)
 
-    ddt, dA = partial(batch, heads, steps), partial(batch, heads, chunks)
-    parts, whole = partial(slices, *dA.shape, 4, block), partial(slices, *dA.shape)
-    dB, dC = (partial(slices, batch, steps, heads, size) for _ in range(2))
-    dD = partial(0) if D is None else partial(slices, batch, heads)
-    dfirst = partial(batch, heads, width, size)
+    ddt, dA = partial(batch, heads, length), partial(batch, heads, chunks)
+    parts, ones = partial(slices, *dA.shape, 4, block), partial(slices, *dA.shape, 2)
+    dB, dC = (partial(slices, batch, length, heads, size) for _ in range(2))
+    dfirst = _empty_state(x, B)
     if dx.numel():
         with current_device_of(x):
-            given = _steps(dt, A, bias, softplus, low, high, tile)
-            kernels.ssd_scan_bwd_kernel[(slices * heads * batch,)](
-                grad, _or(grad_last, x), x, given, B, C, _or(D, x), border,
-                dx, parts, whole, dB, dC, dD, dfirst, steps, batch, heads, per_group,
-                *grad.stride()[:3], *x.stride()[:3], *B.stride()[:3], *C.stride()[:3],
-                P=width, S=size, HAS_D=D is not None, HAS_LAST=grad_last is not None,
+            steps = _steps(dt, A, bias, softplus, low, high, tile)
+            right, dfirst = _states(grad, steps, C, grad_last, True, states)
+            kernels.ssd_grad_kernel[(slices * heads * chunks * batch,)](
+                grad, x, steps, B, C, _or(D, x), border, right, dx, parts, ones, dB, dC,
+                length, chunks, batch, heads, per_group, *grad.stride()[:3], *x.stride()[:3],
+                *B.stride()[:3], *C.stride()[:3], P=width, S=size, HAS_D=D is not None,
                 **tile.blocks, **tile.options,
             )  # fmt: skip
             kernels.ssd_steps_bwd_kernel[(dA.numel(),)](
-                dt, A.contiguous(), _or(bias, dt), given, parts, whole, ddt, dA,
-                dA.numel(), steps, heads, chunks, *dt.stride(), low, high,
+                dt, A.contiguous(), _or(bias, dt), steps, parts, ones, ddt, dA,
+                dA.numel(), length, heads, chunks, *dt.stride(), low, high,
                 BLOCK_T=block, SLICES=slices, SOFTPLUS=softplus, HAS_BIAS=bias is not None,
                 **ssd_steps_tile().options,
             )  # fmt: skip
-    of_groups = (slices, batch, steps, groups, per_group, size)
+    of_groups = (slices, batch, length, groups, per_group, size)
     dB, dC = (t.view(of_groups).sum((0, 4)) for t in (dB, dC))
     return [
         dx, ddt.transpose(1, 2).to(dt.dtype), dA.sum((0, 2)).to(A.dtype),
-        dB.to(B.dtype), dC.to(C.dtype), dD if D is None else dD.sum((0, 1)).to(D.dtype),
+        dB.to(B.dtype), dC.to(C.dtype),
+        partial(0) if D is None else ones[..., 1].sum((0, 1, 3)).to(D.dtype),
         partial(0) if bias is None else ddt.sum((0, 2)).to(bias.dtype), dfirst,
     ]  # fmt: skip
 
@@ -191,14 +211,15 @@ def ssd_state_update(
 
 # What the compile gate compiles: each kernel as the launchers above call it, A, D, the bias and
 # the states fp32 as in a trained model, all else in dtype
-SAME_POINTERS = ("x_ptr", "dt_ptr", "b_ptr", "c_ptr", "y_ptr", "grad_ptr", "dx_ptr")
+SAME_POINTERS = ("x_ptr", "dt_ptr", "b_ptr", "c_ptr", "y_ptr", "grad_ptr", "dx_ptr", "border_ptr",
+                 "right_ptr")  # fmt: skip
 
 
 def _variant(
     name: str, kernel: Any, dtype: torch.dtype, tile: Tile, size: int, **flags: bool
 ) -> Variant:
     names = [p.name for p in kernel.params]
-    everything = {n: True for n in names if n.startswith("HAS_") or n in ("SOFTPLUS", "SAVE")}
+    everything = {n: True for n in names if n.startswith("HAS_") or n in ("SOFTPLUS", "REVERSE")}
     constants: dict[str, Any] = everything | flags | dict(tile.blocks) | {"P": 64, "S": size, "SLICES": 2}
     constants = {key: value for key, value in constants.items() if key in names}
     signature: dict[str, Any] = {}
@@ -216,31 +237,27 @@ def _variant(
             constants[key] = 1
         else:
             signature[key] = "i32"
-    matrix = "any" if dtype != torch.float32 and name[:3] in ("fwd", "bwd") else "none"
-    label = f"ssd_scan {name} {DTYPES[dtype]}"
+    products = dtype != torch.float32 and name in ("states", "output", "gradient")
+    matrix = "any" if products else "none"
+    label = f"ssd_scan {name} S{size} {DTYPES[dtype]}"
     return Variant(label, kernel, signature, constants, tile.options, matrix)
 
 
 def variants(target: str) -> list[Variant]:
-    """Every tile that the launchers use, at heads of 64 channels and every size of state."""
-    forward, backward = kernels.ssd_scan_fwd_kernel, kernels.ssd_scan_bwd_kernel
+    """Every tile that the launchers use, at heads of 64 channels."""
+    main: dict[SsdKernel, Any] = {
+        "states": kernels.ssd_states_kernel,
+        "output": kernels.ssd_output_kernel,
+        "gradient": kernels.ssd_grad_kernel,
+    }
+    shapes = [(d, s) for d in (torch.float32, torch.bfloat16) for s in (16, 128, SSD_MAX_STATE)]
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in (16, 64, 128, SSD_MAX_STATE):
-            for name, kernel in (("fwd", forward), ("bwd", backward)):
-                tile = ssd_tile(target, dtype, 64, size, name == "bwd")
-                found.append(_variant(f"{name} S{size}", kernel, dtype, tile, size))
-    for name, kernel in (("fwd", forward), ("bwd", backward)):
-        tile = ssd_tile(target, torch.float16, 64, 128, name == "bwd")
-        found.append(_variant(f"{name} S128", kernel, torch.float16, tile, 128))
+    for dtype, size in [*shapes, (torch.float16, 128)]:
+        for name, kernel in main.items():
+            tile = ssd_tile(name, target, dtype, 64, size)
+            found.append(_variant(name, kernel, dtype, tile, size))
     steps = dataclasses.replace(ssd_steps_tile(), blocks={"BLOCK_T": 64})
-    for name, kernel in (
-        ("steps", kernels.ssd_steps_kernel), ("steps_bwd", kernels.ssd_steps_bwd_kernel)
-    ):
-        found.append(_variant(name, kernel, torch.bfloat16, steps, 128))
-    for dtype in DTYPES:
-        tile = ssd_update_tile(128)
-        found.append(
-            _variant("update S128", kernels.ssd_state_update_kernel, dtype, tile, 128)
-        )
-    return found
+    found.append(_variant("steps", kernels.ssd_steps_kernel, torch.bfloat16, steps, 64))
+    found.append(_variant("steps_bwd", kernels.ssd_steps_bwd_kernel, torch.bfloat16, steps, 64))
+    update = kernels.ssd_state_update_kernel
+    return found + [_variant("update", update, d, ssd_update_tile(128), 128) for d in DTYPES]

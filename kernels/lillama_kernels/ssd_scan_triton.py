@@ -3,15 +3,18 @@
 # pyright: reportArgumentType=false
 """Triton kernels of ssd_scan: forward, backward and one step.
 
-A program of the main kernels has BLOCK_P channels of one head of one sequence and walks through time
-in chunks of BLOCK_T, with the state [BLOCK_S, BLOCK_P] (backward: its gradient) in registers. Within
-a chunk all is matrix products: y = M x + e^a C h with M_ts = C_t.B_s e^(a_t - a_s) dt_s for s <= t,
-where a are the sums of dt A from the chunk's start. Steps past T have dt = 0 and change nothing.
+Time is cut into chunks of BLOCK_T. Within one all is matrix products: y = M x + e^a C h with M_ts =
+C_t.B_s e^(a_t - a_s) dt_s for s <= t, where a are the sums of dt A from the chunk's start and h is
+the state before it. Steps past T have dt = 0 and change nothing.
 
-The steps kernel in front of them writes dt and a; in the main kernels the layouts of the products
-would compute them 16 times over. a is summed in fp64 and kept as two fp32 numbers, so that
-differences of large sums stay exact; exponents are never positive. The one behind backward turns the
-gradients of the products' factors into those of dt and A.
+Forward: the steps kernel writes dt and a, the states kernel walks through the chunks and leaves the
+state [BLOCK_S, BLOCK_P] at each border, the output kernel computes all chunks side by side. Backward:
+the states kernel walks back with the state's gradient, the gradient kernel computes all chunks side
+by side, and the last one turns the gradients of the products' factors into those of dt and A.
+
+The steps have a kernel of their own: the layouts of the products would compute them 16 times over. a
+is summed in fp64 and kept as two fp32 numbers, so that differences of large sums stay exact;
+exponents are never positive.
 
 The last dimension of x, B, C and of the gradient of y is dense; all else but dt is contiguous.
 Offsets within a chunk are 32-bit, its start's 64-bit.
@@ -21,9 +24,10 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "ssd_scan_bwd_kernel",
-    "ssd_scan_fwd_kernel",
+    "ssd_grad_kernel",
+    "ssd_output_kernel",
     "ssd_state_update_kernel",
+    "ssd_states_kernel",
     "ssd_steps_bwd_kernel",
     "ssd_steps_kernel",
 ]
@@ -111,19 +115,34 @@ def _rows(ptr, offs_t, offs_c, stride, mask, kind):
 
 @triton.jit
 def _decays(steps, offs, BLOCK_T: tl.constexpr):
-    """dt; e^(a_t - a_s) [BLOCK_T, BLOCK_T] for s <= t, else 0; e^a_t; e^(a_end - a_s); e^a_end."""
-    dt = tl.load(steps + offs)
+    """e^(a_t - a_s) [BLOCK_T, BLOCK_T] for s <= t, else 0."""
     a, rest = tl.load(steps + BLOCK_T + offs), tl.load(steps + 2 * BLOCK_T + offs)
-    end, end_rest = tl.load(steps + 2 * BLOCK_T - 1), tl.load(steps + 3 * BLOCK_T - 1)
     since = (a[:, None] - a[None, :]) + (rest[:, None] - rest[None, :])
-    between = tl.exp(tl.where(offs[:, None] >= offs[None, :], since, float("-inf")))
-    return dt, between, tl.exp(a), tl.exp((end - a) + (end_rest - rest)), tl.exp(end)
+    return tl.exp(tl.where(offs[:, None] >= offs[None, :], since, float("-inf")))
 
 
 @triton.jit
-def _place(heads, P, BLOCK_P: tl.constexpr):
-    """Batch, head, slice of P and its channels: heads of a batch are neighbours, they share B, C."""
-    program = tl.program_id(0)
+def _until_end(steps, offs, BLOCK_T: tl.constexpr):
+    """e^(a_end - a_s)."""
+    a, rest = tl.load(steps + BLOCK_T + offs), tl.load(steps + 2 * BLOCK_T + offs)
+    end, end_rest = tl.load(steps + 2 * BLOCK_T - 1), tl.load(steps + 3 * BLOCK_T - 1)
+    return tl.exp((end - a) + (end_rest - rest))
+
+
+@triton.jit
+def _weights(steps, offs, BLOCK_T: tl.constexpr, FROM_START: tl.constexpr):
+    """e^a_t, or what x_s (x) B_s counts for at the chunk's end; and e^a_end."""
+    whole = tl.exp(tl.load(steps + 2 * BLOCK_T - 1))
+    if FROM_START:
+        return tl.exp(tl.load(steps + BLOCK_T + offs)), whole
+    else:
+        return _until_end(steps, offs, BLOCK_T) * tl.load(steps + offs), whole
+
+
+@triton.jit
+def _place(program, heads, P, BLOCK_P: tl.constexpr):
+    """Batch (or batch and chunk), head, slice of P and its channels: heads are neighbours, they
+    share B and C."""
     slices = tl.cdiv(P, BLOCK_P)
     part = program % slices
     rest = program // slices
@@ -132,148 +151,165 @@ def _place(heads, P, BLOCK_P: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T"])
-def ssd_scan_fwd_kernel(
-    x_ptr, steps_ptr, b_ptr, c_ptr, d_ptr, first_ptr, y_ptr, last_ptr, border_ptr,
-    T, heads, per_group, x_sb, x_st, x_sh, b_sb, b_st, b_sg, c_sb, c_st, c_sg,
+def ssd_states_kernel(
+    x_ptr, steps_ptr, b_ptr, first_ptr, border_ptr, last_ptr,
+    T, heads, per_group, x_sb, x_st, x_sh, b_sb, b_st, b_sg,
     P: tl.constexpr, S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_D: tl.constexpr, HAS_FIRST: tl.constexpr, SAVE: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
+    """The state before each chunk, and the last. With REVERSE the gradient of the state after each
+    chunk, and of the first: x is then the gradient of y, b is C, first is the last's gradient."""
     kind = x_ptr.dtype.element_ty
-    batch, head, _, offs_p = _place(heads, P, BLOCK_P)
-    group = head // per_group
+    batch, head, _, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
     offs, offs_s = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
     mask_p, mask_s = (offs_p < P)[None, :], (offs_s < S)[None, :]
     mask_h = (offs_s < S)[:, None] & mask_p
     x_ptr += batch * x_sb + head * x_sh
-    b_ptr += batch * b_sb + group * b_sg
-    c_ptr += batch * c_sb + group * c_sg
-    y_ptr += (batch * T * heads + head) * P
-    chunks = tl.cdiv(T, BLOCK_T)
+    b_ptr += batch * b_sb + (head // per_group) * b_sg
     row = batch * heads + head
-    steps_ptr += row * chunks * (3 * BLOCK_T)
-    border_ptr += row * chunks * (P * S)
+    chunks = tl.cdiv(T, BLOCK_T)
+    place = batch * 0  # 64 bits
+    step = 1
+    if REVERSE:
+        place += chunks - 1
+        step = -1
     of_state = row * (P * S) + offs_p[None, :] * S + offs_s[:, None]
-    skip = _of_head(d_ptr, head, HAS_D)
     h = tl.zeros((BLOCK_S, BLOCK_P), dtype=tl.float32)
     if HAS_FIRST:
         h = tl.load(first_ptr + of_state, mask=mask_h, other=0.0).to(tl.float32)
-    start = batch * 0  # 64 bits
     for _ in range(chunks):
+        start = place * BLOCK_T
         mask_t = (offs < T - start)[:, None]
         x = _rows(x_ptr + start * x_st, offs, offs_p, x_st, mask_t & mask_p, kind)
         B = _rows(b_ptr + start * b_st, offs, offs_s, b_st, mask_t & mask_s, kind)
-        C = _rows(c_ptr + start * c_st, offs, offs_s, c_st, mask_t & mask_s, kind)
-        dt, between, since_start, until_end, whole = _decays(steps_ptr, offs, BLOCK_T)
-        if SAVE:
-            tl.store(border_ptr + (offs_s[:, None] * P + offs_p[None, :]), h, mask=mask_h)
-            border_ptr += P * S
-        # dt goes into M and B, not x: one rounding a product in 16 bits
-        scores = (_dot(C, tl.trans(B)) * between * dt[None, :]).to(kind)
-        y = _dot(C, h.to(kind)) * since_start[:, None] + _dot(scores, x)
-        y += skip * x.to(tl.float32)
-        out = y_ptr + start * heads * P + (offs[:, None] * (heads * P) + offs_p[None, :])
-        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_t & mask_p)
-        weighted = (B.to(tl.float32) * (until_end * dt)[:, None]).to(kind)
+        steps = steps_ptr + (row * chunks + place) * (3 * BLOCK_T)
+        weight, whole = _weights(steps, offs, BLOCK_T, REVERSE)
+        out = border_ptr + (row * chunks + place) * (P * S)
+        out += offs_s[:, None] * P + offs_p[None, :]
+        tl.store(out, h.to(border_ptr.dtype.element_ty), mask=mask_h)
+        weighted = (B.to(tl.float32) * weight[:, None]).to(kind)
         h = h * whole + _dot(tl.trans(weighted), x)
-        steps_ptr += 3 * BLOCK_T
-        start += BLOCK_T
+        place += step
     tl.store(last_ptr + of_state, h, mask=mask_h)
 
 
-@triton.jit(do_not_specialize=["T", "batches"])
-def ssd_scan_bwd_kernel(
-    grad_ptr, grad_last_ptr, x_ptr, steps_ptr, b_ptr, c_ptr, d_ptr, border_ptr,
-    dx_ptr, parts_ptr, whole_ptr, db_ptr, dc_ptr, dd_ptr, dfirst_ptr,
-    T, batches, heads, per_group, grad_sb, grad_st, grad_sh, x_sb, x_st, x_sh, b_sb, b_st, b_sg,
-    c_sb, c_st, c_sg,
+@triton.jit(do_not_specialize=["T", "chunks"])
+def ssd_output_kernel(
+    x_ptr, steps_ptr, b_ptr, c_ptr, d_ptr, border_ptr, y_ptr,
+    T, chunks, heads, per_group, x_sb, x_st, x_sh, b_sb, b_st, b_sg, c_sb, c_st, c_sg,
     P: tl.constexpr, S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_S: tl.constexpr, HAS_D: tl.constexpr, HAS_LAST: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
-    """parts [slices, B, nh, chunks, 4, BLOCK_T] and whole [slices, B, nh, chunks]: what
-    ssd_steps_bwd_kernel takes. db and dc [slices, B, T, nh, S]."""
+    """y of one chunk."""
     kind = x_ptr.dtype.element_ty
-    batch, head, part, offs_p = _place(heads, P, BLOCK_P)
-    group = head // per_group
+    place, head, _, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
+    batch, chunk = place // chunks, place % chunks
+    start, group = chunk * BLOCK_T, head // per_group
     offs, offs_s = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
-    mask_p, mask_s = (offs_p < P)[None, :], (offs_s < S)[None, :]
-    mask_h = (offs_s < S)[:, None] & mask_p
-    grad_ptr += batch * grad_sb + head * grad_sh
-    x_ptr += batch * x_sb + head * x_sh
-    b_ptr += batch * b_sb + group * b_sg
-    c_ptr += batch * c_sb + group * c_sg
-    dx_ptr += (batch * T * heads + head) * P
-    chunks = tl.cdiv(T, BLOCK_T)
-    row = batch * heads + head
-    steps_ptr += (row * chunks + chunks - 1) * (3 * BLOCK_T)  # the last chunk comes first
-    border_ptr += (row * chunks + chunks - 1) * (P * S)
-    of_state = row * (P * S) + offs_p[None, :] * S + offs_s[:, None]
-    row += part * batches * heads
-    parts_ptr += (row * chunks + chunks - 1) * (4 * BLOCK_T)
-    whole_ptr += row * chunks + chunks - 1
-    of_slice = ((part * batches + batch) * T * heads + head) * S
-    db_ptr += of_slice
-    dc_ptr += of_slice
-    skip = _of_head(d_ptr, head, HAS_D)
-    of_skip = tl.zeros((BLOCK_T,), tl.float32)
-    g = tl.zeros((BLOCK_S, BLOCK_P), dtype=tl.float32)  # gradient of the state after the chunk
-    if HAS_LAST:
-        g = tl.load(grad_last_ptr + of_state, mask=mask_h, other=0.0).to(tl.float32)
-    start = batch * 0 + (chunks - 1) * BLOCK_T  # 64 bits
-    for _ in range(chunks):
-        mask_t = (offs < T - start)[:, None]
-        x = _rows(x_ptr + start * x_st, offs, offs_p, x_st, mask_t & mask_p, kind)
-        dy = _rows(grad_ptr + start * grad_st, offs, offs_p, grad_st, mask_t & mask_p, kind)
-        B = _rows(b_ptr + start * b_st, offs, offs_s, b_st, mask_t & mask_s, kind)
-        C = _rows(c_ptr + start * c_st, offs, offs_s, c_st, mask_t & mask_s, kind)
-        dt, between, since_start, until_end, whole = _decays(steps_ptr, offs, BLOCK_T)
-        # x: M^T dy, what it entered the state with, D
-        scores = _dot(C, tl.trans(B)) * between
-        entry = _dot(B, g.to(kind))  # [BLOCK_T, BLOCK_P]
-        of_entry = tl.sum(entry * x.to(tl.float32), axis=1) * until_end
-        dx = entry * (until_end * dt)[:, None] + skip * dy.to(tl.float32)
-        dx += _dot(tl.trans((scores * dt[None, :]).to(kind)), dy)
-        out = dx_ptr + start * heads * P + (offs[:, None] * (heads * P) + offs_p[None, :])
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask_t & mask_p)
-        if HAS_D:
-            of_skip += tl.sum(dy.to(tl.float32) * x.to(tl.float32), axis=1)
-        # B and C: through M, and through the state
-        of_scores = _dot(dy, tl.trans(x))
-        scores *= of_scores
-        of_products = (of_scores * between * dt[None, :]).to(kind)
-        rows = start * heads * S + (offs[:, None] * (heads * S) + offs_s[None, :])
-        dB = _dot(x, tl.trans(g.to(kind))) * (until_end * dt)[:, None]
-        dB += _dot(tl.trans(of_products), C)
-        tl.store(db_ptr + rows, dB, mask=mask_t & mask_s)
-        place = border_ptr + (offs_s[:, None] * P + offs_p[None, :])
-        h = tl.load(place, mask=mask_h, other=0.0)
-        tl.store(whole_ptr, tl.sum(tl.sum(g * h, axis=1), axis=0) * whole)
-        dC = _dot(dy, tl.trans(h.to(kind))) * since_start[:, None]
-        later = tl.sum(dC * C.to(tl.float32), axis=1)
-        dC += _dot(of_products, B)
-        tl.store(dc_ptr + rows, dC, mask=mask_t & mask_s)
-        # dt and A: through dt_s in M; through the state; through decays that end at t, and that
-        # begin at s. Each vector has its own layout, so they meet in memory.
-        place = parts_ptr + offs
-        tl.store(place, tl.sum(scores, axis=0))
-        tl.store(place + BLOCK_T, of_entry)
-        scores = tl.where(offs[:, None] > offs[None, :], scores * dt[None, :], 0.0)
-        tl.store(place + 2 * BLOCK_T, later + tl.sum(scores, axis=1))
-        tl.store(place + 3 * BLOCK_T, tl.sum(scores, axis=0))
-        weighted = (C.to(tl.float32) * since_start[:, None]).to(kind)
-        g = g * whole + _dot(tl.trans(weighted), dy)
-        steps_ptr -= 3 * BLOCK_T
-        border_ptr -= P * S
-        parts_ptr -= 4 * BLOCK_T
-        whole_ptr -= 1
-        start -= BLOCK_T
-    tl.store(dfirst_ptr + of_state, g, mask=mask_h)
+    mask_t = (offs < T - start)[:, None]
+    mask_x, mask_s = mask_t & (offs_p < P)[None, :], (offs_s < S)[None, :]
+    mask_h = (offs_s < S)[:, None] & (offs_p < P)[None, :]
+    x_ptr += batch * x_sb + start * x_st + head * x_sh
+    b_ptr += batch * b_sb + start * b_st + group * b_sg
+    c_ptr += batch * c_sb + start * c_st + group * c_sg
+    place = (batch * heads + head) * chunks + chunk
+    of_state = place * (P * S) + (offs_s[:, None] * P + offs_p[None, :])
+    h = tl.load(border_ptr + of_state, mask=mask_h, other=0.0)
+    C = _rows(c_ptr, offs, offs_s, c_st, mask_t & mask_s, kind)
+    B = _rows(b_ptr, offs, offs_s, b_st, mask_t & mask_s, kind)
+    x = _rows(x_ptr, offs, offs_p, x_st, mask_x, kind)
+    steps = steps_ptr + place * (3 * BLOCK_T)
+    since_start, _ = _weights(steps, offs, BLOCK_T, True)
+    y = _dot(C, h.to(kind)) * since_start[:, None]
+    # dt goes into M, not x: one rounding a product in 16 bits
+    scores = _dot(C, tl.trans(B)) * _decays(steps, offs, BLOCK_T)
+    y += _dot((scores * tl.load(steps + offs)[None, :]).to(kind), x)
     if HAS_D:
-        tl.store(dd_ptr + row, tl.sum(of_skip, axis=0))
+        y += tl.load(d_ptr + head).to(tl.float32) * x.to(tl.float32)
+    y_ptr += ((batch * T + start) * heads + head) * P
+    out = y_ptr + (offs[:, None] * (heads * P) + offs_p[None, :])
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_x)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "batches"])
+def ssd_grad_kernel(
+    grad_ptr, x_ptr, steps_ptr, b_ptr, c_ptr, d_ptr, border_ptr, right_ptr,
+    dx_ptr, parts_ptr, ones_ptr, db_ptr, dc_ptr,
+    T, chunks, batches, heads, per_group, grad_sb, grad_st, grad_sh, x_sb, x_st, x_sh,
+    b_sb, b_st, b_sg, c_sb, c_st, c_sg,
+    P: tl.constexpr, S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr, HAS_D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk. right: of the state after it. parts [slices, B, nh, chunks, 4, BLOCK_T]
+    and ones [slices, B, nh, chunks, 2] are what ssd_steps_bwd_kernel takes, and D's gradient; db and
+    dc [slices, B, T, nh, S]."""
+    kind = x_ptr.dtype.element_ty
+    place, head, part, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
+    batch, chunk = place // chunks, place % chunks
+    start, group = chunk * BLOCK_T, head // per_group
+    offs, offs_s = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_S)
+    mask_t = (offs < T - start)[:, None]
+    mask_x, mask_b = mask_t & (offs_p < P)[None, :], mask_t & (offs_s < S)[None, :]
+    mask_h = (offs_s < S)[:, None] & (offs_p < P)[None, :]
+    grad_ptr += batch * grad_sb + start * grad_st + head * grad_sh
+    x_ptr += batch * x_sb + start * x_st + head * x_sh
+    b_ptr += batch * b_sb + start * b_st + group * b_sg
+    c_ptr += batch * c_sb + start * c_st + group * c_sg
+    dx_ptr += ((batch * T + start) * heads + head) * P
+    row = ((part * batches + batch) * heads + head) * chunks + chunk
+    rows = ((part * batches + batch) * T + start) * heads * S + head * S
+    rows = rows + (offs[:, None] * (heads * S) + offs_s[None, :])
+    place = (batch * heads + head) * chunks + chunk
+    of_state = place * (P * S) + (offs_s[:, None] * P + offs_p[None, :])
+    steps = steps_ptr + place * (3 * BLOCK_T)
+    x = _rows(x_ptr, offs, offs_p, x_st, mask_x, kind)
+    dy = _rows(grad_ptr, offs, offs_p, grad_st, mask_x, kind)
+    B = _rows(b_ptr, offs, offs_s, b_st, mask_b, kind)
+    C = _rows(c_ptr, offs, offs_s, c_st, mask_b, kind)
+    parts = parts_ptr + row * (4 * BLOCK_T) + offs
+    g = tl.load(right_ptr + of_state, mask=mask_h, other=0.0)
+    h = tl.load(border_ptr + of_state, mask=mask_h, other=0.0)
+    since_start, whole = _weights(steps, offs, BLOCK_T, True)
+    product = g.to(tl.float32) * h.to(tl.float32)
+    tl.store(ones_ptr + row * 2, tl.sum(tl.sum(product, axis=1), axis=0) * whole)
+    # through the states: C, then B and x
+    dC = _dot(dy, tl.trans(h.to(kind))) * since_start[:, None]
+    later = tl.sum(dC * C.to(tl.float32), axis=1)
+    until_end = _until_end(steps, offs, BLOCK_T)
+    dt_rows = tl.load(steps + offs)[:, None]
+    dB = _dot(x, tl.trans(g.to(kind))) * until_end[:, None] * dt_rows
+    dx = _dot(B, g.to(kind)) * until_end[:, None]
+    tl.store(parts + BLOCK_T, tl.sum(dx * x.to(tl.float32), axis=1))
+    dx *= dt_rows
+    # through M
+    between = _decays(steps, offs, BLOCK_T)
+    scores = _dot(C, tl.trans(B)) * between
+    dt = tl.load(steps + offs)
+    dx += _dot(tl.trans((scores * dt[None, :]).to(kind)), dy)
+    if HAS_D:
+        dx += tl.load(d_ptr + head).to(tl.float32) * dy.to(tl.float32)
+        product = dy.to(tl.float32) * x.to(tl.float32)
+        tl.store(ones_ptr + row * 2 + 1, tl.sum(tl.sum(product, axis=1), axis=0))
+    out = dx_ptr + (offs[:, None] * (heads * P) + offs_p[None, :])
+    tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
+    of_scores = _dot(dy, tl.trans(x))
+    scores *= of_scores
+    products = (of_scores * between * dt[None, :]).to(kind)
+    dC += _dot(products, B)
+    tl.store(dc_ptr + rows, dC, mask=mask_b)
+    dB += _dot(tl.trans(products), C)
+    tl.store(db_ptr + rows, dB, mask=mask_b)
+    # dt and A: through dt in M; through decays that end at t, and that begin at s. Each vector has
+    # a layout of its own, so they meet in memory.
+    tl.store(parts, tl.sum(scores, axis=0))
+    scores = tl.where(offs[:, None] > offs[None, :], scores * dt[None, :], 0.0)
+    tl.store(parts + 2 * BLOCK_T, later + tl.sum(scores, axis=1))
+    tl.store(parts + 3 * BLOCK_T, tl.sum(scores, axis=0))
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "dt_sb", "low", "high", "rows"])
 def ssd_steps_bwd_kernel(
-    dt_ptr, a_ptr, bias_ptr, steps_ptr, parts_ptr, whole_ptr, ddt_ptr, da_ptr,
+    dt_ptr, a_ptr, bias_ptr, steps_ptr, parts_ptr, ones_ptr, ddt_ptr, da_ptr,
     rows, T, heads, chunks, dt_sb, dt_st, dt_sh, low, high,
     BLOCK_T: tl.constexpr, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -299,7 +335,7 @@ def ssd_steps_bwd_kernel(
         entry += tl.load(parts + BLOCK_T)
         later += tl.load(parts + 2 * BLOCK_T).to(tl.float64)
         later -= tl.load(parts + 3 * BLOCK_T).to(tl.float64)
-        of_whole += tl.load(whole_ptr + row)
+        of_whole += tl.load(ones_ptr + row * 2)
     entered = (entry * dt).to(tl.float64)
     log = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(entered, axis=0) - entered
     log = log.to(tl.float32) + of_whole
@@ -320,7 +356,7 @@ def ssd_state_update_kernel(
     P: tl.constexpr, S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    batch, head, _, offs_p = _place(heads, P, BLOCK_P)
+    batch, head, _, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
     group = head // per_group
     offs_s = tl.arange(0, BLOCK_S)
     mask_p, mask_s = offs_p < P, offs_s < S
