@@ -366,7 +366,7 @@ def conv_step_tile() -> Tile:
 # ssd_scan
 
 SSD_MAX_STATE = 256
-SsdKernel = Literal["states", "output", "gradient"]
+SsdKernel = Literal["states", "output", "gradient", "factors"]
 
 
 def ssd_tile(

@@ -70,6 +70,7 @@ def _states(
     border = x.new_empty((*steps.shape[:3], size, width))
     last = x.new_empty((batch, heads, width, size), dtype=torch.float32)
     programs = triton.cdiv(width, tile.blocks["BLOCK_P"]) * heads * batch
+    programs *= triton.cdiv(size, tile.blocks["BLOCK_S"])
     kernels.ssd_states_kernel[(programs,)](
         x, steps, B, _or(first, x), border, last, length, heads, heads // groups,
         *x.stride()[:3], *B.stride()[:3], P=width, S=size, HAS_FIRST=first is not None,
@@ -139,7 +140,7 @@ def ssd_scan_bwd(
     adds the slices and the heads of a group up, in the same order every time.
     """
     (batch, length, heads, width), (groups, size) = x.shape, B.shape[2:]
-    tile, states = (_tile(name, x, size) for name in ("gradient", "states"))
+    tile, states, factors = (_tile(name, x, size) for name in ("gradient", "states", "factors"))
     slices, block = triton.cdiv(width, tile.blocks["BLOCK_P"]), tile.blocks["BLOCK_T"]
     dx, per_group, chunks = x.new_empty(x.shape), heads // groups, border.shape[2]
     grad, x, B, C = map(_dense, (grad, x, B, C))
@@ -156,11 +157,16 @@ def ssd_scan_bwd(
         with current_device_of(x):
             steps = _steps(dt, A, bias, softplus, low, high, tile)
             right, dfirst = _states(grad, steps, C, grad_last, True, states)
-            kernels.ssd_grad_kernel[(slices * heads * chunks * batch,)](
-                grad, x, steps, B, C, _or(D, x), border, right, dx, parts, ones, dB, dC,
-                length, chunks, batch, heads, per_group, *grad.stride()[:3], *x.stride()[:3],
-                *B.stride()[:3], *C.stride()[:3], P=width, S=size, HAS_D=D is not None,
+            strides = [n for t in (grad, x, B, C) for n in t.stride()[:3]]
+            kernels.ssd_grad_kernel[(slices * dA.numel(),)](
+                grad, x, steps, B, C, _or(D, x), border, right, dx, parts, ones, dA.numel(),
+                length, chunks, heads, per_group, *strides, P=width, S=size, HAS_D=D is not None,
                 **tile.blocks, **tile.options,
+            )  # fmt: skip
+            blocks = triton.cdiv(size, factors.blocks["BLOCK_S"])
+            kernels.ssd_grad_factors_kernel[(blocks * slices * dA.numel(),)](
+                grad, x, steps, B, C, border, right, dB, dC, length, chunks, batch, heads,
+                per_group, *strides, P=width, S=size, **factors.blocks, **factors.options,
             )  # fmt: skip
             kernels.ssd_steps_bwd_kernel[(dA.numel(),)](
                 dt, A.contiguous(), _or(bias, dt), steps, parts, ones, ddt, dA,
@@ -237,7 +243,7 @@ def _variant(
             constants[key] = 1
         else:
             signature[key] = "i32"
-    products = dtype != torch.float32 and name in ("states", "output", "gradient")
+    products = dtype != torch.float32 and not name.startswith(("steps", "update"))
     matrix = "any" if products else "none"
     label = f"ssd_scan {name} S{size} {DTYPES[dtype]}"
     return Variant(label, kernel, signature, constants, tile.options, matrix)
@@ -249,6 +255,7 @@ def variants(target: str) -> list[Variant]:
         "states": kernels.ssd_states_kernel,
         "output": kernels.ssd_output_kernel,
         "gradient": kernels.ssd_grad_kernel,
+        "factors": kernels.ssd_grad_factors_kernel,
     }
     shapes = [(d, s) for d in (torch.float32, torch.bfloat16) for s in (16, 128, SSD_MAX_STATE)]
     found = []
