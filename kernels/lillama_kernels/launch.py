@@ -25,9 +25,9 @@ __all__ = [
     "PDL_TARGETS",
     "SHARED_BYTES",
     "SSD_MAX_STATE",
-    "SsdKernel",
     "TARGETS",
     "ExpertsKernel",
+    "SsdKernel",
     "Tile",
     "chain_tile",
     "conv_step_tile",
@@ -47,7 +47,6 @@ __all__ = [
     "sequence_like",
     "ssd_steps_tile",
     "ssd_tile",
-    "ssd_update_tile",
     "target_of",
 ]
 
@@ -369,27 +368,30 @@ SSD_MAX_STATE = 256
 SsdKernel = Literal["states", "output", "gradient", "factors"]
 
 
-def ssd_tile(
-    kernel: SsdKernel, target: str, dtype: torch.dtype, width: int, size: int
-) -> Tile:
-    """BLOCK_T steps of a chunk, the same in every kernel; BLOCK_P channels of a head; BLOCK_S, all
-    states of a channel."""
-    block_s = max(16, 1 << (size - 1).bit_length())
-    block_p = max(16, 1 << (width - 1).bit_length())
-    if dtype == torch.float32:
-        blocks = {"BLOCK_T": 16, "BLOCK_P": min(block_p, 16), "BLOCK_S": block_s}
-        return Tile(blocks=blocks, num_warps=4, num_stages=1)
-    blocks = {"BLOCK_T": 64, "BLOCK_P": min(block_p, 64), "BLOCK_S": block_s}
-    return Tile(blocks=blocks, num_warps=4, num_stages=1)
+def ssd_tile(kernel: SsdKernel, target: str, dtype: torch.dtype, width: int, size: int) -> Tile:
+    """BLOCK_T steps of a chunk, the same in every kernel; BLOCK_P channels of a head; BLOCK_S of
+    the states of a channel. Four accumulators and mma.sync's operands leave "gradient" fewer of each.
+    """
+    half, gradient = dtype != torch.float32, kernel == "gradient"
+    block_p, block_s = (64, 64) if half else (32, 32)
+    if gradient and half and target in ("sm_80", "sm_89"):
+        block_p = 32
+    elif not half and kernel in ("gradient", "factors"):
+        block_s = 16
+    blocks = {
+        "BLOCK_T": 64 if half else 32,
+        "BLOCK_P": min(block_p, max(16, 1 << (width - 1).bit_length())),
+        "BLOCK_S": min(block_s, max(16, 1 << (size - 1).bit_length())),
+    }
+    warps = 8 if gradient and (not half or target == "sm_100") else 4
+    stages = 2 if half and kernel in ("states", "output") else 1
+    return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
 
 
-def ssd_steps_tile() -> Tile:
-    """Of the kernels around ssd_scan's main ones: a chunk of one head, BLOCK_T as theirs."""
-    return Tile(blocks={}, num_warps=1, num_stages=1)
-
-
-def ssd_update_tile(size: int) -> Tile:
-    """BLOCK_P channels of a single step, with all their states (BLOCK_S)."""
+def ssd_steps_tile(size: int | None = None) -> Tile:
+    """Of the kernels around them, a chunk of one head; or of one step with all states, BLOCK_S."""
+    if size is None:
+        return Tile(blocks={}, num_warps=1, num_stages=1)
     block_s = max(16, 1 << (size - 1).bit_length())
     blocks = {"BLOCK_P": max(1, 2048 // block_s), "BLOCK_S": block_s}
     return Tile(blocks=blocks, num_warps=4, num_stages=1)

@@ -1,5 +1,6 @@
-"""Mamba-2's head-wise scan in plain PyTorch: the specification, the oracle of the kernels' users, and
-the CPU path. Letters: B batch, T time steps, nh heads, P channels of a head, G groups, S state size.
+"""Mamba-2's head-wise scan in plain PyTorch: the specification and the CPU path.
+
+Letters: B batch, T time steps, nh heads, P channels of a head, G groups, S state size.
 
 Nothing here checks its arguments; the public function of the same name does that at the border.
 """
@@ -31,11 +32,9 @@ def _per_head(grouped: Tensor, heads: int, dim: int) -> Tensor:
     return grouped.repeat_interleave(heads // grouped.shape[dim], dim=dim, output_size=heads)
 
 
-def _chunk(
-    u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y [B, nh, t, P] and the state after it, of u [B, nh, t, P], log_decay [B, nh, t] fp64, B and C
-    [B, nh, t, S] and the state before it h [B, nh, P, S]."""
+def _chunk(u: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, nh, t, P] and the state after the chunk, of u [B, nh, t, P], log_decay [B, nh, t]
+    fp64, B and C [B, nh, t, S] and the state before it h [B, nh, P, S]."""
     steps, work = u.shape[2], u.dtype
     # Sums from s + 1 to t as differences of sums from the chunk's start. In fp64: where these are
     # large, the difference of two rounded to fp32 would be off by many roundings of the result.

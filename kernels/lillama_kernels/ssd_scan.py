@@ -1,4 +1,4 @@
-"""Mamba-2's head-wise scan over time, forward and backward, with carried state, and its one step."""
+"""Mamba-2's head-wise scan over time, forward and backward, with carried state, and one step."""
 
 import math
 from typing import Any
@@ -29,8 +29,8 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_(t-1) + dt_t x_t (x) B_t;  y_t = h_t C_t + D x_t, head by head.
 
-    Mamba-2's scan (Dao & Gu 2024, arXiv 2405.21060). dt is first replaced by clamp(softplus(dt +
-    dt_bias), *dt_limit), the softplus with dt_softplus only.
+    Mamba-2's scan (Dao & Gu 2024, arXiv 2405.21060). dt is first replaced by
+    clamp(softplus(dt + dt_bias), *dt_limit), the softplus with dt_softplus only.
 
     Args:
         x: [B, T, nh, P], floating point.
@@ -43,8 +43,8 @@ def ssd_scan(
             as attention kernels do.
 
     Returns:
-        y [B, T, nh, P] in x's dtype and the last state [B, nh, P, S] in fp32 (fp64 for fp64 inputs).
-        Differentiable in every tensor; with Triton once.
+        y [B, T, nh, P] in x's dtype and the last state [B, nh, P, S] in fp32 (fp64 for fp64
+        inputs). Differentiable in every tensor; with Triton once.
 
     Raises:
         ValueError: a shape does not fit (named), T is 0, dt_limit is not ordered or negative, or
@@ -223,9 +223,7 @@ def _backward(
     where they are None."""
     from lillama_kernels.ssd_scan_launch import ssd_scan_bwd
 
-    return ssd_scan_bwd(
-        grad, grad_last, x, dt, A, B, C, D, dt_bias, border, softplus, low, high
-    )
+    return ssd_scan_bwd(grad, grad_last, x, dt, A, B, C, D, dt_bias, border, softplus, low, high)
 
 
 @_backward.register_fake

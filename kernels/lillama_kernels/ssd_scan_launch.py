@@ -1,7 +1,7 @@
 """Launchers of ssd_scan's Triton kernels, and the list of what is compiled for each GPU.
 
 Inputs are as `ssd_scan.py` checks them. x, B, C and the gradient of y are copied where their last
-dimension is not dense, as are the small tensors and the initial state where they are not contiguous.
+dimension is not dense, A, D, dt_bias and the initial state where they are not contiguous.
 """
 
 import dataclasses
@@ -11,16 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
-from lillama_kernels import ssd_scan_triton
+from lillama_kernels import ssd_scan_triton, ssd_steps_triton
 from lillama_kernels.compile_gate import Variant
 from lillama_kernels.launch import (
     DTYPES,
-    SSD_MAX_STATE,
     SsdKernel,
     Tile,
     ssd_steps_tile,
     ssd_tile,
-    ssd_update_tile,
     target_of,
 )
 from lillama_kernels.launch_triton import current_device_of
@@ -28,6 +26,7 @@ from lillama_kernels.launch_triton import current_device_of
 __all__ = ["ssd_scan_bwd", "ssd_scan_fwd", "ssd_state_update", "variants"]
 
 kernels: Any = ssd_scan_triton  # jitted functions mean nothing to a type checker
+steps_kernels: Any = ssd_steps_triton
 
 
 def _tile(kernel: SsdKernel, x: Tensor, size: int) -> Tile:
@@ -54,7 +53,7 @@ def _steps(
     (batch, steps, heads), block = dt.shape, tile.blocks["BLOCK_T"]
     chunks, options = triton.cdiv(steps, block), ssd_steps_tile().options
     out = dt.new_empty((batch, heads, chunks, 3, block), dtype=torch.float32)
-    kernels.ssd_steps_kernel[(batch * heads * chunks,)](
+    steps_kernels.ssd_steps_kernel[(batch * heads * chunks,)](
         dt, A.contiguous(), _or(bias, dt), out, steps, heads, chunks, *dt.stride(), low, high,
         BLOCK_T=block, SOFTPLUS=softplus, HAS_BIAS=bias is not None, **options,
     )  # fmt: skip
@@ -150,8 +149,13 @@ def ssd_scan_bwd(
         return (x.new_empty if dx.numel() else x.new_zeros)(shape, dtype=torch.float32)
 
     ddt, dA = partial(batch, heads, length), partial(batch, heads, chunks)
-    parts, ones = partial(slices, *dA.shape, 4, block), partial(slices, *dA.shape, 2)
-    dB, dC = (partial(slices, batch, length, heads, size) for _ in range(2))
+    sums = torch.float64 if x.dtype == torch.float32 else torch.float32
+    parts, ones = (
+        x.new_empty((slices, *dA.shape, 4, block), dtype=sums),
+        partial(slices, *dA.shape, 2),
+    )
+    shares = triton.cdiv(width, factors.blocks["BLOCK_P"])
+    dB, dC = (partial(shares, batch, length, heads, size) for _ in range(2))
     dfirst = _empty_state(x, B)
     if dx.numel():
         with current_device_of(x):
@@ -164,17 +168,17 @@ def ssd_scan_bwd(
                 **tile.blocks, **tile.options,
             )  # fmt: skip
             blocks = triton.cdiv(size, factors.blocks["BLOCK_S"])
-            kernels.ssd_grad_factors_kernel[(blocks * slices * dA.numel(),)](
+            kernels.ssd_grad_factors_kernel[(blocks * shares * dA.numel(),)](
                 grad, x, steps, B, C, border, right, dB, dC, length, chunks, batch, heads,
                 per_group, *strides, P=width, S=size, **factors.blocks, **factors.options,
             )  # fmt: skip
-            kernels.ssd_steps_bwd_kernel[(dA.numel(),)](
+            steps_kernels.ssd_steps_bwd_kernel[(dA.numel(),)](
                 dt, A.contiguous(), _or(bias, dt), steps, parts, ones, ddt, dA,
                 dA.numel(), length, heads, chunks, *dt.stride(), low, high,
                 BLOCK_T=block, SLICES=slices, SOFTPLUS=softplus, HAS_BIAS=bias is not None,
                 **ssd_steps_tile().options,
             )  # fmt: skip
-    of_groups = (slices, batch, length, groups, per_group, size)
+    of_groups = (shares, batch, length, groups, per_group, size)
     dB, dC = (t.view(of_groups).sum((0, 4)) for t in (dB, dC))
     return [
         dx, ddt.transpose(1, 2).to(dt.dtype), dA.sum((0, 2)).to(A.dtype),
@@ -201,11 +205,11 @@ def ssd_state_update(
     (batch, heads, width), (groups, size) = x.shape, B.shape[1:]
     y = x.new_empty(x.shape)
     x, B, C = map(_dense, (x, B, C))
-    tile = ssd_update_tile(size)
+    tile = ssd_steps_tile(size)
     programs = triton.cdiv(width, tile.blocks["BLOCK_P"]) * heads * batch
     if programs:
         with current_device_of(x):
-            kernels.ssd_state_update_kernel[(programs,)](
+            steps_kernels.ssd_state_update_kernel[(programs,)](
                 state, x, dt, A.contiguous(), B, C, _or(D, x), _or(bias, x), y,
                 heads, heads // groups, *state.stride(), *x.stride()[:2],
                 *dt.stride(), *B.stride()[:2], *C.stride()[:2], low, high,
@@ -226,7 +230,9 @@ def _variant(
 ) -> Variant:
     names = [p.name for p in kernel.params]
     everything = {n: True for n in names if n.startswith("HAS_") or n in ("SOFTPLUS", "REVERSE")}
-    constants: dict[str, Any] = everything | flags | dict(tile.blocks) | {"P": 64, "S": size, "SLICES": 2}
+    constants: dict[str, Any] = (
+        everything | flags | dict(tile.blocks) | {"P": 64, "S": size, "SLICES": 2}
+    )
     constants = {key: value for key, value in constants.items() if key in names}
     signature: dict[str, Any] = {}
     for parameter in kernel.params:
@@ -235,6 +241,8 @@ def _variant(
             continue
         if key.endswith("_ptr"):
             signature[key] = f"*{DTYPES[dtype] if key in SAME_POINTERS else 'fp32'}:16"
+            if key == "parts_ptr" and dtype == torch.float32:
+                signature[key] = "*fp64:16"
         elif key in ("low", "high"):
             signature[key] = "fp32"
         elif key[:2] in ("x_", "b_", "c_", "gr") and key[-2] == "s":
@@ -257,14 +265,16 @@ def variants(target: str) -> list[Variant]:
         "gradient": kernels.ssd_grad_kernel,
         "factors": kernels.ssd_grad_factors_kernel,
     }
-    shapes = [(d, s) for d in (torch.float32, torch.bfloat16) for s in (16, 128, SSD_MAX_STATE)]
+    shapes = [(d, s) for d in (torch.float32, torch.bfloat16) for s in (16, 128)]
     found = []
     for dtype, size in [*shapes, (torch.float16, 128)]:
         for name, kernel in main.items():
             tile = ssd_tile(name, target, dtype, 64, size)
             found.append(_variant(name, kernel, dtype, tile, size))
     steps = dataclasses.replace(ssd_steps_tile(), blocks={"BLOCK_T": 64})
-    found.append(_variant("steps", kernels.ssd_steps_kernel, torch.bfloat16, steps, 64))
-    found.append(_variant("steps_bwd", kernels.ssd_steps_bwd_kernel, torch.bfloat16, steps, 64))
-    update = kernels.ssd_state_update_kernel
-    return found + [_variant("update", update, d, ssd_update_tile(128), 128) for d in DTYPES]
+    found.append(_variant("steps", steps_kernels.ssd_steps_kernel, torch.bfloat16, steps, 64))
+    found.append(
+        _variant("steps_bwd", steps_kernels.ssd_steps_bwd_kernel, torch.bfloat16, steps, 64)
+    )
+    update = steps_kernels.ssd_state_update_kernel
+    return found + [_variant("update", update, d, ssd_steps_tile(128), 128) for d in DTYPES]

@@ -1,19 +1,18 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false
-"""Triton kernels of ssd_scan: forward, backward and one step.
+"""Triton kernels of ssd_scan, forward and backward.
 
-Time is cut into chunks of BLOCK_T. Within one all is matrix products: y = M x + e^a C h with M_ts
-= C_t.B_s e^(a_t - a_s) dt_s for s <= t, where a are the sums of dt A from the chunk's start and h
-is the state before it. Steps past T have dt = 0 and change nothing.
+Time is cut into chunks of BLOCK_T. Within one all is matrix products: y = M x + e^a C h with
+M_ts = C_t.B_s e^(a_t - a_s) dt_s for s <= t, where a are the sums of dt A from the chunk's start
+and h is the state before it. Steps past T have dt = 0 and change nothing.
 
-Forward: the steps kernel writes dt and a, the states kernel walks through the chunks and leaves the
-state [BLOCK_S, BLOCK_P] at each border, the output kernel computes all chunks side by side.
-Backward: the states kernel walks back with the state's gradient, two kernels compute all chunks side
-by side, and the last one turns gradients of the products' factors into those of dt and A.
-
-The steps have a kernel of their own: the layouts of the products would compute them 16 times
-over. a is summed in fp64 and kept as two fp32 numbers, so that differences of large sums stay
+Forward: the steps kernel (ssd_steps_triton.py) writes dt and a, the states kernel walks through the
+chunks and leaves the state [S, P] at each border, the output kernel computes all chunks side by
+side. Backward: the states kernel walks back with the state's gradient, two kernels compute all
+chunks side by side, and the steps' own turns gradients of the products' factors into those of dt
+and A. The steps have kernels of their own because the layouts of the products would compute them 16
+times over. a is summed in fp64 and kept as two fp32 numbers, so that differences of large sums stay
 exact; exponents are never positive.
 
 The last dimension of x, B, C and of the gradient of y is dense; all else but dt is contiguous.
@@ -23,30 +22,14 @@ Offsets within a chunk are 32-bit, its start's 64-bit.
 import triton
 import triton.language as tl
 
+from lillama_kernels.ssd_steps_triton import ssd_place
+
 __all__ = [
     "ssd_grad_factors_kernel",
     "ssd_grad_kernel",
     "ssd_output_kernel",
-    "ssd_state_update_kernel",
     "ssd_states_kernel",
-    "ssd_steps_bwd_kernel",
-    "ssd_steps_kernel",
 ]
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + e^x), exact too where e^x is small and 1 + e^x has rounded it: log(w) e / (w - 1)."""
-    e = tl.exp(-tl.abs(x))
-    w = 1.0 + e
-    rest = tl.where(w == 1.0, e, tl.log(w) * e / tl.where(w == 1.0, 1.0, w - 1.0))
-    return tl.maximum(x, 0.0) + rest
-
-
-@triton.jit
-def _sigmoid(x):
-    small = tl.exp(-tl.abs(x))  # never overflows
-    return tl.where(x >= 0.0, 1.0, small) / (1.0 + small)
 
 
 @triton.jit
@@ -55,63 +38,11 @@ def _dot(a, b):
 
 
 @triton.jit
-def _of_head(ptr, head, GIVEN: tl.constexpr):
-    """The head's number of D or dt_bias, 0 where there is none."""
-    if GIVEN:
-        return tl.load(ptr + head).to(tl.float32)
-    else:
-        return 0.0
-
-
-@triton.jit
-def _step_sizes(raw, low, high, SOFTPLUS: tl.constexpr):
-    """dt before and after it is limited; NaN stays NaN."""
-    free = _softplus(raw) if SOFTPLUS else raw
-    return free, tl.where(free < low, low, tl.where(free > high, high, free))
-
-
-@triton.jit
-def _raw_steps(
-    dt_ptr, bias_ptr, program, T, heads, chunks, dt_sb, dt_st, dt_sh,
-    BLOCK_T: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Of a program for one chunk of one head: dt with its bias, which of its steps are before T, its
-    head, and where its first step lies in [B, nh, T]."""
-    head = ((program // chunks) % heads).to(tl.int64)
-    batch = (program // chunks // heads).to(tl.int64)
-    start = (program % chunks).to(tl.int64) * BLOCK_T
-    offs = tl.arange(0, BLOCK_T)
-    mask = offs < T - start
-    place = dt_ptr + batch * dt_sb + head * dt_sh + start * dt_st
-    raw = tl.load(place + offs * dt_st, mask=mask, other=0.0).to(tl.float32)
-    return raw + _of_head(bias_ptr, head, HAS_BIAS), mask, head, (batch * heads + head) * T + start
-
-
-@triton.jit(do_not_specialize=["T", "chunks", "dt_sb", "low", "high"])
-def ssd_steps_kernel(
-    dt_ptr, a_ptr, bias_ptr, steps_ptr, T, heads, chunks, dt_sb, dt_st, dt_sh, low, high,
-    BLOCK_T: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """dt, and the sums of dt A from the chunk's start as two numbers: [B, nh, chunks, 3, BLOCK_T]."""
-    program = tl.program_id(0)
-    raw, mask, head, _ = _raw_steps(
-        dt_ptr, bias_ptr, program, T, heads, chunks, dt_sb, dt_st, dt_sh, BLOCK_T, HAS_BIAS
-    )  # fmt: skip
-    _, dt = _step_sizes(raw, low, high, SOFTPLUS)
-    dt = tl.where(mask, dt, 0.0)
-    rate = tl.load(a_ptr + head).to(tl.float64)
-    total = tl.cumsum(dt.to(tl.float64) * rate, axis=0)
-    rounded = total.to(tl.float32)
-    place = steps_ptr + program.to(tl.int64) * (3 * BLOCK_T) + tl.arange(0, BLOCK_T)
-    tl.store(place, dt)
-    tl.store(place + BLOCK_T, rounded)
-    tl.store(place + 2 * BLOCK_T, (total - rounded.to(tl.float64)).to(tl.float32))
-
-
-@triton.jit
 def _rows(ptr, offs_t, offs_c, stride, mask, kind):
     """[BLOCK_T, BLOCK_P or BLOCK_S] at offs_t, in the dtype of the products."""
-    return tl.load(ptr + (offs_t[:, None] * stride + offs_c[None, :]), mask=mask, other=0.0).to(kind)
+    return tl.load(ptr + (offs_t[:, None] * stride + offs_c[None, :]), mask=mask, other=0.0).to(
+        kind
+    )
 
 
 @triton.jit
@@ -147,17 +78,6 @@ def _weights(steps, offs, BLOCK_T: tl.constexpr, FROM_START: tl.constexpr):
         return _until_end(steps, offs, BLOCK_T) * tl.load(steps + offs), whole
 
 
-@triton.jit
-def _place(program, heads, P, BLOCK_P: tl.constexpr):
-    """Batch (or batch and chunk), head, slice of P and its channels: heads are neighbours, they
-    share B and C."""
-    slices = tl.cdiv(P, BLOCK_P)
-    part = program % slices
-    rest = program // slices
-    offs_p = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    return (rest // heads).to(tl.int64), (rest % heads).to(tl.int64), part.to(tl.int64), offs_p
-
-
 @triton.jit(do_not_specialize=["T"])
 def ssd_states_kernel(
     x_ptr, steps_ptr, b_ptr, first_ptr, border_ptr, last_ptr,
@@ -169,7 +89,7 @@ def ssd_states_kernel(
     chunk, and of the first: x is then the gradient of y, b is C, first is the last's gradient."""
     kind = x_ptr.dtype.element_ty
     program, blocks = tl.program_id(0), tl.cdiv(S, BLOCK_S)
-    batch, head, _, offs_p = _place(program // blocks, heads, P, BLOCK_P)
+    batch, head, _, offs_p = ssd_place(program // blocks, heads, P, BLOCK_P)
     offs, offs_s = tl.arange(0, BLOCK_T), (program % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     mask_p, mask_s = (offs_p < P)[None, :], (offs_s < S)[None, :]
     mask_h = (offs_s < S)[:, None] & mask_p
@@ -211,7 +131,7 @@ def ssd_output_kernel(
 ):  # fmt: skip
     """y of one chunk."""
     kind = x_ptr.dtype.element_ty
-    place, head, _, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
+    place, head, _, offs_p = ssd_place(tl.program_id(0), heads, P, BLOCK_P)
     batch, chunk = place // chunks, place % chunks
     start, group = chunk * BLOCK_T, head // per_group
     offs = tl.arange(0, BLOCK_T)
@@ -253,11 +173,11 @@ def ssd_grad_kernel(
     P: tl.constexpr, S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_S: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x of one chunk, and what ssd_steps_bwd_kernel needs: parts [slices, B, nh, chunks,
-    4, BLOCK_T], ones [slices, B, nh, chunks, 2] with the gradient of D. rows: B nh chunks. border,
-    right: the state before the chunk, and the gradient of that after it."""
+    """Gradient of x of one chunk, and what ssd_steps_bwd_kernel needs: parts [slices, B, nh,
+    chunks, 4, BLOCK_T], fp64 for fp32 inputs, ones [slices, B, nh, chunks, 2] with the gradient of
+    D. rows: B nh chunks. border, right: the state before the chunk, and the gradient of that after it."""
     kind = x_ptr.dtype.element_ty
-    place, head, part, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
+    place, head, part, offs_p = ssd_place(tl.program_id(0), heads, P, BLOCK_P)
     batch, chunk = place // chunks, place % chunks
     start, group = chunk * BLOCK_T, head // per_group
     offs = tl.arange(0, BLOCK_T)
@@ -308,11 +228,12 @@ def ssd_grad_kernel(
     out = dx_ptr + ((batch * T + start) * heads + head) * P
     out += offs[:, None] * (heads * P) + offs_p[None, :]
     tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask_x)
-    # dt and A: through dt in M; through decays that end at t, and that begin at s. Each vector has
-    # a layout of its own, so they meet in memory.
+    # dt and A: through dt in M; through decays that end at t, and that begin at s, whose sums
+    # cancel. Each vector has a layout of its own, so they meet in memory.
     scores *= _dot(dy, tl.trans(x))
     tl.store(parts, tl.sum(scores, axis=0))
     scores = tl.where(offs[:, None] > offs[None, :], scores * dt, 0.0)
+    scores = scores.to(parts_ptr.dtype.element_ty)
     tl.store(parts + 2 * BLOCK_T, later + tl.sum(scores, axis=1))
     tl.store(parts + 3 * BLOCK_T, tl.sum(scores, axis=0))
 
@@ -329,7 +250,7 @@ def ssd_grad_factors_kernel(
     kind = x_ptr.dtype.element_ty
     blocks = tl.cdiv(S, BLOCK_S)
     program = tl.program_id(0)
-    place, head, part, offs_p = _place(program // blocks, heads, P, BLOCK_P)
+    place, head, part, offs_p = ssd_place(program // blocks, heads, P, BLOCK_P)
     batch, chunk = place // chunks, place % chunks
     start, group = chunk * BLOCK_T, head // per_group
     offs, offs_s = tl.arange(0, BLOCK_T), (program % blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -357,74 +278,3 @@ def ssd_grad_factors_kernel(
     c_ptr += batch * c_sb + start * c_st + group * c_sg
     dB += _dot(tl.trans(products), _rows(c_ptr, offs, offs_s, c_st, mask_b, kind))
     tl.store(db_ptr + rows, dB, mask=mask_b)
-
-
-@triton.jit(do_not_specialize=["T", "chunks", "dt_sb", "low", "high", "rows"])
-def ssd_steps_bwd_kernel(
-    dt_ptr, a_ptr, bias_ptr, steps_ptr, parts_ptr, ones_ptr, ddt_ptr, da_ptr,
-    rows, T, heads, chunks, dt_sb, dt_st, dt_sh, low, high,
-    BLOCK_T: tl.constexpr, SLICES: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of dt before bias and softplus [B, nh, T], and of A by chunk [B, nh, chunks].
-
-    dt_r A is in the decay from s to t where s < r <= t, from the chunk's start where r <= t, to its
-    end where s < r, and in that of the whole chunk. rows: B nh chunks.
-    """
-    program = tl.program_id(0)
-    raw, mask, head, place = _raw_steps(
-        dt_ptr, bias_ptr, program, T, heads, chunks, dt_sb, dt_st, dt_sh, BLOCK_T, HAS_BIAS
-    )  # fmt: skip
-    offs = tl.arange(0, BLOCK_T)
-    program = program.to(tl.int64)
-    dt = tl.load(steps_ptr + program * (3 * BLOCK_T) + offs)
-    direct, entry = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
-    later = tl.zeros((BLOCK_T,), tl.float64)
-    of_whole = 0.0
-    for part in tl.static_range(SLICES):
-        row = part * rows + program
-        parts = parts_ptr + row * (4 * BLOCK_T) + offs
-        direct += tl.load(parts)
-        entry += tl.load(parts + BLOCK_T)
-        later += tl.load(parts + 2 * BLOCK_T).to(tl.float64)
-        later -= tl.load(parts + 3 * BLOCK_T).to(tl.float64)
-        of_whole += tl.load(ones_ptr + row * 2)
-    entered = (entry * dt).to(tl.float64)
-    log = tl.cumsum(later, axis=0, reverse=True) + tl.cumsum(entered, axis=0) - entered
-    log = log.to(tl.float32) + of_whole
-    tl.store(da_ptr + program, tl.sum(log * dt, axis=0))
-    ddt = direct + entry + tl.load(a_ptr + head).to(tl.float32) * log
-    free, _ = _step_sizes(raw, low, high, SOFTPLUS)
-    ddt = tl.where((free < low) | (free > high), 0.0, ddt)
-    if SOFTPLUS:
-        ddt *= _sigmoid(raw)
-    tl.store(ddt_ptr + place + offs, ddt, mask=mask)
-
-
-@triton.jit(do_not_specialize=["low", "high"])
-def ssd_state_update_kernel(
-    state_ptr, x_ptr, dt_ptr, a_ptr, b_ptr, c_ptr, d_ptr, bias_ptr, y_ptr,
-    heads, per_group, h_sb, h_sh, h_sp, h_ss, x_sb, x_sh, dt_sb, dt_sh, b_sb, b_sg,
-    c_sb, c_sg, low, high,
-    P: tl.constexpr, S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
-    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    batch, head, _, offs_p = _place(tl.program_id(0), heads, P, BLOCK_P)
-    group = head // per_group
-    offs_s = tl.arange(0, BLOCK_S)
-    mask_p, mask_s = offs_p < P, offs_s < S
-    mask = mask_p[:, None] & mask_s[None, :]
-    raw = tl.load(dt_ptr + batch * dt_sb + head * dt_sh).to(tl.float32)
-    _, dt = _step_sizes(raw + _of_head(bias_ptr, head, HAS_BIAS), low, high, SOFTPLUS)
-    rate = tl.load(a_ptr + head).to(tl.float32)
-    x = tl.load(x_ptr + batch * x_sb + head * x_sh + offs_p, mask=mask_p, other=0.0)
-    B = tl.load(b_ptr + batch * b_sb + group * b_sg + offs_s, mask=mask_s, other=0.0)
-    C = tl.load(c_ptr + batch * c_sb + group * c_sg + offs_s, mask=mask_s, other=0.0)
-    x = x.to(tl.float32)
-    place = state_ptr + batch * h_sb + head * h_sh
-    place = place + offs_p.to(tl.int64)[:, None] * h_sp + offs_s.to(tl.int64)[None, :] * h_ss
-    h = tl.load(place, mask=mask, other=0.0).to(tl.float32) * tl.exp(dt * rate)
-    h += (dt * x)[:, None] * B.to(tl.float32)[None, :]
-    tl.store(place, h.to(state_ptr.dtype.element_ty), mask=mask)
-    y = tl.sum(h * C.to(tl.float32)[None, :], axis=1) + _of_head(d_ptr, head, HAS_D) * x
-    out = y_ptr + (batch * heads + head) * P + offs_p
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask_p)
