@@ -14,6 +14,7 @@ from lillama_kernels.mamba_mixer_step import (
     mamba_mixer_step_runs_triton,
 )
 from lillama_kernels.selective_scan import selective_scan, selective_state_update
+from lillama_kernels.ssd_scan import ssd_scan, ssd_state_update
 
 __all__ = [
     "ExpertFactors",
@@ -31,4 +32,6 @@ __all__ = [
     "mamba_mixer_step_runs_triton",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
+    "ssd_state_update",
 ]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lillama_kernels import reference_mamba
 from lillama_kernels.impl import Impl, resolve_impl
-from lillama_kernels.launch import DTYPES, dtype_name, sequence_like, target_of
+from lillama_kernels.launch import DTYPES, dtype_name, target_of
+from lillama_kernels.launch_mamba import sequence_like
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lillama_kernels.compile_gate import Variant
-from lillama_kernels.launch import DTYPES, conv_step_tile, conv_tile, sequence_like
+from lillama_kernels.launch import DTYPES
+from lillama_kernels.launch_mamba import conv_step_tile, conv_tile, sequence_like
 from lillama_kernels.launch_triton import current_device_of
 
 __all__ = ["causal_conv1d_bwd", "causal_conv1d_fwd", "causal_conv1d_step", "variants"]

@@ -41,6 +41,7 @@ TRITON_OPS = frozenset(
         "low_rank_linear",
         "mamba_mixer_step",
         "selective_scan",
+        "ssd_scan",
     }
 )
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from lillama_kernels import reference_mamba
 from lillama_kernels.impl import Impl, resolve_impl
-from lillama_kernels.launch import DTYPES, MIXER_MAX_ROWS, dtype_name, target_of
+from lillama_kernels.launch import DTYPES, dtype_name, target_of
+from lillama_kernels.launch_mamba import MIXER_MAX_ROWS
 from lillama_kernels.reference_mamba import MixerWeights
 
 __all__ = ["MixerWeights", "mamba_mixer_step", "mamba_mixer_step_runs_triton"]

@@ -29,10 +29,9 @@ from lillama_kernels.launch import (
     Tile,
     decode_split,
     decode_tiles,
-    mixer_conv_tile,
-    mixer_scan_tile,
     target_of,
 )
+from lillama_kernels.launch_mamba import mixer_conv_tile, mixer_scan_tile
 from lillama_kernels.launch_triton import current_device_of, multiple_of_8
 from lillama_kernels.low_rank_linear_launch import low_rank_linear_decode
 from lillama_kernels.low_rank_linear_triton import _add_parts, _load_b

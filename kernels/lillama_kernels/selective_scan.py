@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lillama_kernels import reference_mamba
 from lillama_kernels.impl import Impl, resolve_impl
-from lillama_kernels.launch import DTYPES, dtype_name, scan_tile, sequence_like, target_of
+from lillama_kernels.launch import DTYPES, dtype_name, target_of
+from lillama_kernels.launch_mamba import scan_tile, sequence_like
 
 __all__ = ["selective_scan", "selective_state_update"]
 

@@ -12,14 +12,8 @@ from torch import Tensor
 
 from lillama_kernels import selective_scan_triton
 from lillama_kernels.compile_gate import Variant
-from lillama_kernels.launch import (
-    DTYPES,
-    Tile,
-    scan_tile,
-    scan_update_tile,
-    sequence_like,
-    target_of,
-)
+from lillama_kernels.launch import DTYPES, Tile, target_of
+from lillama_kernels.launch_mamba import scan_tile, scan_update_tile, sequence_like
 from lillama_kernels.launch_triton import current_device_of
 
 __all__ = [

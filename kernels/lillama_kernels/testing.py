@@ -26,6 +26,7 @@ __all__ = [
     "low_rank_linear_inputs",
     "poison_empty",
     "selective_scan_inputs",
+    "ssd_scan_inputs",
     "values_and_grads",
 ]
 
@@ -325,6 +326,34 @@ def selective_scan_inputs(
         "delta_bias": -1.5 + 0.5 * _normal(g, channels),
         "initial_state": _normal(g, batch, channels, state_size),
     }  # fmt: skip
+    return _placed(tensors, dtype, device)
+
+
+def ssd_scan_inputs(
+    batch: int,
+    steps: int,
+    heads: int,
+    width: int,
+    groups: int,
+    state_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Results:
+    """Every tensor of Mamba-2's scan; A from -1 to -nh and D near 1 as in a new model, dt for
+    softplus with steps of about 0.02 to 0.7."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "x": _normal(g, batch, steps, heads, width),
+        "dt": _normal(g, batch, steps, heads),
+        "A": -torch.arange(1.0, heads + 1),
+        "B": _normal(g, batch, steps, groups, state_size),
+        "C": _normal(g, batch, steps, groups, state_size) * state_size**-0.5,
+        "D": 1.0 + 0.1 * _normal(g, heads),
+        "dt_bias": -2.0 + 0.5 * _normal(g, heads),
+        "initial_state": _normal(g, batch, heads, width, state_size),
+    }
     return _placed(tensors, dtype, device)
 
 

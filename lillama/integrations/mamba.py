@@ -10,10 +10,13 @@ of ours where its Triton kernels run.
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lillama_kernels import (
     MixerWeights,
     causal_conv1d,
@@ -22,6 +25,8 @@ from lillama_kernels import (
     mamba_mixer_step_runs_triton,
     selective_scan,
     selective_state_update,
+    ssd_scan,
+    ssd_state_update,
 )
 from torch import Tensor, nn
 
@@ -57,9 +62,67 @@ def _scan_step(
     )
 
 
+def _refuse_packed(op: str, arguments: Mapping[str, Any]) -> None:
+    for name in ("seq_idx", "cu_seqlens"):
+        if arguments.get(name) is not None:
+            raise NotImplementedError(f"packed sequences ({name}) are not supported by {op}")
+
+
+def _ssd(
+    hidden_states,
+    dt,
+    A,
+    B,
+    C,
+    chunk_size,
+    D=None,
+    z=None,
+    dt_bias=None,
+    initial_states=None,
+    dt_softplus=False,
+    dt_limit=(0.0, math.inf),
+    return_final_states=False,
+    **kwargs,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """chunk_size, how transformers' own cuts time, does not change the result."""
+    _refuse_packed("ssd_scan", kwargs)
+    y, last = ssd_scan(
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        initial_state=initial_states,
+    )
+    y = y if z is None else y * F.silu(z)
+    return (y, last) if return_final_states else y
+
+
+def _ssd_step(
+    state, hidden_states, dt, A, B, C, D=None, dt_bias=None, dt_softplus=False, z=None, **kwargs
+) -> Tensor:
+    """dt [B, nh, P], A [nh, P, S], D and dt_bias [nh, P] are numbers of heads, expanded."""
+    _refuse_packed("ssd_state_update", kwargs)
+    y = ssd_state_update(
+        state,
+        hidden_states,
+        dt[:, :, 0],
+        A[:, 0, 0],
+        B,
+        C,
+        None if D is None else D[:, 0],
+        dt_bias=None if dt_bias is None else dt_bias[:, 0],
+        dt_softplus=dt_softplus,
+    )
+    return y if z is None else y * F.silu(z)
+
+
 def _conv(x, weight, bias=None, activation=None, **kwargs) -> Tensor:
-    if kwargs.get("seq_idx") is not None:
-        raise NotImplementedError("packed sequences (seq_idx) are not supported by causal_conv1d")
+    _refuse_packed("causal_conv1d", kwargs)
     return causal_conv1d(x, weight, bias, activation)
 
 
@@ -80,7 +143,11 @@ REPLACED: dict[str, dict[str, tuple[str, Any]]] = {
     "mamba": _MAMBA_1,
     "falcon_mamba": _MAMBA_1,
     "jamba": _MAMBA_1,
-    "mamba2": _CONVOLUTION,
+    "mamba2": _CONVOLUTION
+    | {
+        "mamba2_chunk_scan": ("mamba_ssm", _ssd),
+        "mamba2_selective_state_update": ("mamba_ssm", _ssd_step),
+    },
 }
 
 
@@ -130,19 +197,28 @@ def _mixer_forward(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward
 
 
+def _module(family: str) -> ModuleType | None:
+    """transformers' modelling module, None where the installed version does not know the family."""
+    name = f"transformers.models.{family}"
+    if importlib.util.find_spec(name) is None:
+        return None
+    return importlib.import_module(f"{name}.modeling_{family}")
+
+
 @contextlib.contextmanager
 def fast_mamba() -> Iterator[None]:
-    """Inside the block the mixers of Mamba, FalconMamba and Jamba use lillama_kernels, and Mamba-2
-    its convolution, unless a faster package is installed.
+    """Inside the block the mixers of Mamba, Mamba-2, FalconMamba and Jamba use lillama_kernels,
+    unless a faster package is installed.
 
-    A function whose package (mamba_ssm, causal_conv1d) is installed is left alone.
+    A function whose package (mamba_ssm, causal_conv1d) is installed is left alone, and so is what
+    the installed transformers does not have. All are put back on leaving, whatever the reason.
     """
     saved = []
     try:
-        for name, functions in REPLACED.items():
-            module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        for family, functions in REPLACED.items():
+            module = _module(family)
             for function, (package, ours) in functions.items():
-                if importlib.util.find_spec(package) is None:
+                if importlib.util.find_spec(package) is None and hasattr(module, function):
                     saved.append((module, function, getattr(module, function)))
                     setattr(module, function, ours)
         from transformers.models.mamba.modeling_mamba import MambaMixer

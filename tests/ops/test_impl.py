@@ -19,6 +19,7 @@ from lillama_kernels.testing import (
     low_rank_experts_inputs,
     low_rank_linear_inputs,
     selective_scan_inputs,
+    ssd_scan_inputs,
 )
 from torch import Tensor
 
@@ -67,6 +68,12 @@ def inputs_of(op: str, device: torch.device) -> dict:
             inputs |= {n: tensors[n][..., 0] for n in ("x", "B", "C")}
             inputs |= {"dt": tensors["delta"][..., 0], "A": tensors["A"]}
             inputs["state"] = tensors["initial_state"]
+        case "ssd_scan":
+            inputs |= ssd_scan_inputs(1, 3, 2, 4, 1, 4, **where)
+        case "ssd_state_update":
+            tensors = ssd_scan_inputs(1, 1, 2, 4, 1, 4, **where)
+            inputs |= {n: tensors[n][:, 0] for n in ("x", "dt", "B", "C")}
+            inputs |= {"A": tensors["A"], "state": tensors["initial_state"]}
         case "selective_scan":
             inputs |= selective_scan_inputs(1, 2, 3, 4, **where)
         case _:
@@ -98,6 +105,7 @@ def one_kernel(monkeypatch):
 def test_triton_without_a_kernel_is_refused(op, no_kernels, device):
     name = {"low_rank_linears": "low_rank_linear", "distill_loss_and_grad": "distill_loss"}
     name |= {"selective_state_update": "selective_scan", "causal_conv1d_update": "causal_conv1d"}
+    name |= {"ssd_state_update": "ssd_scan"}
     with pytest.raises(NotImplementedError, match=f"{name.get(op, op)} has no Triton kernel yet"):
         call(op, device, impl="triton")
     with kernels_impl("triton"), pytest.raises(NotImplementedError, match=name.get(op, op)):
