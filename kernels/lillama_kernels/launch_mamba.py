@@ -96,6 +96,8 @@ def ssd_tile(kernel: SsdKernel, target: str, dtype: torch.dtype, width: int, siz
         block_p = 32
     elif not half and kernel in ("gradient", "factors"):
         block_s = 16
+    elif half and kernel == "states" and target == "gfx942":
+        block_p = 32  # 64 spill with Triton 3.6
     blocks = {
         "BLOCK_T": 64 if half else 32,
         "BLOCK_P": min(block_p, max(16, 1 << (width - 1).bit_length())),

@@ -1,5 +1,7 @@
 """One token of every sequence through a whole Mamba-1 mixer with low-rank projections."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -110,6 +112,11 @@ def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MixerWeigh
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
+def _contiguous(tensor: Any) -> Any:
+    """tensor [...] in one piece, or None where there is none."""
+    return None if tensor is None else tensor.contiguous()
+
+
 # An op that torch.compile and CUDA graphs see as one. triton is imported when it runs.
 @torch.library.custom_op("lillama::mamba_mixer_step", mutates_args=("conv_state", "ssm_state"))
 def _step(
@@ -133,12 +140,10 @@ def _step(
     from lillama_kernels.mamba_mixer_step_triton import mamba_mixer_step_launch
 
     given = (in_A, in_B, in_bias, conv, conv_bias, x_proj, dt, dt_bias, A_log, D)
-    weights = MixerWeights(
-        *(t if t is None else t.contiguous() for t in (*given, out_A, out_B, out_bias))
-    )
-    states = [state.contiguous() for state in (conv_state, ssm_state)]
-    y = mamba_mixer_step_launch(x.contiguous(), *states, weights)
-    for state, moved in zip((conv_state, ssm_state), states, strict=True):
+    weights = MixerWeights(*map(_contiguous, (*given, out_A, out_B, out_bias)))
+    moved_conv, moved_ssm = conv_state.contiguous(), ssm_state.contiguous()
+    y = mamba_mixer_step_launch(x.contiguous(), moved_conv, moved_ssm, weights)
+    for state, moved in ((conv_state, moved_conv), (ssm_state, moved_ssm)):
         if moved.data_ptr() != state.data_ptr():
             state.copy_(moved)
     return y

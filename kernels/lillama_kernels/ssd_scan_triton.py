@@ -1,6 +1,6 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 """Triton kernels of ssd_scan, forward and backward.
 
 Time is cut into chunks of BLOCK_T. Within one all is matrix products: y = M x + e^a C h with
