@@ -19,8 +19,9 @@ setup: $(VENV)/.installed ## create .venv with lillama and the development tools
 demo: setup ## compress the two embedded models by 20% and print what it cost
 	@$(BIN)/python examples/demo.py
 
-test: setup ## run the tests on the CPU
-	@$(BIN)/pytest
+# --benchmark-disable: pytest-benchmark warns where tests run side by side
+test: setup ## run the tests on the CPU, side by side on its cores
+	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable
 
 check: setup ## lint, formatting and types
 	@echo "ruff check" && $(BIN)/ruff check .

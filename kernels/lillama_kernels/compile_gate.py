@@ -204,6 +204,15 @@ def _shipped(module: str, target: str) -> tuple[Variant, ...]:
     return rows
 
 
+def _has_twin(variant: Variant, others: tuple[Variant, ...]) -> bool:
+    """Whether another variant is this one of fp16 with bf16 in its place."""
+    twin = variant.name.replace(" fp16", " bf16")
+    return twin != variant.name and any(
+        (other.name, other.constants, other.options) == (twin, variant.constants, variant.options)
+        for other in others
+    )
+
+
 def _judge(module: str, target: str, index: int) -> Row:
     return compile_variant(_shipped(module, target)[index], target)
 
@@ -226,6 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="all when left out")
     parser.add_argument("--kernel", default="", help="only names that contain this")
     parser.add_argument("--all", action="store_true", help="one line for each tile and dtype")
+    parser.add_argument(
+        "--quick", action="store_true", help="bf16 only where fp16 has the same tile"
+    )
     arguments = parser.parse_args(argv)
     if knobs.runtime.interpret:
         print("compile_gate: unset TRITON_INTERPRET; the interpreter compiles nothing")
@@ -236,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         for module in KERNEL_MODULES
         for index, variant in enumerate(_shipped(module, target))
         if arguments.kernel in variant.name
+        and not (arguments.quick and _has_twin(variant, _shipped(module, target)))
     ]
     if not jobs:
         print(f"compile_gate: no kernel's name contains {arguments.kernel!r}")

