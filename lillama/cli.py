@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lillama.config import CompressConfig, EvalConfig, GenerateConfig
+from lillama.config import CompressConfig, EvalConfig, GenerateConfig, parse_bytes
 from lillama.errors import InputError, LillamaError
 from lillama.version import __version__
 
@@ -86,6 +86,30 @@ Json = Annotated[
 ]
 
 
+LossOption = Annotated[
+    str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
+]
+Packing = Annotated[
+    bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
+]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration text and its order.")]
+CheckpointSeconds = Annotated[
+    float, typer.Option(help="How often the state inside a block is saved.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")]
+TokensOption = Annotated[int, typer.Option(help="Calibration tokens.")]
+TrainOption = Annotated[
+    bool, typer.Option(help="Train the factors, or stop at the initialisation.")
+]
+ActivationMemory = Annotated[
+    str,
+    typer.Option(
+        help="Host memory for activations between blocks; what exceeds it goes to files by OUT."
+    ),
+]
+ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
+
+
 class _Rate(ProgressColumn):
     """Tokens a second."""
 
@@ -132,28 +156,20 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
     reduction: Reduction,
     text: Texts,
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = _COMPRESS["tokens"],
+    tokens: TokensOption = _COMPRESS["tokens"],
     seq_len: SeqLen = _COMPRESS["seq_len"],
     preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
-    loss: Annotated[
-        str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
-    ] = _COMPRESS["loss"],
-    packing: Annotated[
-        bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
-    ] = _COMPRESS["packing"],
-    train: Annotated[
-        bool, typer.Option(help="Train the factors, or stop at the initialisation.")
-    ] = _COMPRESS["train"],
-    seed: Annotated[
-        int, typer.Option(help="Chooses the calibration text and its order.")
-    ] = _COMPRESS["seed"],
+    loss: LossOption = _COMPRESS["loss"],
+    packing: Packing = _COMPRESS["packing"],
+    train: TrainOption = _COMPRESS["train"],
+    seed: Seed = _COMPRESS["seed"],
     dtype: DtypeOption = _COMPRESS["dtype"],
     device: DeviceOption = _COMPRESS["device"],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")
-    ] = False,
+    activation_memory: ActivationMemory = ACTIVATION_MEMORY,
+    checkpoint_seconds: CheckpointSeconds = _COMPRESS["checkpoint_seconds"],
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Make MODEL smaller: factorise its weights and train the factors block by block."""
@@ -177,6 +193,8 @@ def compress(
             seed=seed,
             dtype=dtype,
             device=device,
+            activation_memory=parse_bytes("--activation-memory", activation_memory),
+            checkpoint_seconds=checkpoint_seconds,
             overwrite=overwrite,
         )
     if as_json:
@@ -193,12 +211,26 @@ def plan(
     preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
+    tokens: TokensOption = _COMPRESS["tokens"],
+    seq_len: SeqLen = _COMPRESS["seq_len"],
+    train: TrainOption = _COMPRESS["train"],
+    activation_memory: ActivationMemory = ACTIVATION_MEMORY,
     as_json: Json = False,
 ) -> None:
-    """Show what a compression would do; reads headers only."""
+    """Show what a compression would do and need; reads headers only."""
     from lillama.compress.plan import plan as run
 
-    document = run(model, reduction, preset=preset, strategy=strategy, targets=_names(targets))  # type: ignore[arg-type]
+    document = run(
+        model,
+        reduction,
+        preset=preset,  # type: ignore[arg-type]
+        strategy=strategy,  # type: ignore[arg-type]
+        targets=_names(targets),
+        tokens=tokens,
+        seq_len=seq_len,
+        train=train,
+        activation_memory=parse_bytes("--activation-memory", activation_memory),
+    )
     if as_json:
         _print_json(document)
         return
@@ -319,7 +351,7 @@ def main() -> None:
     except LillamaError as error:
         message, code = str(error), error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        message, code = "interrupted; nothing was left half-written", 1
+        message, code = "interrupted; nothing was left half-written", 1  # a second Ctrl-C
     except (MemoryError, torch.OutOfMemoryError):
         message, code = "out of memory; lower --seq-len or --tokens", 1
     except OSError as error:  # a folder without permission, a disk that went away

@@ -20,6 +20,7 @@ __all__ = [
     "Preset",
     "Recipe",
     "Strategy",
+    "parse_bytes",
 ]
 
 Preset = Literal["default", "paper"]
@@ -94,6 +95,19 @@ def _at_least(name: str, value: int, minimum: int) -> None:
         raise InputError(f"{name} must be at least {minimum}, got {value}")
 
 
+def parse_bytes(name: str, text: str) -> int:
+    """ "512MiB", "4GiB", "1.5GiB" or a plain number of bytes.
+
+    Raises:
+        InputError: anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB)?", text.strip())
+    if found is None:
+        raise InputError(f"{name} must be a size such as 512MiB or 4GiB, got {text!r}")
+    power = ("", "KiB", "MiB", "GiB", "TiB").index(found[2] or "")
+    return round(float(found[1]) * 1024**power)
+
+
 def _device(value: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {value!r}")
@@ -108,6 +122,11 @@ class PlanConfig:
     preset: Preset = "default"
     strategy: Strategy | None = None
     targets: tuple[str, ...] | None = None
+    tokens: int = 2_000_000
+    seq_len: int = 512
+    train: bool = True
+    # host bytes for the streams between two blocks; what does not fit goes to files beside OUT
+    activation_memory: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         if not 0 < self.reduction < 1:
@@ -117,6 +136,9 @@ class PlanConfig:
             )
         _choice("--preset", self.preset, get_args(Preset))
         _choice("--strategy", self.strategy, get_args(Strategy), optional=True)
+        _at_least("--tokens", self.tokens, 1)
+        _at_least("--seq-len", self.seq_len, 2)
+        _at_least("--activation-memory", self.activation_memory, 0)
 
     @property
     def recipe(self) -> Recipe:
@@ -129,29 +151,30 @@ class CompressConfig(PlanConfig):
 
     out: Path
     text: tuple[Path, ...]
-    tokens: int = 2_000_000
-    seq_len: int = 512
     loss: Loss = "joint"
     packing: bool = True
-    train: bool = True
     seed: int = 0
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     device: str = "auto"
+    # how often the state inside a block is saved
+    checkpoint_seconds: float = 600.0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         PlanConfig.__post_init__(self)
         if not self.text:
             raise InputError("compress needs calibration text; give at least one --text FILE")
-        _at_least("--tokens", self.tokens, 1)
-        _at_least("--seq-len", self.seq_len, 2)
+        if not self.checkpoint_seconds >= 0:
+            raise InputError(
+                f"--checkpoint-seconds must be at least 0, got {self.checkpoint_seconds}"
+            )
         _choice("--loss", self.loss, get_args(Loss))
         _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _device(self.device)
 
     def recorded(self) -> dict[str, object]:
         """What recipe.json stores: every option that decides the result, as plain JSON values."""
-        skipped = {"out", "overwrite", "device"}
+        skipped = {"out", "overwrite", "device", "activation_memory", "checkpoint_seconds"}
         values = dataclasses.asdict(self)
         plain = {k: v for k, v in values.items() if k not in skipped}
         plain["model"] = str(self.model)

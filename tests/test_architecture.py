@@ -18,7 +18,8 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 
 # Lowest first. A part imports from the layers below its own and from itself; the leaves also from
 # each other. So compress and serve never meet, and nothing imports cli.
-LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "version"}
+LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
+LEAVES |= {"shard_file", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -36,9 +37,11 @@ MAX_FUNCTION_LINES = 60
 LONG = {"tests/test_data.py", "examples/train_teacher.py:main"}
 
 OPTIONS = {
-    "compress": "--device --dtype --json --loss --overwrite --packing --preset --reduction --seed "
-    "--seq-len --strategy --targets --text --tokens --train",
-    "plan": "--json --preset --reduction --strategy --targets",
+    "compress": "--activation-memory --checkpoint-seconds --device --dtype --json --loss "
+    "--overwrite --packing --preset --reduction --seed --seq-len --strategy --targets --text "
+    "--tokens --train",
+    "plan": "--activation-memory --json --preset --reduction --seq-len --strategy --targets "
+    "--tokens --train",
     "eval": "--against --batch-size --device --dtype --json --seq-len --text",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",
 }

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import lillama.checkpoint_writer as checkpoint_writer
 from lillama.checkpoint import read_headers
 from lillama.checkpoint_writer import CheckpointWriter, check_space
 from lillama.errors import InputError, RunError
+from lillama.shard_file import entries_of
 
 RECIPE = {"command": "compress", "options": {"seed": 0, "targets": ["w1", "w2"], "text": None}}
 CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
@@ -28,12 +28,16 @@ SHARDS = [
 ]
 
 
+PIECES = ["block-0", "block-1", "rest", "mark"]
+
+
 def write(out: Path, recipe: dict = RECIPE, *, overwrite: bool = False, fill: float = 0.0) -> None:
-    """One complete run; `fill` marks whose weights they are."""
-    with CheckpointWriter(out, recipe, overwrite=overwrite) as writer:
-        for shard in SHARDS:
-            writer.add_shard(shard)
-        writer.add_shard({"mark": torch.full((2,), fill)})
+    """One complete run that takes up what is there; `fill` marks whose weights they are."""
+    with CheckpointWriter(out, recipe, PIECES, overwrite=overwrite) as writer:
+        shards = [*SHARDS, {"mark": torch.full((2,), fill)}]
+        for piece, shard in zip(PIECES, shards, strict=True):
+            if writer.done(piece) is None:
+                writer.add_shard(piece, entries_of(shard))
         writer.finish(CONFIG, report=REPORT, model_card="# card\n")
 
 
@@ -59,10 +63,14 @@ def left_over(out: Path) -> set[str]:
 def test_write_makes_the_whole_checkpoint(tmp_path):
     out, copied = tmp_path / "out", tmp_path / "tokenizer.json"
     copied.write_text("{}")
-    with CheckpointWriter(out, RECIPE) as writer:
-        for shard in SHARDS:
-            writer.add_shard(shard)
+    with CheckpointWriter(out, RECIPE, PIECES[:3]) as writer:
+        for number, piece in enumerate(PIECES[:3]):
+            assert writer.done(piece) is None
+            writer.add_shard(piece, entries_of(SHARDS[number]), report={"number": number})
+            record = writer.done(piece)
+            assert record is not None and record["report"] == {"number": number}
         assert not out.exists()
+        assert sum(header.num_bytes for header in writer.headers.values()) == 100
         writer.finish(CONFIG, report=REPORT, model_card="# card\n", copies=[copied])
     names = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     wanted = {"README.md", "config.json", "model.safetensors.index.json", "recipe.json"}
@@ -70,7 +78,6 @@ def test_write_makes_the_whole_checkpoint(tmp_path):
     assert {path.name for path in out.iterdir()} == wanted
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 24 + 8 + 48 + 16 + 4}
-    assert writer.total_bytes == 100
     assert list(index["weight_map"]) == ["a.bias", "b.weight", "c.lr_A", "d", "e"]
     for file, shard in zip(names, SHARDS, strict=True):
         loaded = load_file(out / file)
@@ -100,7 +107,7 @@ def test_existing_out_is_refused(tmp_path):
     write(out, fill=1)
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="exists; choose another OUT or pass --overwrite"):
-        CheckpointWriter(out, RECIPE)
+        CheckpointWriter(out, RECIPE, PIECES)
     assert snapshot(tmp_path) == before
 
 
@@ -154,14 +161,14 @@ def test_overwrite_never_replaces_something_else(tmp_path, kind):
     foreign(kind, tmp_path / "out")
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="is not a model compressed by lillama"):
-        CheckpointWriter(tmp_path / "out", RECIPE, overwrite=True)
+        CheckpointWriter(tmp_path / "out", RECIPE, PIECES, overwrite=True)
     assert snapshot(tmp_path) == before
     assert (tmp_path / "out").is_symlink() == ("symlink" in kind)
 
 
 def test_missing_parent_is_refused(tmp_path):
     with pytest.raises(InputError, match="absent does not exist; create it first"):
-        CheckpointWriter(tmp_path / "absent" / "out", RECIPE)
+        CheckpointWriter(tmp_path / "absent" / "out", RECIPE, PIECES)
     assert snapshot(tmp_path) == {}
 
 
@@ -170,26 +177,45 @@ def test_missing_parent_is_refused(tmp_path):
 def test_out_without_a_name_is_refused(tmp_path, monkeypatch, name, overwrite):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="is not the name of a new folder"):
-        CheckpointWriter(Path(name), RECIPE, overwrite=overwrite)
+        CheckpointWriter(Path(name), RECIPE, PIECES, overwrite=overwrite)
     assert snapshot(tmp_path) == {}
 
 
 # Unfinished runs
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_exception_removes_the_unfinished_folder_and_keeps_old_out(tmp_path, error):
+def test_exception_before_anything_is_finished_leaves_nothing_and_keeps_old_out(tmp_path, error):
     out = tmp_path / "out"
     write(out, fill=1)
     before = snapshot(tmp_path)
-    with pytest.raises(error), CheckpointWriter(out, RECIPE, overwrite=True) as writer:
-        writer.add_shard(SHARDS[0])
+    with pytest.raises(error), CheckpointWriter(out, RECIPE, PIECES, overwrite=True):
         assert left_over(out) == {"out.unfinished"}
         raise error
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_exception_keeps_what_is_finished_and_the_next_run_takes_it_up(tmp_path, error):
+    out = tmp_path / "out"
+    write(out, fill=1)
+    before = snapshot(out)
+    with (
+        pytest.raises(error),
+        CheckpointWriter(out, RECIPE, PIECES, overwrite=True) as writer,
+    ):
+        writer.add_shard("mark", entries_of({"mark": torch.full((2,), 5.0)}), report={"loss": 0.5})
+        raise error
+    assert snapshot(out) == before
+    with CheckpointWriter(out, RECIPE, PIECES, overwrite=True) as writer:
+        record = writer.done("mark")
+        assert record is not None and record["report"] == {"loss": 0.5}
+        assert [writer.done(piece) for piece in PIECES[:3]] == [None] * 3
+    write(out, overwrite=True, fill=6)
+    assert mark(out) == 5 and left_over(out) == set()
+
+
 def leave_unfinished(out: Path, recipe: dict) -> None:
-    writer = CheckpointWriter(out, recipe)
-    writer.add_shard(SHARDS[0])
+    writer = CheckpointWriter(out, recipe, PIECES)
+    writer.add_shard(PIECES[0], entries_of(SHARDS[0]))
     del writer
 
 
@@ -201,6 +227,7 @@ def test_unfinished_run_of_the_same_recipe_is_taken_over(tmp_path):
     write(tmp_path / "out", same, fill=3)
     assert mark(tmp_path / "out") == 3
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 4
+    assert not list((tmp_path / "out").glob("journal*"))
     assert left_over(tmp_path / "out") == set()
 
 
@@ -208,8 +235,10 @@ def test_unfinished_run_of_another_recipe_is_refused_and_untouched(tmp_path):
     leave_unfinished(tmp_path / "out", RECIPE)
     before = snapshot(tmp_path)
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="is the unfinished run of another command"):
-            CheckpointWriter(tmp_path / "out", {**RECIPE, "seed": 1}, overwrite=overwrite)
+        with pytest.raises(
+            InputError, match=r"run of another command \(seed was null, is 1\); .*choose another"
+        ):
+            CheckpointWriter(tmp_path / "out", {**RECIPE, "seed": 1}, PIECES, overwrite=overwrite)
     assert snapshot(tmp_path) == before
 
 
@@ -217,7 +246,7 @@ def test_unfinished_run_of_another_recipe_is_refused_and_untouched(tmp_path):
 def test_unfinished_run_killed_before_its_recipe_is_taken_over(tmp_path, content):
     (tmp_path / "out.unfinished").mkdir()
     if content is not None:
-        (tmp_path / "out.unfinished" / "recipe.json").write_text(content)
+        (tmp_path / "out.unfinished" / ".recipe").write_text(content)
     write(tmp_path / "out", fill=1)
     assert mark(tmp_path / "out") == 1
 
@@ -227,7 +256,7 @@ def test_foreign_thing_at_the_unfinished_name_is_refused_and_untouched(tmp_path,
     foreign(kind, tmp_path / "out.unfinished")
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="is in the way and is no unfinished run"):
-        CheckpointWriter(tmp_path / "out", RECIPE)
+        CheckpointWriter(tmp_path / "out", RECIPE, PIECES)
     assert snapshot(tmp_path) == before
     assert (tmp_path / "out.unfinished").is_symlink() == ("symlink" in kind)
 
@@ -253,7 +282,7 @@ def test_kill_between_the_renames_next_run_puts_the_old_out_back(tmp_path):
             (tmp_path / "new.unfinished").rename(staging)
         out.rename(staging / ".replaced")
         with pytest.raises(InputError, match=message):
-            CheckpointWriter(out, recipe, overwrite=recipe is not RECIPE)
+            CheckpointWriter(out, recipe, PIECES, overwrite=recipe is not RECIPE)
         assert snapshot(out) == before
     write(out, overwrite=True, fill=2)
     assert mark(out) == 2 and left_over(out) == set()
@@ -262,17 +291,9 @@ def test_kill_between_the_renames_next_run_puts_the_old_out_back(tmp_path):
 # The disk
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DISK_ERRORS = [
-    pytest.param("save_file", FULL, "the disk is full", id="shard"),
-    pytest.param(
-        "save_file",
-        SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        ),
-        "the disk is full",
-        id="shard-safetensors",
-    ),
-    pytest.param("save_file", SafetensorError("broken"), "cannot write .*broken", id="shard-other"),
-    pytest.param("recipe.json", FULL, "the disk is full", id="recipe"),
+    pytest.param("write_shard", FULL, "the disk is full", id="shard"),
+    pytest.param("write_shard", OSError(5, "broken"), "cannot write .*broken", id="shard-other"),
+    pytest.param(".recipe", FULL, "the disk is full", id="recipe"),
     pytest.param("README.md", FULL, "the disk is full", id="card"),
     pytest.param("model.safetensors.index.json", FULL, "the disk is full", id="index"),
     pytest.param("report.json", FULL, "the disk is full", id="report"),
@@ -283,7 +304,9 @@ DISK_ERRORS = [
 
 
 @pytest.mark.parametrize(("where", "error", "message"), DISK_ERRORS)
-def test_disk_error_is_told_and_leaves_nothing(tmp_path, monkeypatch, where, error, message):
+def test_disk_error_is_told_and_keeps_what_is_finished(
+    tmp_path, monkeypatch, where, error, message
+):
     out = tmp_path / "out"
     write(out, fill=1)
     before = snapshot(tmp_path)
@@ -300,21 +323,23 @@ def test_disk_error_is_told_and_leaves_nothing(tmp_path, monkeypatch, where, err
         return original(path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        if where == "save_file":
-            patch.setattr(checkpoint_writer, "save_file", fail)
+        if where == "write_shard":
+            patch.setattr(checkpoint_writer, where, fail)
         elif where in ("fsync", "copyfile"):
             patch.setattr(os if where == "fsync" else shutil, where, fail)
         else:
             patch.setattr(Path, "write_text", write_text)
         with (
             pytest.raises(RunError, match=message) as caught,
-            CheckpointWriter(out, RECIPE, overwrite=True) as writer,
+            CheckpointWriter(out, RECIPE, PIECES, overwrite=True) as writer,
         ):
-            writer.add_shard(SHARDS[0])
+            writer.add_shard(PIECES[0], entries_of(SHARDS[0]))
             writer.finish(CONFIG, report=REPORT, model_card="#", copies=[out / "config.json"])
     assert re.search(re.escape(str(tmp_path)), str(caught.value))
     assert "\n" not in str(caught.value)
-    assert snapshot(tmp_path) == before
+    assert snapshot(out) == {k.removeprefix("out/"): v for k, v in before.items() if k != "out"}
+    early = where in ("write_shard", ".recipe", "fsync")
+    assert left_over(out) == (set() if early else {"out.unfinished"})
     write(out, overwrite=True, fill=2)
     assert mark(out) == 2
 
@@ -325,7 +350,7 @@ def test_failing_final_rename_restores_the_old_out(tmp_path, monkeypatch, error,
     out = tmp_path / "out"
     if overwrite:
         write(out, fill=1)
-    before = snapshot(tmp_path)
+    before = snapshot(out)
     original = Path.rename
 
     def rename(path: Path, target: Path):
@@ -333,10 +358,13 @@ def test_failing_final_rename_restores_the_old_out(tmp_path, monkeypatch, error,
             raise error
         return original(path, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises((RunError, KeyboardInterrupt)):
+    with pytest.raises((RunError, KeyboardInterrupt)), monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
         write(out, overwrite=overwrite, fill=2)
-    assert snapshot(tmp_path) == before
+    assert (snapshot(out) == before) if overwrite else not out.exists()
+    assert left_over(out) == {"out.unfinished"}
+    write(out, overwrite=overwrite, fill=3)
+    assert mark(out) == 2, "nothing is made again"
 
 
 def test_check_space_compares_with_the_disk(tmp_path, monkeypatch):

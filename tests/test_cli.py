@@ -286,7 +286,7 @@ def test_cli_unexpected_error_keeps_its_traceback(compress, monkeypatch):
     def fail(*args: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(sys.modules["lillama.compress.pipeline"], "make_student", fail)
+    monkeypatch.setattr(sys.modules["lillama.compress.run"], "fill_student", fail)
     with pytest.raises(ZeroDivisionError):
         compress()
 

@@ -29,9 +29,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def fails(monkeypatch, capfd, mamba, text_file, tmp_path, device) -> Fails:
     """fails(code, model=, text=, options=) runs compress, checks every promise and returns the one
-    line it wrote."""
+    line it wrote. `kept`: finished shards that the message promises to be there still."""
 
-    def run(code: int, *options: object, model: Path = mamba, text: Path = text_file) -> str:
+    def run(
+        code: int, *options: object, model: Path = mamba, text: Path = text_file, kept: int = 0
+    ) -> str:
         out = tmp_path / "result" / "out"
         out.parent.mkdir(exist_ok=True)
         before = snapshot(model), sorted(out.parent.iterdir())
@@ -46,7 +48,14 @@ def fails(monkeypatch, capfd, mamba, text_file, tmp_path, device) -> Fails:
         assert len(stderr.splitlines()) == 1, stderr
         assert stderr.startswith("lillama: error: "), stderr
         assert caught.value.code == code, stderr
-        assert (snapshot(model), sorted(out.parent.iterdir())) == before
+        assert snapshot(model) == before[0]
+        if kept:
+            staging = out.with_name("out.unfinished")
+            assert sorted(out.parent.iterdir()) == [staging]
+            assert len(list(staging.glob("model-*.safetensors"))) == kept
+            assert f"; {kept} of 3 shards are finished in {staging}: the same" in stderr
+        else:
+            assert sorted(out.parent.iterdir()) == before[1]
         return stderr
 
     return run
@@ -187,7 +196,7 @@ def test_cli_model_with_a_bad_weight_names_the_block(bad, fails, copy, mixtral):
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"][5, 5] = bad
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    message = fails(1, model=path)
+    message = fails(1, model=path, kept=1)
     assert "model.layers.1." in message and "NaN or infinity; repair the checkpoint" in message
 
 
@@ -196,7 +205,7 @@ def test_cli_model_whose_activations_overflow_names_the_block(fails, copy, mamba
     tensors = load_file(path / "model.safetensors")
     tensors["backbone.layers.1.mixer.out_proj.weight"] *= 1e38
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    assert "backbone.layers.1 " in fails(1, model=path)
+    assert "backbone.layers.1 " in fails(1, model=path, kept=1)
 
 
 def test_cli_model_that_lacks_a_tensor(fails, copy, mamba):
@@ -227,16 +236,16 @@ def test_cli_disk_without_room_for_the_result(fails, monkeypatch):
 
 
 def test_cli_disk_that_fills_up_while_writing(fails, monkeypatch):
-    original, calls = checkpoint_writer.save_file, []
+    original, calls = checkpoint_writer.write_shard, []
 
-    def save(*args: Any, **kwargs: Any) -> None:
+    def save(*args: Any) -> str:
         calls.append(args)
         if len(calls) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        original(*args, **kwargs)
+        return original(*args)
 
-    monkeypatch.setattr(checkpoint_writer, "save_file", save)
-    assert "the disk is full while writing" in fails(1)
+    monkeypatch.setattr(checkpoint_writer, "write_shard", save)
+    assert "the disk is full while writing" in fails(1, kept=1)
     assert len(calls) == 2
 
 
@@ -270,11 +279,11 @@ def test_cli_ctrl_c_in_a_step_is_one_line(fails, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_cli_sigint_while_training_leaves_nothing(stop, mamba, text_file, tmp_path):
-    """A real Ctrl-C to a real process."""
+def test_cli_sigint_while_training_keeps_what_is_done(stop, mamba, text_file, tmp_path):
+    """A real Ctrl-C to a real process, within a block."""
     out = tmp_path / "out"
     command = ["compress", mamba, out, "--reduction", 0.2, "--text", text_file]
-    command += ["--tokens", 15000, "--seq-len", 32, "--device", "cpu"]
+    command += ["--tokens", 15000, "--seq-len", 32, "--device", "cpu", "--checkpoint-seconds", 0]
     process = subprocess.Popen(
         [sys.executable, "-c", "from lillama.cli import main; main()", *map(str, command)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
@@ -284,14 +293,16 @@ def test_cli_sigint_while_training_leaves_nothing(stop, mamba, text_file, tmp_pa
     )
     unfinished = tmp_path / "out.unfinished"
     deadline = time.monotonic() + 120
-    while not unfinished.exists() and process.poll() is None and time.monotonic() < deadline:
+    steps = unfinished / "journal-0.jsonl"
+    while not steps.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None and unfinished.exists()
+    assert process.poll() is None and steps.exists()
     process.send_signal(stop)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (1, "")
-    assert stderr == "lillama: error: interrupted; nothing was left half-written\n"
-    assert list(tmp_path.iterdir()) == []
+    assert stderr.startswith("lillama: error: interrupted; ") and len(stderr.splitlines()) == 1
+    assert stderr.endswith("out.unfinished: the same command goes on from there\n")
+    assert list(tmp_path.iterdir()) == [unfinished]
 
 
 # the other commands

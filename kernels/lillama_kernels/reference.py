@@ -75,6 +75,22 @@ class ProjectionFactors(NamedTuple):
         assert self.A is not None and self.B is not None
         return low_rank_linear(x, self.A[expert, :rank], self.B[expert, :, :rank])
 
+    def by_expert(self) -> list[tuple[Tensor, ...]]:
+        """Each expert's (A [r, K], B [N, r]), or its (W [N, K],). Indexing the stacks one expert at
+        a time would give each a gradient of the whole stack's size; this gives all of them one."""
+        dense = iter(() if self.W is None else self.W.unbind(0))
+        As = () if self.A is None else self.A.unbind(0)
+        Bs = () if self.B is None else self.B.unbind(0)
+        found: list[tuple[Tensor, ...]] = []
+        for expert, rank in enumerate(self.ranks):
+            if rank == 0:
+                found.append((next(dense),))
+            elif rank == As[expert].shape[0]:
+                found.append((As[expert], Bs[expert]))
+            else:
+                found.append((As[expert][:rank], Bs[expert][:, :rank]))
+        return found
+
     def can_group(self, x: Tensor) -> bool:
         """Whether apply_grouped runs under torch.compile, whose grouped_mm takes only bf16 with
         rows of whole 16 bytes."""
@@ -90,6 +106,13 @@ class ProjectionFactors(NamedTuple):
         assert self.W is None and self.A is not None and self.B is not None
         z = F.grouped_mm(x, self.A.transpose(-2, -1), offs=offsets)
         return F.grouped_mm(z, self.B.transpose(-2, -1), offs=offsets)
+
+
+def _products(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """x through one weight after the other, each as F.linear does."""
+    for weight in weights:
+        x = F.linear(x, weight)
+    return x
 
 
 class ExpertFactors(NamedTuple):
@@ -138,6 +161,7 @@ def low_rank_experts(
             y = y + factors.down.apply(gated, expert)
     else:
         parts, start = [], 0
+        gates, ups, downs = (projection.by_expert() for projection in factors)
         for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()):
             rows_e = x[start : start + count]
             start += count
@@ -146,8 +170,8 @@ def low_rank_experts(
             if expert >= num_experts:
                 parts.append(torch.zeros_like(rows_e))
                 continue
-            gated = F.silu(factors.gate.apply(rows_e, expert)) * factors.up.apply(rows_e, expert)
-            parts.append(factors.down.apply(gated, expert))
+            gated = F.silu(_products(rows_e, gates[expert])) * _products(rows_e, ups[expert])
+            parts.append(_products(gated, downs[expert]))
         y = torch.cat(parts) if parts else x
     y = y * topk_weight.reshape(-1)[order, None].to(y.dtype)
     # back to token order, then a sum over k in a fixed order: deterministic, unlike index_add on a

@@ -1,6 +1,7 @@
 """The teacher, one block at a time: weights straight from the shards, inputs as the model itself
 prepares them."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lillama.checkpoint import TensorHeader, read_headers
+from lillama.compress.calibrate import dense_experts_forward
 from lillama.compress.plan import block_list
 from lillama.errors import InputError, RunError
 from lillama.families import Family
@@ -76,7 +78,6 @@ class TeacherBlocks:
             for name, module in self.model.named_modules()
             if module is self.model.get_input_embeddings()
         )
-        self._load(self._embeddings)
 
     def _fill_buffers(self) -> None:
         """Non-persistent buffers (rotary frequencies) are in no checkpoint: let the model
@@ -93,7 +94,8 @@ class TeacherBlocks:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
+            # not mapped: pages of a mapping stay in memory and would count as ours
+            self._open[file] = safe_open(file, "pt", backend="pread")
         return self._open[file]
 
     def hub_names(self, prefix: str) -> list[str]:
@@ -125,11 +127,8 @@ class TeacherBlocks:
         info, _ = convert_and_load_state_dict_in_model(
             self.model,
             slices,
-            LoadStateDictConfig(
-                device_map={"": self.device},
-                dtype=self.dtype,
-                weight_mapping=mapping,
-            ),
+            # dtype None: as stored
+            LoadStateDictConfig(device_map={"": self.device}, dtype=None, weight_mapping=mapping),
             None,
         )
         if info.mismatched_keys or info.conversion_errors:
@@ -137,11 +136,26 @@ class TeacherBlocks:
             raise InputError(f"{prefix} does not fit config.json: {bad}")
         module = self.model.get_submodule(prefix)
         for name, parameter in module.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
+            if not _finite(parameter):
                 raise RunError(
                     f"the weight {prefix}.{name} holds NaN or infinity; repair the checkpoint"
                 )
-        return module.to(self.dtype).requires_grad_(False)
+        return module.requires_grad_(False)
+
+    def _widen(self, block: nn.Module) -> None:
+        """Everything in the dtype to compute in, but for stacked experts: they are nearly all of a
+        block and are widened one by one while they run."""
+        naming = self.family.experts
+        experts = None if naming is None else block.get_submodule(naming.runtime)
+        stacked = set() if experts is None else {id(p) for p in experts.parameters()}
+        for parameter in block.parameters():
+            if id(parameter) not in stacked:
+                parameter.data = parameter.data.to(self.dtype)
+        for buffer in block.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(self.dtype)
+        if experts is not None:
+            experts.forward = functools.partial(dense_experts_forward, experts)
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -151,18 +165,43 @@ class TeacherBlocks:
             RunError: a weight is NaN or infinite (named), or a shard cannot be read.
         """
         module = self._load(f"{self.block_path}.{index}")
+        self._widen(module)
         try:
             yield module.eval()
         finally:
+            if self.family.experts is not None:
+                module.get_submodule(self.family.experts.runtime).__dict__.pop("forward", None)
             module.to_empty(device="meta")
+
+    @contextmanager
+    def embeddings(self) -> Iterator[None]:
+        """The token embeddings, for `inputs` with token ids; released on leaving.
+
+        Raises:
+            RunError: as `block`.
+        """
+        module = self._load(self._embeddings).to(self.dtype)
+        try:
+            yield
+        finally:
+            module.to_empty(device="meta")
+
+    def arguments(self, shape: tuple[int, int], mask: Tensor | None) -> list[dict[str, Any]]:
+        """The keyword arguments of each block for `shape` = (b, T); see `inputs`."""
+        size = (*shape, self.model.config.hidden_size)
+        hidden = torch.zeros(size, dtype=self.dtype, device=self.device)
+        return self._record(mask, inputs_embeds=hidden)[1]
 
     def inputs(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the model would feed its blocks: hidden states of block 0 and the keyword arguments
         of each.
 
         input_ids [b, T], mask [b, T] bool or None -> hidden [b, T, H] and one dict a block (masks,
-        rotary embeddings), the same objects where the model shares them.
+        rotary embeddings), the same objects where the model shares them. Inside `embeddings` only.
         """
+        return self._record(mask, input_ids=input_ids.to(self.device))
+
+    def _record(self, mask: Tensor | None, **inputs: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         hidden: list[Tensor] = []
         calls: list[dict[str, Any]] = []
         last = len(self.blocks) - 1
@@ -185,17 +224,20 @@ class TeacherBlocks:
         try:
             attention_mask = None if mask is None else mask.to(self.device, torch.long)
             with torch.no_grad():
-                self.model(
-                    input_ids=input_ids.to(self.device),
-                    attention_mask=attention_mask,
-                    use_cache=False,
-                )
+                self.model(**inputs, attention_mask=attention_mask, use_cache=False)
         except _Stop:
             pass
         finally:
             for block in self.blocks:
                 del block.forward
         return hidden[0], calls
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; looks at one slice of the first axis at a time
+    where it has three."""
+    parts = tensor if tensor.ndim == 3 else [tensor]
+    return all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 def block_output(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

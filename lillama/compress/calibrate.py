@@ -1,7 +1,12 @@
-"""Second moments of what flows into each target matrix, in fp64, gathered while the teacher block
-runs."""
+"""Second moments of what flows through each target matrix, gathered while the teacher block runs.
 
-from collections.abc import Iterator, Mapping
+An expert that few calibration tokens were routed to says little about itself. Below `floor` tokens
+(hidden_size of them: fewer cannot span its inputs) the missing ones are made up by spread routing:
+a sample of the whole layer's tokens is sent through the expert as if the router had chosen it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,84 +14,189 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lillama.compress.factorize import Moment, moment_side
 from lillama.families import PROJECTIONS, Family
 from lillama.modules.replace import dense_expert
 
-__all__ = ["GramCollector"]
+__all__ = ["MomentCollector", "dense_experts_forward"]
+
+# (runtime path of the experts module, expert, projection), or the path of a linear layer
+Key = tuple[str, int, str] | str
 
 
-class GramCollector:
-    """Gram matrices sum x x^T [K, K] and token counts per target of one block.
+def dense_experts_forward(
+    experts: nn.Module,
+    hidden: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    see: Callable[[Tensor, int, str, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """What a stacked experts module computes, one expert after the other.
 
-    Linear layers are keyed by their path in the block; experts by (path, expert, "gate" | "down"),
-    as gate and up share their input. `mask` must be set before each forward pass ([b, T] bool or
-    None): padding is left out.
+    Weights may be of a narrower dtype than `hidden` [M, H]: each expert's are widened when it is
+    its turn, so that a block needs its stored size and one expert more. `see(rows, expert,
+    projection, x, y)` gets the inputs and outputs of every projection and the rows of `hidden` that
+    they belong to, for experts without tokens too.
+    """
+    out = torch.zeros_like(hidden)
+    for expert in range(experts.get_parameter("down_proj").shape[0]):
+        rows, choice = torch.where(topk_index == expert)
+        if see is None and rows.numel() == 0:
+            continue
+        seen = None if see is None else functools.partial(see, rows, expert)
+        y = _one_expert(experts, expert, hidden[rows], seen)
+        weighted = y * topk_weight[rows, choice, None]
+        out.index_add_(0, rows, weighted.to(out.dtype))
+    return out
+
+
+def _one_expert(
+    experts: Any,
+    expert: int,
+    x: Tensor,
+    see: Callable[[str, Tensor, Tensor], None] | None,
+) -> Tensor:
+    def project(projection: str, inputs: Tensor) -> Tensor:
+        weight = dense_expert(experts, projection, expert)
+        if not torch.is_autocast_enabled(inputs.device.type):
+            weight = weight.to(inputs.dtype)
+        outputs = F.linear(inputs, weight)
+        if see is not None:
+            see(projection, inputs, outputs)
+        return outputs
+
+    gated = experts.act_fn(project("gate", x)) * project("up", x)
+    return project("down", gated)
+
+
+class MomentCollector:
+    """Moments per target matrix of one block, each of its smaller side.
+
+    Args:
+        block: the teacher's block, with its weights.
+        linears: paths in the block of the nn.Linear targets; with_experts: all experts too.
+        floor: tokens an expert should have seen (the missing ones are made up in `finish`).
+        sample_rows: rows kept of each batch for that.
+
+    `mask` must be set before each forward pass ([b, T] bool or None): padding is left out.
     """
 
     def __init__(
-        self, block: nn.Module, family: Family, linears: list[str], with_experts: bool
+        self,
+        block: nn.Module,
+        family: Family,
+        linears: list[str],
+        with_experts: bool,
+        *,
+        floor: int = 0,
+        sample_rows: int = 0,
     ) -> None:
         self.block = block
-        self.family = family
         self.linears = linears
-        self.with_experts = with_experts
-        self.grams: dict[Any, Tensor] = {}
-        self.counts: dict[Any, int] = {}
+        self.experts_path = family.experts.runtime if with_experts and family.experts else None
+        self.floor = floor
+        self.sample_rows = sample_rows
         self.mask: Tensor | None = None
+        self._found: dict[Key, Moment] = {}
+        self._sample: list[Tensor] = []
 
-    def _add(self, key: Any, rows: Tensor) -> None:
-        rows = rows.double()
+    def _add(self, key: Key, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        side = moment_side(y.shape[-1], x.shape[-1])
+        rows = (x if side == "input" else y).double()
         gram = rows.mT @ rows
-        if key in self.grams:
-            self.grams[key] += gram
+        energy = float(x.double().square().sum()) * weight
+        count = float(x.shape[0]) * weight
+        old = self._found.get(key)
+        if old is None:
+            # kept in fp32: half the memory, and shrinkage drowns the last digits anyway
+            found = gram.mul_(weight).float()
         else:
-            self.grams[key] = gram
-        self.counts[key] = self.counts.get(key, 0) + rows.shape[0]
+            found = old.gram.add_(gram, alpha=weight)
+            count, energy = old.tokens + count, old.energy + energy
+        self._found[key] = Moment(side, found, count, energy)
 
     def _kept(self, hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1])
         return rows if self.mask is None else rows[self.mask.reshape(-1).to(rows.device)]
 
-    def _experts_hook(self, path: str, experts: nn.Module, args: tuple, kwargs: Mapping) -> None:
-        hidden, topk_index = args[0], args[1]
-        kept = None if self.mask is None else self.mask.reshape(-1).to(hidden.device)
-        for expert in range(experts.get_parameter("down_proj").shape[0]):
-            routed = (topk_index == expert).any(-1)
-            rows = hidden[routed if kept is None else routed & kept]
-            self._add((path, expert, "gate"), rows)
-            gate, up = (dense_expert(experts, name, expert) for name in PROJECTIONS[:2])
-            self._add((path, expert, "down"), F.silu(rows @ gate.mT) * (rows @ up.mT))
+    def _see_expert(self, rows: Tensor, expert: int, projection: str, x: Tensor, y: Tensor) -> None:
+        assert self.experts_path is not None
+        # gate and up have the same inputs: one moment serves both
+        if projection == "up" and moment_side(y.shape[-1], x.shape[-1]) == "input":
+            return
+        if self.mask is not None:
+            kept = self.mask.reshape(-1).to(rows.device)[rows]
+            x, y = x[kept], y[kept]
+        self._add((self.experts_path, expert, projection), x, y)
+
+    def _experts_forward(
+        self, experts: nn.Module, hidden: Tensor, topk_index: Tensor, topk_weight: Tensor
+    ) -> Tensor:
+        if sum(map(len, self._sample)) < self.floor:
+            self._sample.append(self._kept(hidden)[: self.sample_rows].clone())
+        return dense_experts_forward(experts, hidden, topk_index, topk_weight, self._see_expert)
 
     @contextmanager
-    def attached(self) -> Iterator["GramCollector"]:
+    def attached(self) -> Iterator["MomentCollector"]:
         """Collect from every forward pass of the block inside the context."""
-        handles = []
+        handles: list[Any] = []
+        experts, previous = None, None
         for path in self.linears:
 
-            def linear_hook(module: nn.Module, args: tuple, path: str = path) -> None:
-                self._add(path, self._kept(args[0]))
+            def linear_hook(module: nn.Module, args: tuple, output: Tensor, path: str = path):
+                assert isinstance(module, nn.Linear)
+                y = output if module.bias is None else output - module.bias
+                self._add(path, self._kept(args[0]), self._kept(y))
 
-            handles.append(self.block.get_submodule(path).register_forward_pre_hook(linear_hook))
-        if self.with_experts and self.family.experts is not None:
-            path = self.family.experts.runtime
-
-            def experts_hook(module: nn.Module, args: tuple, kwargs: Mapping) -> None:
-                self._experts_hook(path, module, args, kwargs)
-
-            experts = self.block.get_submodule(path)
-            handles.append(experts.register_forward_pre_hook(experts_hook, with_kwargs=True))
+            handles.append(self.block.get_submodule(path).register_forward_hook(linear_hook))
+        if self.experts_path is not None:
+            experts = self.block.get_submodule(self.experts_path)
+            previous = experts.__dict__.get("forward")
+            experts.forward = functools.partial(self._experts_forward, experts)
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
+            if experts is not None:
+                del experts.forward
+                if previous is not None:
+                    experts.forward = previous
 
-    def shared(self, path: str, kind: str) -> tuple[Tensor, int]:
-        """Gram and count summed over all experts of a module."""
-        keys = [
-            key
-            for key in self.grams
-            if isinstance(key, tuple) and key[0] == path and key[2] == kind
-        ]
-        total = torch.stack([self.grams[key] for key in keys]).sum(0)
-        return total, sum(self.counts[key] for key in keys)
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Make up the missing tokens of experts below the floor; once, after the last batch."""
+        if self.experts_path is None or not self._sample:
+            return
+        sample = torch.cat(self._sample)[: self.floor]
+        self._sample = []
+        experts = self.block.get_submodule(self.experts_path)
+        for expert, count in self.expert_tokens().items():
+            if count >= self.floor:
+                continue
+            weight = (self.floor - count) / len(sample)
+
+            def spread(
+                projection: str, x: Tensor, y: Tensor, expert: int = expert, weight: float = weight
+            ) -> None:
+                assert self.experts_path is not None
+                if (key := (self.experts_path, expert, projection)) in self._found:
+                    self._add(key, x, y, weight)
+
+            _one_expert(experts, expert, sample, spread)
+
+    def expert_tokens(self) -> dict[int, int]:
+        """Calibration tokens routed to each expert; after `finish`, those made up count too."""
+        return {
+            key[1]: round(moment.tokens)
+            for key, moment in self._found.items()
+            if isinstance(key, tuple) and key[2] == PROJECTIONS[0]
+        }
+
+    def pop(self, key: Key) -> Moment | None:
+        """The moment of a matrix, no longer held here; None when none was collected. That of an
+        expert's "up" may be its "gate"'s."""
+        if isinstance(key, tuple) and key[2] == "up" and key not in self._found:
+            key = (key[0], key[1], "gate")
+            return self._found.get(key)
+        return self._found.pop(key, None)

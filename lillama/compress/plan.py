@@ -4,6 +4,7 @@ size."""
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -204,6 +205,7 @@ def plan(
     preset: Preset = "default",
     strategy: Strategy | None = None,
     targets: tuple[str, ...] | None = None,
+    **options: Any,
 ) -> dict:
     """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.
 
@@ -211,15 +213,32 @@ def plan(
         model: local checkpoint folder; config.json alone is enough.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         preset, strategy, targets: as for `compress`.
+        options: tokens, seq_len, train, activation_memory, as for `compress`; they decide the
+            memory it will need.
 
     Returns:
-        `params_before, params_after, bytes_before, bytes_after, max_reduction, matrices[] {name,
-        shape, rank, break_even_rank, ...}` and more.
+        `peak_memory_bytes` (host memory by phase and their "peak"; absent where there are no
+        weights), `params_before, params_after, bytes_before, bytes_after, max_reduction, matrices[]
+        {name, shape, rank, break_even_rank, ...}` and more.
 
     Raises:
         InputError: see `make_plan`.
     """
-    options = PlanConfig(
-        model=Path(model), reduction=reduction, preset=preset, strategy=strategy, targets=targets
+    config = PlanConfig(
+        model=Path(model),
+        reduction=reduction,
+        preset=preset,
+        strategy=strategy,
+        targets=targets,
+        **options,
     )
-    return make_plan(options).as_json()
+    found = make_plan(config)
+    document = found.as_json()
+    if any(config.model.glob("*.safetensors*")):
+        from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
+
+        headers = read_headers(config.model)
+        memory = peak_memory(found, config, headers, resident_bytes())
+        rows = document.pop("matrices")
+        document |= {"peak_memory_bytes": memory, "matrices": rows}
+    return document

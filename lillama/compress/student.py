@@ -3,97 +3,159 @@ the checkpoint."""
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lillama.compress.blocks import TeacherBlocks
-from lillama.compress.calibrate import GramCollector
-from lillama.compress.factorize import blend_gram, plain_svd, whitened_svd
+from lillama.compress.calibrate import MomentCollector
+from lillama.compress.factorize import Moment, plain_svd, shrunk, whitened_svd
 from lillama.compress.plan import Plan
 from lillama.config import Recipe
 from lillama.errors import RunError
-from lillama.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.replace import copy_dense_experts, dense_expert, replace_modules
+from lillama.modules.replace import replace_modules
+from lillama.shard_file import DTYPES, Entry
 
-__all__ = ["block_tensors", "make_student", "round_parameters", "stored_as"]
+__all__ = [
+    "block_entries",
+    "copied_entry",
+    "empty_student",
+    "fill_student",
+    "load_student",
+    "round_parameters",
+    "stored_as",
+    "student_structure",
+]
 
 
-def _factors(
-    weight: Tensor,
-    rank: int,
-    recipe: Recipe,
-    gram: tuple[Tensor, float, Tensor | None, float] | None,
-) -> tuple[Tensor, Tensor]:
-    if recipe.init == "svd" or gram is None:
+def _factors(weight: Tensor, rank: int, recipe: Recipe, moment: Moment | None) -> tuple:
+    if recipe.init == "svd" or moment is None:
         return plain_svd(weight, rank)
-    return whitened_svd(weight, blend_gram(*gram, recipe.shrinkage), rank)
+    return whitened_svd(weight, shrunk(weight, moment, recipe.shrinkage), rank)
 
 
 @torch.no_grad()
 def _fill_linear(
-    new: LowRankLinear, old: nn.Linear, path: str, grams: GramCollector, recipe: Recipe
+    new: LowRankLinear, name: str, path: str, teacher: TeacherBlocks, fill: "_Fill"
 ) -> None:
-    gram = (grams.grams[path], grams.counts[path], None, 0) if path in grams.grams else None
-    A, B = _factors(old.weight, new.rank, recipe, gram)
+    weight = teacher.read(f"{name}.weight").to(teacher.device)
+    A, B = _factors(weight, new.rank, fill.recipe, fill.moments.pop(path))
     new.lr_A.copy_(A)
     new.lr_B.copy_(B)
     if new.bias is not None:
-        new.bias.copy_(old.bias)
+        new.bias.copy_(teacher.read(f"{name}.bias"))
 
 
 @torch.no_grad()
 def _fill_experts(
-    new: LowRankExperts, old: nn.Module, path: str, grams: GramCollector, recipe: Recipe
+    new: LowRankExperts, hub: str, path: str, teacher: TeacherBlocks, fill: "_Fill"
 ) -> None:
-    copy_dense_experts(new, old)
-    for projection in PROJECTIONS:
-        kind = "down" if projection == "down" else "gate"
-        all_experts, all_tokens = grams.shared(path, kind) if grams.grams else (None, 0)
-        for expert, rank in enumerate(new.ranks[projection]):
-            if rank == 0:
-                continue
-            key = (path, expert, kind)
-            gram = None
-            if key in grams.grams:
-                gram = (grams.grams[key], grams.counts[key], all_experts, all_tokens)
-            A, B = _factors(dense_expert(old, projection, expert), rank, recipe, gram)
+    naming = teacher.family.experts
+    assert naming is not None
+    for expert in range(new.num_experts):
+        # up before gate, whose moment it may share
+        for projection in ("up", "gate", "down"):
+            rank = new.ranks[projection][expert]
+            moment = fill.moments.pop((path, expert, projection))
+            name = f"{hub}.{expert}.{naming.hub_projection(projection)}.weight"
+            weight = teacher.read(name).to(teacher.device)
             stored = new.stored(projection, expert)
+            if rank == 0:
+                stored["lr_W"].copy_(weight)
+                continue
+            A, B = _factors(weight, rank, fill.recipe, moment)
             stored["lr_A"].copy_(A)
             stored["lr_B"].copy_(B)
 
 
-def make_student(
-    teacher: TeacherBlocks,
-    index: int,
-    block: nn.Module,
-    plan: Plan,
-    grams: GramCollector,
-    recipe: Recipe,
+class _Fill(NamedTuple):
+    moments: MomentCollector
+    recipe: Recipe
+
+
+def student_structure(
+    teacher: TeacherBlocks, index: int, block: nn.Module, plan: Plan
 ) -> nn.Module:
-    """Copy the loaded teacher block and factorise its targets; every parameter that can be saved
-    may train."""
-    student = copy.deepcopy(block)
+    """A copy of the teacher block with factors on the meta device and all else its own, in the
+    dtype to compute in. Stacked experts that stay dense are shared with the teacher: they never
+    train."""
+    shared: dict[int, Any] = {id(p): p for p in block.parameters()}
+    student = copy.deepcopy(block, shared)
     prefix = f"{teacher.block_path}.{index}."
     ranks = {name.removeprefix(prefix): rank for name, rank in plan.ranks_of_block(index).items()}
-    for path, old in replace_modules(student, plan.config, ranks).items():
-        new = student.get_submodule(path)
-        if isinstance(new, LowRankExperts):
-            _fill_experts(new, old, path, grams, recipe)
-        elif isinstance(new, LowRankLinear) and isinstance(old, nn.Linear):
-            _fill_linear(new, old, path, grams, recipe)
+    replaced = replace_modules(student, plan.config, ranks, device="meta", dtype=teacher.dtype)
+    for old in replaced.values():
+        # it holds the module it belongs to: in a cycle the dense weights would outlive the block
+        old.__dict__.pop("forward", None)
     factorised = {
-        name
+        f"{path}.{key}"
         for path, module in student.named_modules()
         if isinstance(module, LowRankExperts | LowRankLinear)
-        for name in (f"{path}.{key}" for key, _ in module.named_parameters())
+        for key, _ in module.named_parameters()
     }
     saved_one_to_one = set(_one_to_one(teacher, index).values())
+    for name, parameter in list(student.named_parameters()):
+        if name not in factorised and name in saved_one_to_one:
+            path, _, key = name.rpartition(".")
+            own = nn.Parameter(parameter.detach().to(teacher.dtype, copy=True))
+            setattr(student.get_submodule(path), key, own)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in factorised or name in saved_one_to_one)
     return student.eval()
+
+
+def empty_student(
+    student: nn.Module, device: torch.device
+) -> dict[str, LowRankExperts | LowRankLinear]:
+    """Give the factorised modules of a `student_structure` memory, zeros; returns them by path."""
+    found = {
+        path: module
+        for path, module in student.named_modules()
+        if isinstance(module, LowRankExperts | LowRankLinear)
+    }
+    for module in found.values():
+        module.to_empty(device=device)
+        for parameter in module.parameters():
+            parameter.data.zero_()
+    return found
+
+
+def fill_student(
+    student: nn.Module,
+    teacher: TeacherBlocks,
+    index: int,
+    moments: MomentCollector,
+    recipe: Recipe,
+) -> None:
+    """Factorise the targets of a block into its `student_structure`. The dense weights are read one
+    by one, and the moments taken out of `moments`, so that neither waits for the last."""
+    prefix = f"{teacher.block_path}.{index}"
+    for path, new in empty_student(student, teacher.device).items():
+        if isinstance(new, LowRankExperts):
+            assert teacher.family.experts is not None
+            hub = f"{prefix}.{teacher.family.experts.hub}"
+            _fill_experts(new, hub, path, teacher, _Fill(moments, recipe))
+        else:
+            _fill_linear(new, f"{prefix}.{path}", path, teacher, _Fill(moments, recipe))
+
+
+@torch.no_grad()
+def load_student(
+    student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan, shard: Path
+) -> None:
+    """Fill a `student_structure` with the tensors that `block_entries` wrote to `shard`: the
+    numbers a user will get."""
+    empty_student(student, teacher.device)
+    values = _values(teacher, index, student, plan.ranks_of_block(index))
+    with safe_open(shard, "pt", backend="pread") as file:
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                value.copy_(file.get_tensor(name))
 
 
 def _one_to_one(teacher: TeacherBlocks, index: int) -> dict[str, str]:
@@ -113,7 +175,8 @@ def round_parameters(student: nn.Module, dtype: torch.dtype) -> None:
     """Round to the dtype the checkpoint will have, so that later blocks see what a user will
     run."""
     for parameter in student.parameters():
-        parameter.copy_(parameter.to(dtype))
+        if parameter.requires_grad:  # the others are the teacher's
+            parameter.copy_(parameter.to(dtype))
 
 
 def stored_as(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,47 +194,68 @@ def stored_as(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-@torch.no_grad()
-def block_tensors(
+def _values(
+    teacher: TeacherBlocks, index: int, student: nn.Module, ranks: Mapping[str, int]
+) -> dict[str, Tensor | str]:
+    """{checkpoint name: the student's tensor that it stores, or the teacher's hub name where the
+    student has none of its own}."""
+    prefix = f"{teacher.block_path}.{index}"
+    one_to_one = _one_to_one(teacher, index)
+    experts = teacher.family.experts
+    values: dict[str, Tensor | str] = {}
+    for name in teacher.hub_names(prefix):
+        matrix = name.removesuffix(".weight")
+        parsed = None if experts is None else experts.parse(matrix.removeprefix(f"{prefix}."))
+        module = None if parsed is None else student.get_submodule(parsed[0])
+        if parsed is not None and isinstance(module, LowRankExperts):
+            stored = module.stored(parsed[2], parsed[1])
+            values.update({f"{matrix}.{key}": value.detach() for key, value in stored.items()})
+        elif matrix in ranks:
+            low_rank = student.get_submodule(one_to_one[name].removesuffix(".weight"))
+            assert isinstance(low_rank, LowRankLinear)
+            values[f"{matrix}.lr_A"] = low_rank.lr_A.detach()
+            values[f"{matrix}.lr_B"] = low_rank.lr_B.detach()
+        elif name in one_to_one:
+            values[name] = student.get_parameter(one_to_one[name]).detach()
+        else:
+            values[name] = name
+    return values
+
+
+def copied_entry(teacher: TeacherBlocks, name: str, dtype: torch.dtype | None) -> Entry:
+    """A tensor of the teacher as it is, or in `dtype`; read when it is written."""
+    header = teacher.headers[name]
+    own = DTYPES[header.dtype]
+    wanted = own if dtype is None or not own.is_floating_point else dtype
+    return Entry(name, wanted, header.shape, lambda: stored_as(name, teacher.read(name), wanted))
+
+
+def block_entries(
     teacher: TeacherBlocks,
     index: int,
     student: nn.Module | None,
     ranks: Mapping[str, int],
     dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """Everything of one block under its checkpoint names, on the CPU.
+) -> list[Entry]:
+    """Everything of one block under its checkpoint names, made one by one while it is written.
 
     Without a student the teacher's tensors pass through; `dtype` None keeps each tensor's own
     dtype.
     """
-    prefix = f"{teacher.block_path}.{index}"
-    one_to_one = _one_to_one(teacher, index)
-    experts = teacher.family.experts
-    tensors: dict[str, Tensor] = {}
+    names = teacher.hub_names(f"{teacher.block_path}.{index}")
+    if student is None:
+        return [copied_entry(teacher, name, dtype) for name in names]
+    entries = []
+    for name, value in _values(teacher, index, student, ranks).items():
+        if isinstance(value, str):
+            entries.append(copied_entry(teacher, value, dtype))
+            continue
+        source = name if name in teacher.headers else f"{name.rpartition('.')[0]}.weight"
+        wanted = DTYPES[teacher.headers[source].dtype] if dtype is None else dtype
+        shape = tuple(value.shape)
 
-    def add(name: str, value: Tensor, source: Tensor) -> None:
-        tensors[name] = stored_as(name, value, source.dtype if dtype is None else dtype)
+        def make(name: str = name, value: Tensor = value, wanted: torch.dtype = wanted) -> Tensor:
+            return stored_as(name, value, wanted)
 
-    for name in teacher.hub_names(prefix):
-        source = teacher.read(name)
-        matrix = name.removesuffix(".weight")
-        parsed = None if experts is None else experts.parse(matrix.removeprefix(f"{prefix}."))
-        if student is None:
-            add(name, source, source)
-        elif parsed is not None:
-            module = student.get_submodule(parsed[0])
-            if isinstance(module, LowRankExperts):
-                for key, value in module.stored(parsed[2], parsed[1]).items():
-                    add(f"{matrix}.{key}", value, source)
-            else:
-                add(name, source, source)
-        elif matrix in ranks:
-            module = student.get_submodule(one_to_one[name].removesuffix(".weight"))
-            assert isinstance(module, LowRankLinear)
-            add(f"{matrix}.lr_A", module.lr_A, source)
-            add(f"{matrix}.lr_B", module.lr_B, source)
-        elif name in one_to_one:
-            add(name, student.get_parameter(one_to_one[name]), source)
-        else:
-            add(name, source, source)
-    return tensors
+        entries.append(Entry(name, wanted, shape, make))
+    return entries

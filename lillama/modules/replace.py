@@ -52,11 +52,13 @@ def replace_modules(
     *,
     base_prefix: str = "",
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Module]:
     """Replace in `root` every module that `ranks` names; return {runtime name: dense module}.
 
     `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
-    `base_prefix`. Factors are left unset (zeros for experts); biases are not copied.
+    `base_prefix`. Factors are left unset (zeros for experts) and have the dense weight's device and
+    dtype where none is given; biases are not copied.
 
     Raises:
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
@@ -77,7 +79,7 @@ def replace_modules(
             rank,
             bias=old.bias is not None,
             device=device if device is not None else old.weight.device,
-            dtype=old.weight.dtype,
+            dtype=dtype or old.weight.dtype,
         )
         root.set_submodule(path, new)
         replaced[path] = old
@@ -96,7 +98,7 @@ def replace_modules(
             intermediate_size,
             expert_ranks,
             device=device if device is not None else weight.device,
-            dtype=weight.dtype,
+            dtype=dtype or weight.dtype,
         )
         root.set_submodule(path, new_experts)
         replaced[path] = old

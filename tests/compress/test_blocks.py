@@ -57,7 +57,8 @@ def full_model_states(path: Path, ids: Tensor, mask: Tensor | None, device) -> l
 
 @torch.no_grad()
 def streamed_states(teacher: TeacherBlocks, ids: Tensor, mask: Tensor | None) -> list[Tensor]:
-    hidden, calls = teacher.inputs(ids, mask)
+    with teacher.embeddings():
+        hidden, calls = teacher.inputs(ids, mask)
     states = [hidden]
     for index, kwargs in enumerate(calls):
         with teacher.block(index) as block:
@@ -110,13 +111,11 @@ def test_block_is_alive_only_inside_its_context(kind, request, device):
             assert not any(p.is_meta or p.requires_grad for p in block.parameters())
             assert not block.training
         assert live_blocks(teacher) == []
-    # nothing beyond the blocks but the embedding is ever loaded
-    outside = {
-        name
-        for name, p in teacher.model.named_parameters()
-        if not p.is_meta and not name.startswith(teacher.block_path)
-    }
-    assert all("embed" in name for name in outside) and outside
+    assert all(p.is_meta for p in teacher.model.parameters())
+    with teacher.embeddings():
+        loaded = [name for name, p in teacher.model.named_parameters() if not p.is_meta]
+        assert len(loaded) == 1 and "embed" in loaded[0]
+    assert all(p.is_meta for p in teacher.model.parameters())
 
 
 def test_block_is_released_when_its_context_raises(mixtral, device):
@@ -126,15 +125,37 @@ def test_block_is_released_when_its_context_raises(mixtral, device):
     assert live_blocks(teacher) == []
 
 
-def test_block_converts_to_the_asked_dtype(make_checkpoint, device):
+def test_block_keeps_stacked_experts_as_stored_and_computes_as_if_widened(make_checkpoint, device):
+    """They are nearly all of a block: widened all at once they would take twice the memory."""
     path = make_checkpoint("mixtral", torch.bfloat16)
     teacher = open_teacher(path, device, torch.float32)
+    ids, _ = tokens(masked=False)
+    wanted = full_model_states(path, ids, None, device)
     with teacher.block(0) as block:
-        assert {p.dtype for p in block.parameters()} == {torch.float32}
+        dtypes = {name: p.dtype for name, p in block.named_parameters()}
         norm = block.get_parameter("input_layernorm.weight").cpu()
+    narrow = {name for name, dtype in dtypes.items() if dtype == torch.bfloat16}
+    assert narrow == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
     stored = load_file(path / "model.safetensors")["model.layers.0.input_layernorm.weight"]
     assert stored.dtype == torch.bfloat16
     assert torch.equal(norm, stored.float())
+    for ours, theirs in zip(streamed_states(teacher, ids, None), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_without_embeddings_are_those_of_inputs(kind, masked, request, device):
+    teacher = open_teacher(request.getfixturevalue(kind), device)
+    ids, mask = tokens(masked)
+    with teacher.embeddings():
+        _, wanted = teacher.inputs(ids, mask)
+    found = teacher.arguments((3, 17), mask)
+    assert [sorted(kwargs) for kwargs in found] == [sorted(kwargs) for kwargs in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,8 +203,12 @@ def test_teacher_with_a_bad_embedding_names_it(mixtral, tmp_path, device):
     def edit(tensors):
         tensors["model.embed_tokens.weight"][7, 7] = float("nan")
 
-    with pytest.raises(RunError, match="model.embed_tokens.weight holds NaN or infinity"):
-        open_teacher(damaged(mixtral, tmp_path, edit), device)
+    teacher = open_teacher(damaged(mixtral, tmp_path, edit), device)
+    with (
+        pytest.raises(RunError, match="model.embed_tokens.weight holds NaN or infinity"),
+        teacher.embeddings(),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

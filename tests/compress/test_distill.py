@@ -10,9 +10,11 @@ import torch
 from lillama_kernels import distill_loss
 from torch import Tensor, nn
 
+from lillama.compress.activations import ActivationStore, stored
 from lillama.compress.distill import (
     Stream,
     TrainResult,
+    TrainState,
     _learning_rate,
     batch_loss,
     held_out_loss,
@@ -53,7 +55,18 @@ def make_stream(
         student = teacher + noise * torch.randn(ROWS, T, H, generator=generator)
     with torch.no_grad():
         target = Block(1)(teacher)
-    return Stream(teacher, student, target, mask, no_kwargs)
+    same = stored(teacher)
+    return Stream(same, stored(student) if noise else same, stored(target), mask, no_kwargs)
+
+
+def everything(store: ActivationStore) -> Tensor:
+    return store.read(torch.arange(len(store)))
+
+
+def spoil(stream: Stream, row: int) -> None:
+    values = stream.target.read(torch.tensor([row]))
+    values[0, 0, 0] = float("nan")
+    stream.target.write(torch.tensor([row]), values)
 
 
 def damaged_block(device: torch.device) -> Block:
@@ -70,7 +83,7 @@ def train(
     device: torch.device,
     learning_rate: float = 1e-2,
     loss: Loss = "joint",
-    on_step: Callable[[int, float], None] = lambda rows, loss: None,
+    on_step: Callable[[int, Tensor], bool] = lambda rows, loss: False,
     **recipe: Any,
 ) -> TrainResult:
     return train_block(
@@ -125,11 +138,12 @@ def test_train_block_keeps_the_best_of_its_evaluations(device):
     block, held_out = damaged_block(device), make_stream(device, 9)
     seen: list[float] = []
 
-    def on_step(rows: int, loss: float) -> None:
+    def on_step(rows: int, loss: Tensor) -> bool:
         assert rows == 4 and math.isfinite(loss)
         if len(seen) == 3:  # something goes wrong in the fourth of six steps
             block.weight.data += 1
         seen.append(held_out_loss(block, held_out, "joint", 4, device))
+        return False
 
     result = train(
         block, make_stream(device), held_out, device, 0.02, on_step=on_step, evaluations=6
@@ -154,7 +168,7 @@ def test_train_block_same_seed_is_bitwise_equal_and_another_is_not(device):
             seed=seed,
             device=device,
             name="layers.7",
-            on_step=lambda rows, loss: None,
+            on_step=lambda rows, loss: False,
         )
         return block.weight.detach()
 
@@ -162,9 +176,12 @@ def test_train_block_same_seed_is_bitwise_equal_and_another_is_not(device):
     assert not torch.equal(trained(0), trained(1))
 
 
-def expected(block: nn.Module, inputs: Tensor, stream: Stream, rows: Tensor, device) -> Tensor:
+def expected(
+    block: nn.Module, inputs: ActivationStore, stream: Stream, rows: Tensor, device
+) -> Tensor:
     mask = None if stream.mask is None else stream.mask[rows].to(device)
-    return distill_loss(block(inputs[rows].to(device)), stream.target[rows].to(device), mask)
+    x, target = inputs.read(rows).to(device), stream.target.read(rows).to(device)
+    return distill_loss(block(x), target, mask)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "padded"])
@@ -226,9 +243,9 @@ def test_masked_positions_have_no_influence(loss, device):
     stream = make_stream(device, noise=0.1, mask=mask)
     hidden = ~mask[..., None]
     garbage = Stream(
-        stream.teacher.masked_fill(hidden, 50.0),
-        stream.student.masked_fill(hidden, -70.0),
-        stream.target.masked_fill(hidden, 9.0),
+        stored(everything(stream.teacher).masked_fill(hidden, 50.0)),
+        stored(everything(stream.student).masked_fill(hidden, -70.0)),
+        stored(everything(stream.target).masked_fill(hidden, 9.0)),
         mask,
         no_kwargs,
     )
@@ -257,14 +274,14 @@ def test_held_out_loss_weighs_tokens_not_batches(device):
 
 def test_train_block_nan_in_the_loss_names_the_block(device):
     stream = make_stream(device)
-    stream.target[5, 2, 3] = float("nan")
-    with pytest.raises(RunError, match=r"the loss of block layers\.7 became nan at step \d"):
+    spoil(stream, 5)
+    with pytest.raises(RunError, match=r"the loss of block layers\.7 became nan by step \d"):
         train(damaged_block(device), stream, make_stream(device, 9), device)
 
 
 def test_train_block_nan_in_the_held_out_loss_names_the_block(device):
     held_out = make_stream(device, 9)
-    held_out.target[0, 0, 0] = float("nan")
+    spoil(held_out, 0)
     with pytest.raises(RunError, match=r"held-out loss of block layers\.7 became nan"):
         train(damaged_block(device), make_stream(device), held_out, device)
 
@@ -309,3 +326,52 @@ def test_recipe_scales_the_default_rate_with_width_and_not_the_published_one():
     assert default.peak_learning_rate(128) == pytest.approx(default.learning_rate)
     assert default.peak_learning_rate(512) == pytest.approx(default.learning_rate / 2)
     assert paper.peak_learning_rate(128) == paper.peak_learning_rate(4096) == 8.6e-5
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+@pytest.mark.parametrize("clip", [1.0, None], ids=["clipped", "unclipped"])
+def test_train_block_resumed_from_a_state_ends_bit_for_bit(at, clip, device):
+    """The state is what a file holds: nothing of the first run lives on in the second."""
+    streams = make_stream(device, noise=0.1), make_stream(device, 9, noise=0.1)
+    recipe = dataclasses.replace(PRESETS["default"], batch_size=4, gradient_clip=clip)
+    kept: list[TrainState] = []
+    seen: list[int] = []
+
+    def run(block: Block, resume: TrainState | None = None) -> TrainResult:
+        seen.clear()
+
+        def on_step(rows: int, loss: Tensor) -> bool:
+            seen.append(rows)
+            return len(seen) == at and resume is None
+
+        def save(state: TrainState) -> None:
+            copies = {key: value.clone() for key, value in state.tensors.items()}
+            kept.append(dataclasses.replace(state, tensors=copies))
+
+        return train_block(
+            block, *streams, recipe=recipe, loss="joint", peak_learning_rate=3e-2, seed=0,
+            device=device, name="layers.7", on_step=on_step, resume=resume, save=save,
+        )  # fmt: skip
+
+    whole = damaged_block(device)
+    wanted = run(whole)
+    assert [state.step for state in kept] == [at] and seen == [4] * 6
+    again = damaged_block(device)
+    with torch.no_grad():
+        again.weight.fill_(7.0)  # what resuming must replace
+    assert run(again, kept[0]) == wanted and seen == [4] * 6
+    assert torch.equal(whole.weight, again.weight)
+
+
+def test_train_block_saves_by_the_clock(device):
+    states: list[int] = []
+    for every, wanted in ((0.0, [1, 2, 3, 4, 5]), (1000.0, [])):
+        states.clear()
+        train_block(
+            damaged_block(device), make_stream(device), make_stream(device, 9),
+            recipe=dataclasses.replace(PRESETS["default"], batch_size=4), loss="joint",
+            peak_learning_rate=1e-2, seed=0, device=device, name="layers.7",
+            on_step=lambda rows, loss: False, save=lambda state: states.append(state.step),
+            save_every_s=every,
+        )  # fmt: skip
+        assert states == wanted, "the last step is followed by the shard itself"

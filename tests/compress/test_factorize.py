@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.compress.factorize import balanced, blend_gram, plain_svd, whitened_svd
+from lillama.compress.factorize import (
+    Moment,
+    balanced,
+    moment_side,
+    plain_svd,
+    shrunk,
+    whitened_svd,
+)
 
 SHAPES = [pytest.param(24, 40, id="N24-K40"), pytest.param(40, 24, id="N40-K24")]
 
@@ -17,6 +24,18 @@ def anisotropic_gram(K: int, seed: int = 5) -> Tensor:
     """E x x^T with eigenvalues over four orders of magnitude, in no special basis."""
     basis, _ = torch.linalg.qr(random(K, K, seed=seed))
     return (basis * torch.logspace(0, -4, K, dtype=torch.float64)) @ basis.mT
+
+
+def moment_of(W: Tensor, gram: Tensor) -> Tensor:
+    """What whitened_svd wants of inputs with E x x^T = gram [K, K]."""
+    return gram if moment_side(*W.shape) == "input" else W @ gram @ W.mT
+
+
+def seen(W: Tensor, x: Tensor) -> Moment:
+    """The collected moment of inputs x [n, K]."""
+    side = moment_side(*W.shape)
+    rows = x if side == "input" else x @ W.mT
+    return Moment(side, rows.mT @ rows, len(x), float(x.square().sum()))
 
 
 def expected_error(W: Tensor, A: Tensor, B: Tensor, gram: Tensor) -> Tensor:
@@ -50,7 +69,7 @@ def test_balanced_keeps_the_product_and_equalises_the_factors(N, K):
 def test_whitened_svd_beats_plain_svd_on_anisotropic_inputs(N, K):
     W, gram = random(N, K), anisotropic_gram(K)
     plain = expected_error(W, *plain_svd(W, 8), gram)
-    white = expected_error(W, *whitened_svd(W, gram, 8), gram)
+    white = expected_error(W, *whitened_svd(W, moment_of(W, gram), 8), gram)
     assert white < 0.5 * plain
 
 
@@ -60,14 +79,14 @@ def test_whitened_svd_attains_the_analytic_optimum(N, K):
     W, gram = random(N, K), anisotropic_gram(K)
     S = torch.linalg.cholesky(gram)
     optimum = torch.linalg.svdvals(W @ S)[8:].square().sum()
-    A, B = whitened_svd(W, gram, 8)
+    A, B = whitened_svd(W, moment_of(W, gram), 8)
     torch.testing.assert_close(expected_error(W, A, B, gram), optimum, rtol=1e-6, atol=0)
     torch.testing.assert_close(A @ A.mT, B.mT @ B, rtol=1e-6, atol=1e-9)
 
 
 def test_whitened_svd_of_the_identity_is_plain_svd():
     W = random(24, 40)
-    A, B = whitened_svd(W, torch.eye(40, dtype=torch.float64), 8)
+    A, B = whitened_svd(W, moment_of(W, torch.eye(40, dtype=torch.float64)), 8)
     plain_A, plain_B = plain_svd(W, 8)
     torch.testing.assert_close(B @ A, plain_B @ plain_A, rtol=1e-8, atol=1e-9)
 
@@ -77,18 +96,16 @@ def test_whitened_svd_of_the_identity_is_plain_svd():
 def test_factors_of_a_low_rank_weight_are_exact(init, rank):
     W = random(48, 8) @ random(8, 32, seed=1)
     gram = anisotropic_gram(32)
-    A, B = plain_svd(W, rank) if init == "plain" else whitened_svd(W, gram, rank)
+    A, B = plain_svd(W, rank) if init == "plain" else whitened_svd(W, moment_of(W, gram), rank)
     torch.testing.assert_close(B @ A, W, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
-@pytest.mark.parametrize("with_shared", [True, False], ids=["shared", "alone"])
-def test_whitened_svd_after_blend_gram_of_few_tokens_is_finite(num_tokens, with_shared):
-    W = random(24, 40)
-    x = random(num_tokens, 40, seed=2)
-    shared, shared_count = (x.mT @ x, num_tokens) if with_shared else (None, 0)
-    gram = blend_gram(x.mT @ x, num_tokens, shared, shared_count, 1e-3)
-    A, B = whitened_svd(W, gram, 8)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_of_few_tokens_is_finite_and_serves_them(N, K, num_tokens):
+    W = random(N, K)
+    x = random(num_tokens, K, seed=2)
+    A, B = whitened_svd(W, shrunk(W, seen(W, x), 1e-3), 8)
     assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
     error = ((W - B @ A) @ x.mT).square().sum()
     if num_tokens:
@@ -100,51 +117,37 @@ def test_whitened_svd_after_blend_gram_of_few_tokens_is_finite(num_tokens, with_
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30], ids=["zero", "tiny", "huge"])
-def test_whitened_svd_after_blend_gram_of_any_scale_is_finite(scale):
-    W = random(24, 40)
-    x = random(100, 40, seed=2) * scale**0.5
-    A, B = whitened_svd(W, blend_gram(x.mT @ x, 100, None, 0, 1e-3), 8)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_of_any_scale_is_finite(N, K, scale):
+    W = random(N, K)
+    x = random(100, K, seed=2) * scale**0.5
+    A, B = whitened_svd(W, shrunk(W, seen(W, x), 1e-3), 8)
     assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
     assert (W - B @ A).square().sum() < W.square().sum()
 
 
-def test_whitened_svd_of_a_zero_weight_is_zero():
-    A, B = whitened_svd(torch.zeros(24, 40), anisotropic_gram(40), 8)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_of_a_zero_weight_is_zero(N, K):
+    W = torch.zeros(N, K, dtype=torch.float64)
+    A, B = whitened_svd(W, moment_of(W, anisotropic_gram(K)), 8)
     assert bool((B @ A == 0).all()) and bool(torch.isfinite(A).all())
 
 
-def test_whitened_svd_of_a_singular_gram_is_finite():
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_of_a_singular_moment_is_finite(N, K):
     """Without any shrinkage: inputs that never leave a plane."""
-    W, x = random(24, 40), random(50, 2, seed=3) @ random(2, 40, seed=4)
-    A, B = whitened_svd(W, x.mT @ x / 50, 8)
+    W, x = random(N, K), random(50, 2, seed=3) @ random(2, K, seed=4)
+    A, B = whitened_svd(W, moment_of(W, x.mT @ x / 50), 8)
     assert bool(torch.isfinite(A).all() and torch.isfinite(B).all())
     torch.testing.assert_close(x @ (B @ A).mT, x @ W.mT, rtol=1e-4, atol=1e-4)
 
 
-def test_blend_gram_without_shared_is_the_second_moment():
-    x = random(500, 16)
-    gram = blend_gram(x.mT @ x, 500, None, 0, 0.0)
-    torch.testing.assert_close(gram, x.mT @ x / 500)
-
-
-def test_blend_gram_shrinks_the_diagonal_by_its_mean():
-    x = random(500, 16)
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_shrunk_is_the_moment_of_inputs_with_isotropic_noise(N, K, shrinkage):
+    """On either side: E (x + e)(x + e)^T with E e e^T = shrinkage * mean power * I, or W of
+    that."""
+    W, x = random(N, K), random(500, K, seed=2)
     moment = x.mT @ x / 500
-    wanted = moment + 0.1 * moment.diagonal().mean() * torch.eye(16, dtype=torch.float64)
-    torch.testing.assert_close(blend_gram(x.mT @ x, 500, None, 0, 0.1), wanted)
-
-
-def test_blend_gram_leans_on_shared_the_more_the_fewer_tokens():
-    K = 16
-    own, shared = random(4000, K), random(9000, K, seed=1) * 3
-    moment_own, moment_shared = own.mT @ own / 4000, shared.mT @ shared / 9000
-    shared_gram = shared.mT @ shared
-
-    def distance_to_shared(count: int) -> float:
-        blended = blend_gram(moment_own * count, count, shared_gram, 9000, 0.0)
-        return float((blended - moment_shared).norm() / (moment_own - moment_shared).norm())
-
-    # own and shared are mixed as count : K
-    assert distance_to_shared(0) == pytest.approx(0, abs=1e-12)
-    assert distance_to_shared(K) == pytest.approx(0.5)
-    assert distance_to_shared(4000) == pytest.approx(4000 / (4000 + K))
+    noise = shrinkage * moment.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    torch.testing.assert_close(shrunk(W, seen(W, x), shrinkage), moment_of(W, moment + noise))

@@ -1,0 +1,164 @@
+"""How much host memory a compression will need, from shapes and options alone.
+
+One teacher block is in memory as it is stored, then one student block in fp32; never both. The
+largest of the phases of the largest block decides. The terms below are what the code of that phase
+holds at once; only the temporaries of training are an estimate (see `_train_bytes`).
+"""
+
+import math
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lillama.checkpoint import TensorHeader, dtype_of
+from lillama.compress.allocate import Matrix
+from lillama.compress.factorize import moment_side
+from lillama.compress.plan import Plan
+from lillama.config import PlanConfig
+
+__all__ = ["held_out_blocks", "peak_memory", "resident_bytes"]
+
+FP32, FP64 = 4, 8
+
+
+def held_out_blocks(tokens: int, seq_len: int) -> int:
+    """Token blocks kept for judging: a fortieth of the calibration tokens' number, 8 to 32."""
+    return min(32, max(8, -(-tokens // seq_len) // 40))
+
+
+def resident_bytes() -> int:
+    """The most memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Sizes of one block: bytes as stored of its stacked experts and of the rest, numbers of the
+    rest and of the student's factors."""
+
+    stacked_bytes: int
+    other_bytes: int
+    other_numbers: int
+    student_numbers: int
+    targets: tuple[Matrix, ...]
+
+
+def _block(plan: Plan, headers: Mapping[str, TensorHeader], prefix: str, index: int) -> _Block:
+    experts = plan.family.experts
+    stacked = other = numbers = 0
+    for name, header in headers.items():
+        if not name.startswith(f"{prefix}.{index}."):
+            continue
+        if experts is not None and experts.parse(name.removesuffix(".weight")):
+            stacked += header.num_bytes
+        else:
+            other += header.num_bytes
+            numbers += math.prod(header.shape)
+    ranks = plan.ranks_of_block(index)
+    targets = tuple(m for m in plan.matrices if m.block == index)
+    factors: dict[tuple[str, str], list[tuple[Matrix, int]]] = {}
+    replaced = dense = 0
+    for matrix in targets:
+        rank = ranks.get(matrix.name, 0)
+        parsed = None if experts is None else experts.parse(matrix.name)
+        if parsed is None and rank:
+            replaced += matrix.N * matrix.K
+            factors[matrix.name, ""] = [(matrix, rank)]
+        elif parsed is not None and ranks:
+            factors.setdefault((parsed[0], parsed[2]), []).append((matrix, rank))
+            dense += 0 if rank else matrix.N * matrix.K
+    # stacked factors are padded to the largest rank of their projection
+    padded = sum(
+        len(group) * max(rank for _, rank in group) * (group[0][0].N + group[0][0].K)
+        for group in factors.values()
+    )
+    return _Block(stacked, other, numbers, padded + dense + numbers - replaced, targets)
+
+
+def _moment_bytes(plan: Plan, block: _Block) -> int:
+    experts = plan.family.experts
+    total = 0
+    for matrix in block.targets:
+        parsed = None if experts is None else experts.parse(matrix.name)
+        input_side = moment_side(matrix.N, matrix.K) == "input"
+        if parsed is not None and parsed[2] == "up" and input_side:
+            continue  # gate's serves both
+        total += min(matrix.N, matrix.K) ** 2 * FP32
+    return total
+
+
+def _factorise_bytes(matrix: Matrix, stored: float) -> int:
+    """The weight as stored and in fp64, its whitened copy, and five squares of the smaller side:
+    moment, factor, product, vectors, workspace."""
+    return (
+        round(matrix.N * matrix.K * (stored + 2 * FP64)) + 5 * min(matrix.N, matrix.K) ** 2 * FP64
+    )
+
+
+def _batch_bytes(plan: Plan, options: PlanConfig, passes: int) -> int:
+    """Activations of one batch through one block while nothing is kept for a backward pass."""
+    config = plan.config
+    rows = passes * options.recipe.batch_size * options.seq_len
+    width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
+    share = 1.0
+    if plan.family.experts is not None:
+        # one expert after the other, the busiest with twice its share
+        share = min(1.0, 2 * config.num_experts_per_tok / config.num_local_experts)
+    hidden = rows * config.hidden_size * FP32
+    return round(8 * hidden + share * rows * width * 4 * FP32)
+
+
+def _train_bytes(plan: Plan, options: PlanConfig, block: _Block) -> int:
+    """fp32 parameters, gradients, two AdamW moments and the best state; and what autograd keeps of
+    a batch of both inputs: about 12 tensors [rows, H] and 4 of the width inside."""
+    config = plan.config
+    rows = 2 * options.recipe.batch_size * options.seq_len
+    width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
+    per_token = 1 if plan.family.experts is None else config.num_experts_per_tok
+    kept = rows * (12 * config.hidden_size + 4 * per_token * width) * FP32
+    return block.student_numbers * 5 * FP32 + kept
+
+
+def peak_memory(
+    plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader], base_bytes: int
+) -> dict[str, int]:
+    """Bytes of host memory that each phase will need at its worst block, and their maximum "peak".
+
+    On a GPU the phases' own terms lie there instead, and the host keeps the streams only.
+    base_bytes is what the process holds before it starts (`resident_bytes`).
+    """
+    prefix = next(m.name for m in plan.matrices).partition(".layers.")[0] + ".layers"
+    count = -(-options.tokens // options.seq_len) + held_out_blocks(options.tokens, options.seq_len)
+    one = count * options.seq_len * plan.config.hidden_size * FP32
+    streams = min(3 * one, options.activation_memory // one * one if one else 0)
+    embeddings = plan.config.vocab_size * plan.config.hidden_size
+    phases = {"embed": embeddings * (FP32 + round(dtype_of(plan.config).itemsize))}
+    for index in range(plan.blocks[-1] + 1):
+        block = _block(plan, headers, prefix, index)
+        stored = block.stacked_bytes + block.other_bytes
+        widened = block.stacked_bytes + block.other_numbers * FP32
+        compressed = index in plan.blocks
+        whitened = compressed and options.recipe.init == "whitened"
+        moments = _moment_bytes(plan, block) if whitened else 0
+        batch = _batch_bytes(plan, options, 1)
+        largest = max((m.N * m.K for m in block.targets), default=0)
+        found = {
+            # gate and up are read apart and copied into one
+            "load": stored + block.stacked_bytes * 2 // 3,
+            "teacher": widened + moments + batch + 2 * largest * FP32,
+        }
+        if compressed:
+            student = block.student_numbers * FP32
+            work = max(_factorise_bytes(m, plan.item_bytes) for m in block.targets)
+            found["factorise"] = student + moments + work
+            found["train" if options.train else "judge"] = (
+                _train_bytes(plan, options, block)
+                if options.train
+                else student + _batch_bytes(plan, options, 2)
+            )
+        for phase, size in found.items():
+            phases[phase] = max(phases.get(phase, 0), size)
+    sized = {phase: base_bytes + streams + size for phase, size in phases.items()}
+    return {**sized, "peak": max(sized.values())}

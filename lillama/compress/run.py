@@ -1,0 +1,280 @@
+"""The loop over the blocks: teacher pass, factors, training, and on to the next; one teacher and
+one student block in memory at a time."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lillama.checkpoint import dtype_of, sentinel
+from lillama.checkpoint_writer import CheckpointWriter
+from lillama.compress.activations import ActivationMemory
+from lillama.compress.blocks import TeacherBlocks
+from lillama.compress.calibrate import MomentCollector
+from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
+from lillama.compress.plan import Plan
+from lillama.compress.stop import StopRequest
+from lillama.compress.streams import Streams
+from lillama.compress.student import (
+    block_entries,
+    copied_entry,
+    empty_student,
+    fill_student,
+    load_student,
+    round_parameters,
+    student_structure,
+)
+from lillama.config import CompressConfig
+from lillama.data import TokenBlocks
+from lillama.shard_file import Entry, entries_of
+
+__all__ = ["Progress", "Run", "pieces_of"]
+
+logger = logging.getLogger(__name__)
+
+# progress(stage, done, total): units are tokens run through a block
+Progress = Callable[[str, int, int], None]
+REST = "rest"
+
+
+def pieces_of(num_blocks: int) -> list[str]:
+    """Names of the shards of a compressed model: one a block, one for what is outside them."""
+    return [*(f"block-{index}" for index in range(num_blocks)), REST]
+
+
+class Run:
+    """The state of one compression; `lillama.compress` is its only user.
+
+    Args:
+        blocks: calibration tokens, training and held-out. memory: where streams may live. stop:
+        asks for an end between two steps.
+    """
+
+    def __init__(
+        self,
+        options: CompressConfig,
+        plan: Plan,
+        teacher: TeacherBlocks,
+        blocks: tuple[TokenBlocks, TokenBlocks],
+        memory: ActivationMemory,
+        stop: StopRequest,
+        progress: Progress | None,
+    ) -> None:
+        self.options, self.recipe, self.plan = options, options.recipe, plan
+        self.teacher, self.device = teacher, teacher.device
+        self.blocks = blocks
+        self.memory, self.stop, self.progress = memory, stop, progress
+        self.done_tokens = 0
+        self.save_dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+        compressed = plan.blocks
+        train, held_out = (part.input_ids.numel() for part in blocks)
+        both = train + held_out
+        # the teacher runs blocks 0..last, the student's stream from the first compressed to last
+        self.total_tokens = both * (2 * compressed[-1] + 1 - compressed[0])
+        if options.train:
+            self.total_tokens += train * len(compressed)
+
+    def tick(self, stage: str, tokens: int) -> None:
+        self.done_tokens += tokens
+        if self.progress is not None:
+            self.progress(stage, self.done_tokens, self.total_tokens)
+        if not stage.endswith("train"):  # training saves first
+            self.stop.check()
+
+    def block(self, index: int, streams: Streams, writer: CheckpointWriter, is_last: bool) -> None:
+        """Bring one block to its shard, or back from it, and both streams behind it."""
+        compressed = index in self.plan.blocks
+        finished = writer.done(f"block-{index}") is not None
+        state = None if finished else self._saved_state(index, writer)
+        started = time.monotonic()
+        with contextlib.ExitStack() as loaded:
+            block = loaded.enter_context(self.teacher.block(index))
+            collect = compressed and not finished and state is None
+            moments = streams.teacher_pass(block, index, collect)
+            if not compressed:
+                self._add(writer, index, None)
+                if not is_last:
+                    streams.advance(block, index)
+                return
+            notes = {} if finished else self._notes(moments, index, writer)
+            moments.finish()
+            student = student_structure(self.teacher, index, block, self.plan)
+            params = sum(p.numel() for p in block.parameters())
+        # the teacher's weights are gone from here on
+        if finished:
+            load_student(student, self.teacher, index, self.plan, writer.file_of(f"block-{index}"))
+        else:
+            if state is None:
+                fill_student(student, self.teacher, index, moments, self.recipe)
+            else:  # which holds all that trains
+                empty_student(student, self.device)
+            result = self._distill(index, student, streams.of_block(index), state, notes, writer)
+            report = {
+                "index": index,
+                "name": f"{self.teacher.block_path}.{index}",
+                "ranks": sorted(set(self.plan.ranks_of_block(index).values())),
+                "params_before": params,
+                "params_after": params - self._saved(index),
+                "held_out_loss_before": result.loss_before,
+                "held_out_loss_after": result.loss_after,
+                "steps": result.steps,
+                "best_step": result.best_step,
+                **notes,
+                "seconds": round(time.monotonic() - started, 2),
+            }
+            round_parameters(student, self.save_dtype or dtype_of(self.plan.config))
+            self._add(writer, index, student, report=report)
+        if not is_last:
+            streams.advance(student, index)
+
+    def _saved(self, index: int) -> int:
+        """Parameters that a block loses."""
+        ranks = self.plan.ranks_of_block(index)
+        return sum(m.saved(ranks[m.name]) for m in self.plan.matrices if m.name in ranks)
+
+    def _add(
+        self, writer: CheckpointWriter, index: int, student: nn.Module | None, **record: object
+    ) -> None:
+        """Write a block's shard unless it is there."""
+        piece = f"block-{index}"
+        if writer.done(piece) is None:
+            ranks = self.plan.ranks_of_block(index)
+            entries = block_entries(self.teacher, index, student, ranks, self.save_dtype)
+            writer.add_shard(piece, entries, **record)
+
+    def _distill(
+        self,
+        index: int,
+        student: nn.Module,
+        streams: list[Stream],
+        state: TrainState | None,
+        notes: dict[str, Any],
+        writer: CheckpointWriter,
+    ) -> TrainResult:
+        """Train the student block, or only judge it."""
+        if self.options.train:
+            result = self._train(index, student, streams, state, notes, writer)
+        else:
+            loss = held_out_loss(
+                student, streams[1], self.options.loss, self.recipe.batch_size, self.device
+            )
+            result = TrainResult(loss, loss, 0, 0)
+        logger.info(
+            "%s.%d: held-out loss %.5f -> %.5f (step %d of %d)",
+            self.teacher.block_path, index,
+            result.loss_before, result.loss_after, result.best_step, result.steps,
+        )  # fmt: skip
+        return result
+
+    def _notes(
+        self, moments: MomentCollector, index: int, writer: CheckpointWriter
+    ) -> dict[str, Any]:
+        """What the teacher pass says for the report; of a block that is resumed, what it said."""
+        record = writer.step_of(f"block-{index}")
+        if record is not None:
+            return record["notes"]
+        tokens = moments.expert_tokens()
+        if not tokens:
+            return {}
+        starved = [expert for expert in sorted(tokens) if tokens[expert] < moments.floor]
+        if starved:
+            logger.warning(
+                "%s.%d: experts %s saw fewer than %d of the calibration tokens; the rest of their "
+                "statistics comes from tokens routed elsewhere (more --tokens would help)",
+                self.teacher.block_path, index, starved, moments.floor,
+            )  # fmt: skip
+        counts = [tokens[expert] for expert in sorted(tokens)]
+        return {"expert_tokens": counts, "starved_experts": starved}
+
+    def _train(
+        self,
+        index: int,
+        student: nn.Module,
+        streams: list[Stream],
+        state: TrainState | None,
+        notes: dict[str, Any],
+        writer: CheckpointWriter,
+    ) -> TrainResult:
+        piece, seq_len = f"block-{index}", self.options.seq_len
+
+        def on_step(rows: int, loss: Tensor) -> bool:
+            self.tick(f"block {index} train", rows * seq_len)
+            return self.stop.wanted
+
+        def save(state: TrainState) -> None:
+            writer.add_step(
+                piece,
+                state.step,
+                entries_of(state.tensors),
+                loss_before=state.loss_before,
+                best_loss=state.best_loss,
+                best_step=state.best_step,
+                notes=notes,
+            )
+            self.stop.check()
+
+        return train_block(
+            student,
+            *streams,
+            recipe=self.recipe,
+            loss=self.options.loss,
+            peak_learning_rate=self.recipe.peak_learning_rate(self.plan.config.hidden_size),
+            seed=self.options.seed + index,
+            device=self.device,
+            name=f"{self.teacher.block_path}.{index}",
+            on_step=on_step,
+            resume=state,
+            save=save,
+            save_every_s=self.options.checkpoint_seconds,
+        )
+
+    def _saved_state(self, index: int, writer: CheckpointWriter) -> TrainState | None:
+        """The state that an interrupted run left inside this block."""
+        record = writer.step_of(f"block-{index}")
+        if record is None or not self.options.train:
+            return None
+        return TrainState(
+            record["step"],
+            record["loss_before"],
+            record["best_loss"],
+            record["best_step"],
+            load_file(writer.staging / record["file"]),
+        )
+
+    def run(self, writer: CheckpointWriter) -> list[dict]:
+        """Every block in order, then the rest; returns the report's rows."""
+        compressed = self.plan.blocks
+        last = compressed[-1]
+        unfinished = [i for i in range(last + 1) if writer.done(f"block-{i}") is None]
+        if unfinished:
+            streams = Streams(
+                self.plan, self.recipe, self.teacher, self.blocks, self.memory, self.tick
+            )
+            with contextlib.closing(streams):
+                for index in range(unfinished[-1] + 1):
+                    self.block(index, streams, writer, is_last=index == unfinished[-1])
+        for index in range(last + 1, len(self.teacher.blocks)):
+            # nothing above `last` is compressed: its tensors pass through, nothing is computed
+            self._add(writer, index, None)
+            self.stop.check()
+        if writer.done(REST) is None:
+            writer.add_shard(REST, self.rest())
+        records = [writer.done(f"block-{index}") for index in compressed]
+        return [record["report"] for record in records if record is not None]
+
+    def rest(self) -> list[Entry]:
+        """Embeddings, final norm, head: everything outside the blocks, as it is, and the
+        sentinel."""
+        inside = f"{self.teacher.block_path}."
+        entries = [
+            copied_entry(self.teacher, name, self.save_dtype)
+            for name, runtime in self.teacher.runtime.items()
+            if not runtime.startswith(inside)
+        ]
+        name, shape = sentinel(self.plan.family, self.plan.ranks)
+        return [*entries, *entries_of({name: torch.zeros(shape)})]

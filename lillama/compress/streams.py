@@ -1,0 +1,196 @@
+"""The teacher's and the student's activations, moved from block to block: what to read, where to
+write, and what the moments see on the way."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
+from lillama.compress.blocks import TeacherBlocks, block_output
+from lillama.compress.calibrate import MomentCollector
+from lillama.compress.distill import Stream
+from lillama.compress.plan import Plan
+from lillama.config import Recipe
+from lillama.data import TokenBlocks
+from lillama.errors import RunError
+
+__all__ = ["Streams"]
+
+
+@dataclass
+class _Set:
+    """One set of token blocks and its activations before the current block; `spare` is a store that
+    nothing needs any more."""
+
+    blocks: TokenBlocks
+    teacher: ActivationStore
+    student: ActivationStore
+    target: ActivationStore | None = None
+    spare: ActivationStore | None = None
+
+    @property
+    def diverged(self) -> bool:
+        return self.student is not self.teacher
+
+
+class Streams:
+    """The training and the held-out set before the current block, in this order.
+
+    Args:
+        blocks: training and held-out tokens. memory: where streams may live. tick(stage, tokens) is
+            called after every batch that went through a block.
+
+    Raises:
+        RunError: no room for the streams.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        recipe: Recipe,
+        teacher: TeacherBlocks,
+        blocks: tuple[TokenBlocks, TokenBlocks],
+        memory: ActivationMemory,
+        tick: Callable[[str, int], None],
+    ) -> None:
+        self.plan, self.recipe, self.teacher = plan, recipe, teacher
+        self.device, self.memory, self.tick = teacher.device, memory, tick
+        # a GPU computes a block's products in bf16: storing more digits would not add any
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        with teacher.embeddings():
+            self.sets = [self._embed(part) for part in blocks]
+
+    def close(self) -> None:
+        """Give the memory and the files back."""
+        for data in self.sets:
+            for store in {data.teacher, data.student, data.target, data.spare} - {None}:
+                store.close()
+
+    def rows(self, count: int) -> tuple[Tensor, ...]:
+        return torch.arange(count).split(self.recipe.batch_size)
+
+    def _embed(self, blocks: TokenBlocks) -> _Set:
+        count, length = blocks.input_ids.shape
+        shape = (count, length, self.plan.config.hidden_size)
+        store = self.memory.new(shape, self.dtype)
+        for rows in self.rows(shape[0]):
+            mask = None if blocks.mask is None else blocks.mask[rows]
+            store.write(rows, self.teacher.inputs(blocks.input_ids[rows], mask)[0])
+        store.flush()
+        return _Set(blocks, store, store)
+
+    def of_block(self, index: int) -> list[Stream]:
+        """What a student block is trained and judged on; after `teacher_pass`."""
+        return [
+            Stream(d.teacher, d.student, d.target, d.blocks.mask, self.kwargs_of(d, index))
+            for d in self.sets
+            if d.target is not None
+        ]
+
+    def kwargs_of(self, data: _Set, index: int) -> Callable[[Tensor], dict[str, Any]]:
+        """Keyword arguments of block `index` for given rows; asked once a batch size where nothing
+        is padded."""
+        cache: dict[int, dict[str, Any]] = {}
+        length = data.blocks.input_ids.shape[1]
+
+        def kwargs(rows: Tensor) -> dict[str, Any]:
+            if data.blocks.mask is None and len(rows) in cache:
+                return cache[len(rows)]
+            mask = None if data.blocks.mask is None else data.blocks.mask[rows]
+            found = self.teacher.arguments((len(rows), length), mask)[index]
+            if data.blocks.mask is None:
+                cache[len(rows)] = found
+            return found
+
+        return kwargs
+
+    @torch.no_grad()
+    def forward(
+        self,
+        block: nn.Module,
+        data: _Set,
+        source: ActivationStore,
+        sink: ActivationStore,
+        index: int,
+        stage: str,
+        moments: MomentCollector | None = None,
+    ) -> None:
+        """Run a block over a whole stream; `sink` may be `source`. With `moments`, its hooks see
+        each batch's mask.
+
+        Raises:
+            RunError: the block's output is not finite (names the block).
+        """
+        kwargs = self.kwargs_of(data, index)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        batches = self.rows(len(source))
+        for rows, hidden in prefetched(batches, source.read, source.background):
+            if moments is not None:
+                moments.mask = None if data.blocks.mask is None else data.blocks.mask[rows]
+            hidden = hidden.to(self.device, torch.float32)
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
+            ):
+                hidden = block_output(block, hidden, kwargs(rows))
+            finite &= torch.isfinite(hidden).all()
+            sink.write(rows, hidden)
+            self.tick(stage, rows.numel() * source.shape[1])
+        sink.flush()
+        if not bool(finite):
+            raise RunError(
+                f"the output of {self.teacher.block_path}.{index} ({stage.split()[-1]}) holds "
+                "NaN or infinity; the weights of this block or of one before it are broken"
+            )
+
+    def teacher_pass(self, block: nn.Module, index: int, collect: bool) -> MomentCollector:
+        """Targets of every stream; moments from the training stream when the init wants them."""
+        prefix = f"{self.teacher.block_path}.{index}."
+        linears, with_experts = [], False
+        for name in self.plan.ranks_of_block(index):
+            experts = self.plan.family.experts
+            if experts is not None and experts.parse(name) is not None:
+                with_experts = True
+            else:
+                linears.append(name.removeprefix(prefix))
+        wanted = collect and self.recipe.init == "whitened"
+        floor = self.plan.config.hidden_size
+        moments = MomentCollector(
+            block,
+            self.plan.family,
+            linears if wanted else [],
+            wanted and with_experts,
+            floor=floor,
+            sample_rows=math.ceil(floor / len(self.rows(len(self.sets[0].teacher)))),
+        )
+        stage = f"block {index} teacher"
+        for data in self.sets:
+            data.target, data.spare = (
+                data.spare or self.memory.new(data.teacher.shape, self.dtype),
+                None,
+            )
+            if data is self.sets[0]:
+                with moments.attached():
+                    self.forward(block, data, data.teacher, data.target, index, stage, moments)
+            else:
+                self.forward(block, data, data.teacher, data.target, index, stage)
+        return moments
+
+    def advance(self, student: nn.Module, index: int) -> None:
+        """Move both streams behind block `index`; the student's takes the place of one that nothing
+        needs any more."""
+        replaced = index in self.plan.blocks
+        for data in self.sets:
+            assert data.target is not None
+            before = data.teacher
+            if replaced or data.diverged:
+                stage = f"block {index} student"
+                self.forward(student, data, data.student, data.student, index, stage)
+                spare = before if data.diverged else None
+                data.teacher, data.target, data.spare = data.target, None, spare
+            else:
+                data.teacher = data.student = data.target
+                data.target, data.spare = None, before
