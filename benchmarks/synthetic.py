@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, Pretr
 
 from lillama.shard_file import Entry, write_shard
 
-__all__ = ["SHAPES", "write_checkpoint"]
+__all__ = ["SHAPES", "hub_tensors", "write_checkpoint"]
 
 # The published config.json of mistralai/Mixtral-8x7B-v0.1 and state-spaces/mamba-2.8b-hf
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
@@ -48,7 +48,7 @@ SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
 TOKENIZER = Path(__file__).parents[1] / "examples" / "teachers" / "mixtral"
 
 
-def _hub_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def hub_tensors(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes as the hub stores them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -92,7 +92,7 @@ def write_checkpoint(name: str, out: Path, layers: int) -> int:
         "MixtralForCausalLM" if name.startswith("mixtral") else "MambaForCausalLM"
     ]
     out.mkdir(parents=True)
-    shapes = _hub_tensors(config)
+    shapes = hub_tensors(config)
     groups: dict[str, list[Entry]] = {}
     for seed, (tensor, shape) in enumerate(shapes.items()):
         parts = tensor.split(".layers.")

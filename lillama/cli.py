@@ -96,6 +96,9 @@ Seed = Annotated[int, typer.Option(help="Chooses the calibration text and its or
 CheckpointSeconds = Annotated[
     float, typer.Option(help="How often the state inside a block is saved.")
 ]
+EventsOption = Annotated[
+    Path | None, typer.Option(help="File to append JSON lines to: losses, blocks, the end.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")]
 TokensOption = Annotated[int, typer.Option(help="Calibration tokens.")]
 TrainOption = Annotated[
@@ -169,6 +172,7 @@ def compress(
     device: DeviceOption = _COMPRESS["device"],
     activation_memory: ActivationMemory = ACTIVATION_MEMORY,
     checkpoint_seconds: CheckpointSeconds = _COMPRESS["checkpoint_seconds"],
+    events: EventsOption = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -195,6 +199,7 @@ def compress(
             device=device,
             activation_memory=parse_bytes("--activation-memory", activation_memory),
             checkpoint_seconds=checkpoint_seconds,
+            events=events,
             overwrite=overwrite,
         )
     if as_json:

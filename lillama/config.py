@@ -158,6 +158,8 @@ class CompressConfig(PlanConfig):
     device: str = "auto"
     # how often the state inside a block is saved
     checkpoint_seconds: float = 600.0
+    # JSON lines are appended here while the run goes on
+    events: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -174,7 +176,14 @@ class CompressConfig(PlanConfig):
 
     def recorded(self) -> dict[str, object]:
         """What recipe.json stores: every option that decides the result, as plain JSON values."""
-        skipped = {"out", "overwrite", "device", "activation_memory", "checkpoint_seconds"}
+        skipped = {
+            "out",
+            "overwrite",
+            "device",
+            "activation_memory",
+            "checkpoint_seconds",
+            "events",
+        }
         values = dataclasses.asdict(self)
         plain = {k: v for k, v in values.items() if k not in skipped}
         plain["model"] = str(self.model)

@@ -77,6 +77,7 @@ DEFAULTS = {
         "device": "auto",
         "activation_memory": 4 * 2**30,
         "checkpoint_seconds": 600.0,
+        "events": None,
         "overwrite": False,
     },
     PlanConfig: {

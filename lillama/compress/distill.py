@@ -170,6 +170,7 @@ class _Trainer:
         # of steps since the last look; reading each would stop the device at every step
         self.worst = torch.zeros((), device=device)
         self.best: dict[str, Tensor] = {}
+        self.on_judge: Callable[[int, float], None] = lambda step, loss: None
 
     def judge(self) -> None:
         """Look at the held-out loss and keep the student if it is the best so far."""
@@ -181,6 +182,7 @@ class _Trainer:
             raise RunError(
                 f"the held-out loss of block {self.name} became {value}; lower the learning rate"
             )
+        self.on_judge(self.step, value)
         if self.step == 0:
             self.loss_before = value
         if self.step == 0 or value < self.best_loss:
@@ -260,18 +262,21 @@ def train_block(
     resume: TrainState | None = None,
     save: Callable[[TrainState], None] = lambda state: None,
     save_every_s: float = math.inf,
+    on_judge: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainResult:
     """One pass over the training rows with AdamW on fp32 parameters; leaves the best state in
     `student`.
 
     `on_step(rows, loss)` is called after every step with the loss on the device, and for the steps
     that `resume` spares; where it returns True, and at least every `save_every_s` seconds, `save`
-    gets the state. A run resumed from a state ends bit for bit as the one that went on.
+    gets the state. `on_judge(step, loss)` tells each held-out loss. A run resumed from a state ends
+    bit for bit as the one that went on.
 
     Raises:
         RunError: the loss became NaN or infinite (names the block).
     """
     trainer = _Trainer(student, held_out, recipe, loss, device, name, peak_learning_rate)
+    trainer.on_judge = on_judge
     batches = _batches(len(train.target), recipe.batch_size, seed)
     steps = len(batches)
     every = max(1, math.ceil(steps / recipe.evaluations))

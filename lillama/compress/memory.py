@@ -11,13 +11,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from lillama.checkpoint import TensorHeader, dtype_of
 from lillama.compress.allocate import Matrix
 from lillama.compress.factorize import moment_side
 from lillama.compress.plan import Plan
 from lillama.config import PlanConfig
 
-__all__ = ["held_out_blocks", "peak_memory", "resident_bytes"]
+__all__ = ["held_out_blocks", "peak_memory", "peak_memory_bytes", "resident_bytes"]
 
 FP32, FP64 = 4, 8
 
@@ -25,6 +27,13 @@ FP32, FP64 = 4, 8
 def held_out_blocks(tokens: int, seq_len: int) -> int:
     """Token blocks kept for judging: a fortieth of the calibration tokens' number, 8 to 32."""
     return min(32, max(8, -(-tokens // seq_len) // 40))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Host peak of this process so far, or the device's when a GPU computes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resident_bytes()
 
 
 def resident_bytes() -> int:

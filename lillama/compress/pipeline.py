@@ -11,7 +11,8 @@ from lillama.checkpoint_writer import CheckpointWriter, check_space
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.describe import config_json, model_card, recipe_json
-from lillama.compress.memory import held_out_blocks, peak_memory, resident_bytes
+from lillama.compress.events import Events
+from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.stop import StopRequest
@@ -54,13 +55,6 @@ def _calibration(options: CompressConfig, plan: Plan) -> tuple[TokenBlocks, Toke
     for part in blocks:
         check_vocabulary(part.input_ids, plan.config.vocab_size)
     return blocks
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Host peak of this process, or the device's when a GPU computes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resident_bytes()
 
 
 def _device_bytes(device: torch.device) -> int:
@@ -123,7 +117,7 @@ def compress(
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
             seq_len, preset, strategy, loss, targets, packing, train, seed, dtype, device,
-            activation_memory, checkpoint_seconds, overwrite.
+            activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
         The report, as in report.json: `params_before, params_after, reduction, target_reduction,
@@ -147,6 +141,7 @@ def compress(
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
     device = choose_device(config.device)
+    events = Events(config.events)
     with fast_mamba(), StopRequest() as stop:
         blocks = _calibration(config, plan)
         teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
@@ -159,14 +154,16 @@ def compress(
                 memory = ActivationMemory(
                     device, config.activation_memory, writer.staging, _device_bytes(device)
                 )
-                rows = Run(config, plan, teacher, blocks, memory, stop, progress).run(writer)
+                run = Run(config, plan, teacher, blocks, memory, stop, events, progress)
+                rows = run.run(writer)
             except LillamaError as error:
+                events("failed", error=str(error))
                 raise type(error)(f"{error}{_how_to_go_on(writer)}") from error
             report = {
                 **_sizes(config, plan, writer),
                 "tokens": blocks[0].num_tokens,
                 "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": _peak_memory_bytes(device),
+                "peak_memory_bytes": peak_memory_bytes(device),
                 "predicted_host_memory_bytes": predicted,
                 "device": str(device),
                 "blocks": rows,
@@ -177,4 +174,5 @@ def compress(
                 model_card=model_card(config, report),
                 copies=[file for name in COPIED_FILES if (file := config.model / name).is_file()],
             )
+    events("finished", **{key: value for key, value in report.items() if key != "blocks"})
     return report

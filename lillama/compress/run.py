@@ -17,6 +17,8 @@ from lillama.compress.activations import ActivationMemory
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.calibrate import MomentCollector
 from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
+from lillama.compress.events import Events
+from lillama.compress.memory import peak_memory_bytes
 from lillama.compress.plan import Plan
 from lillama.compress.stop import StopRequest
 from lillama.compress.streams import Streams
@@ -63,12 +65,14 @@ class Run:
         blocks: tuple[TokenBlocks, TokenBlocks],
         memory: ActivationMemory,
         stop: StopRequest,
+        events: Events,
         progress: Progress | None,
     ) -> None:
         self.options, self.recipe, self.plan = options, options.recipe, plan
         self.teacher, self.device = teacher, teacher.device
         self.blocks = blocks
         self.memory, self.stop, self.progress = memory, stop, progress
+        self.events = events
         self.done_tokens = 0
         self.save_dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         compressed = plan.blocks
@@ -126,7 +130,9 @@ class Run:
                 "best_step": result.best_step,
                 **notes,
                 "seconds": round(time.monotonic() - started, 2),
+                "peak_memory_bytes": peak_memory_bytes(self.device),
             }
+            self.events("block", **report)
             round_parameters(student, self.save_dtype or dtype_of(self.plan.config))
             self._add(writer, index, student, report=report)
         if not is_last:
@@ -231,6 +237,9 @@ class Run:
             resume=state,
             save=save,
             save_every_s=self.options.checkpoint_seconds,
+            on_judge=lambda step, loss: self.events(
+                "judged", block=index, step=step, held_out_loss=loss
+            ),
         )
 
     def _saved_state(self, index: int, writer: CheckpointWriter) -> TrainState | None:
