@@ -189,8 +189,8 @@ class CheckpointWriter:
             if "file" not in record or self.journal.last(file=record["file"]) is not record:
                 continue
             file = self.staging / record["file"]
-            if record is not self.journal.last(kind=record["kind"], piece=record["piece"]):
-                continue  # a step checkpoint that newer ones replaced
+            if record["kind"] == "step" and record is not self._newest_step(record["piece"]):
+                continue  # newer ones replaced it
             if record["kind"] == "step" and self.done(record["piece"]) is not None:
                 continue
             named.add(record["file"])
@@ -220,6 +220,10 @@ class CheckpointWriter:
                 with contextlib.suppress(OSError, RunError):
                     self._put_back()
 
+    def reload(self) -> None:
+        """Read the journals again, for what other workers wrote."""
+        self.journal = Journal(self.staging, self.worker)
+
     def done(self, piece: str) -> dict[str, Any] | None:
         """The record that `add_shard` was given for a finished piece; None while it is not."""
         return self.journal.last(kind="shard", piece=piece)
@@ -235,7 +239,7 @@ class CheckpointWriter:
 
     def add_step(self, piece: str, step: int, entries: Iterable[Entry], **record: object) -> None:
         """Keep the state of a piece that is being worked on; the one before it is removed."""
-        before = self.journal.last(kind="step", piece=piece)
+        before = self._newest_step(piece)
         file = self.staging / f"step-{piece}-{step}.safetensors"
         self._write("step", piece, file, entries, {**record, "step": step})
         if before is not None and before["file"] != file.name:
@@ -244,7 +248,12 @@ class CheckpointWriter:
     def step_of(self, piece: str) -> dict[str, Any] | None:
         """The record of the last `add_step` of a piece that is not finished; its `file` is a name
         in `staging`."""
-        return None if self.done(piece) else self.journal.last(kind="step", piece=piece)
+        return None if self.done(piece) else self._newest_step(piece)
+
+    def _newest_step(self, piece: str) -> dict[str, Any] | None:
+        """The furthest, whichever worker wrote it."""
+        records = [r for r in self.journal.records if (r["kind"], r["piece"]) == ("step", piece)]
+        return max(records, key=lambda record: record["step"], default=None)
 
     def _write(
         self,

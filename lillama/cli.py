@@ -202,6 +202,8 @@ def compress(
             events=events,
             overwrite=overwrite,
         )
+    if report.pop("rank", 0):
+        return  # under torchrun the first one speaks
     if as_json:
         _print_json(report)
         return

@@ -44,7 +44,7 @@ def recipe_json(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "device": str(device),
+        "device": device.type,
     }
 
 

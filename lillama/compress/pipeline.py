@@ -14,6 +14,7 @@ from lillama.compress.describe import config_json, model_card, recipe_json
 from lillama.compress.events import Events
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan import Plan, make_plan
+from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig
@@ -120,14 +121,14 @@ def compress(
             activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
-        The report, as in report.json: `params_before, params_after, reduction, target_reduction,
-        tokens, seconds, peak_memory_bytes, blocks[]` and more.
+        The report, as in report.json (under torchrun with the "rank" of this process):
+        `params_before, params_after, reduction, target_reduction, tokens, seconds,
+        peak_memory_bytes, blocks[]` and more.
 
     Raises:
         InputError: arguments or data that cannot be used; nothing was written.
         RunError: the run failed (NaN, full disk, Ctrl-C); the message says what is kept.
     """
-    started = time.monotonic()
     files = [text] if isinstance(text, str | Path) else list(text)
     config = CompressConfig(
         model=Path(model),
@@ -140,39 +141,89 @@ def compress(
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
-    device = choose_device(config.device)
     events = Events(config.events)
-    with fast_mamba(), StopRequest() as stop:
-        blocks = _calibration(config, plan)
-        teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
-        recipe = recipe_json(config, plan, teacher.headers, device, blocks)
-        predicted = peak_memory(plan, config, teacher.headers, resident_bytes())["peak"]
-        pieces = pieces_of(len(teacher.blocks))
-        with CheckpointWriter(config.out, recipe, pieces, overwrite=config.overwrite) as writer:
-            try:
-                check_space(config.out, _bytes_to_write(config, plan, writer))
-                memory = ActivationMemory(
-                    device, config.activation_memory, writer.staging, _device_bytes(device)
-                )
-                run = Run(config, plan, teacher, blocks, memory, stop, events, progress)
-                rows = run.run(writer)
-            except LillamaError as error:
-                events("failed", error=str(error))
-                raise type(error)(f"{error}{_how_to_go_on(writer)}") from error
-            report = {
-                **_sizes(config, plan, writer),
-                "tokens": blocks[0].num_tokens,
-                "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": peak_memory_bytes(device),
-                "predicted_host_memory_bytes": predicted,
-                "device": str(device),
-                "blocks": rows,
-            }
-            writer.finish(
-                config_json(config, plan),
-                report=report,
-                model_card=model_card(config, report),
-                copies=[file for name in COPIED_FILES if (file := config.model / name).is_file()],
-            )
-    events("finished", **{key: value for key, value in report.items() if key != "blocks"})
+    ranks = Ranks()
+    try:
+        with fast_mamba(), StopRequest() as stop:
+            report = _compress(config, plan, ranks, stop, events, progress)
+    finally:
+        ranks.close()
+    if ranks.is_first:
+        events("finished", **{key: value for key, value in report.items() if key != "blocks"})
+    return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+
+
+def _compress(
+    config: CompressConfig,
+    plan: Plan,
+    ranks: Ranks,
+    stop: StopRequest,
+    events: Events,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Everything between the checks and the report, which rank 0 also writes."""
+    started = time.monotonic()
+    device = choose_device(ranks.device(config.device))
+    blocks = _calibration(config, plan)
+    teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
+    recipe = recipe_json(config, plan, teacher.headers, device, blocks)
+    predicted = peak_memory(plan, config, teacher.headers, resident_bytes())["peak"]
+    ranks.agree("the run", recipe)
+    with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:
+        memory = ActivationMemory(
+            device, config.activation_memory, writer.staging, _device_bytes(device)
+        )
+        shown = progress if ranks.is_first else None
+        run = Run(config, plan, teacher, blocks, memory, stop, events, ranks, shown)
+        try:
+            rows = run.run(writer)
+        except LillamaError as error:
+            events("failed", error=str(error))
+            raise type(error)(f"{error}{_how_to_go_on(writer)}") from error
+        report = {
+            **_sizes(config, plan, writer),
+            "tokens": blocks[0].num_tokens,
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_memory_bytes": peak_memory_bytes(device),
+            "predicted_host_memory_bytes": predicted,
+            "device": str(device),
+            "ranks": ranks.world,
+            "blocks": rows,
+        }
+        if ranks.is_first:
+            _finish(writer, config, plan, report)
+        ranks.barrier()
     return report
+
+
+def _open_writer(
+    options: CompressConfig, plan: Plan, recipe: dict[str, Any], num_blocks: int, ranks: Ranks
+) -> CheckpointWriter:
+    """Rank 0 makes or takes over the unfinished folder; what it refuses, all refuse."""
+    pieces = pieces_of(num_blocks)
+    writer, problem = None, None
+    if ranks.is_first:
+        try:
+            writer = CheckpointWriter(options.out, recipe, pieces, overwrite=options.overwrite)
+            check_space(options.out, _bytes_to_write(options, plan, writer))
+        except LillamaError as error:
+            problem = error
+    if problem is not None and writer is not None:
+        writer.__exit__(type(problem), problem, None)
+    ranks.raise_together(problem)
+    if writer is None:
+        writer = CheckpointWriter(options.out, recipe, pieces, worker=ranks.rank)
+    ranks.barrier()  # nobody adds to the journals before all have read them
+    return writer
+
+
+def _finish(
+    writer: CheckpointWriter, options: CompressConfig, plan: Plan, report: dict[str, Any]
+) -> None:
+    copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
+    writer.finish(
+        config_json(options, plan),
+        report=report,
+        model_card=model_card(options, report),
+        copies=copies,
+    )

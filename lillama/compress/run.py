@@ -20,6 +20,7 @@ from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_l
 from lillama.compress.events import Events
 from lillama.compress.memory import peak_memory_bytes
 from lillama.compress.plan import Plan
+from lillama.compress.ranks import Ranks
 from lillama.compress.stop import StopRequest
 from lillama.compress.streams import Streams
 from lillama.compress.student import (
@@ -66,22 +67,25 @@ class Run:
         memory: ActivationMemory,
         stop: StopRequest,
         events: Events,
+        ranks: Ranks,
         progress: Progress | None,
     ) -> None:
         self.options, self.recipe, self.plan = options, options.recipe, plan
         self.teacher, self.device = teacher, teacher.device
         self.blocks = blocks
         self.memory, self.stop, self.progress = memory, stop, progress
-        self.events = events
+        self.events, self.ranks = events, ranks
         self.done_tokens = 0
         self.save_dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        compressed = plan.blocks
+        self.with_student = options.loss != "teacher"
+        first, last = plan.blocks[0], plan.blocks[-1]
         train, held_out = (part.input_ids.numel() for part in blocks)
-        both = train + held_out
-        # the teacher runs blocks 0..last, the student's stream from the first compressed to last
-        self.total_tokens = both * (2 * compressed[-1] + 1 - compressed[0])
-        if options.train:
-            self.total_tokens += train * len(compressed)
+        self.total_tokens = 0
+        for index in filter(ranks.owns, range(last + 1)):
+            # the teacher's stream, and the student's from the first compressed block on
+            passes = 1 + (self.with_student and first <= index < last)
+            trained = options.train and index in plan.blocks
+            self.total_tokens += passes * (train + held_out) + trained * train
 
     def tick(self, stage: str, tokens: int) -> None:
         self.done_tokens += tokens
@@ -97,12 +101,16 @@ class Run:
         state = None if finished else self._saved_state(index, writer)
         started = time.monotonic()
         with contextlib.ExitStack() as loaded:
+            streams.receive_teacher(index)
             block = loaded.enter_context(self.teacher.block(index))
             collect = compressed and not finished and state is None
             moments = streams.teacher_pass(block, index, collect)
+            if not is_last:
+                streams.pass_teacher(index)
             if not compressed:
                 self._add(writer, index, None)
                 if not is_last:
+                    streams.receive_student(index)
                     streams.advance(block, index)
                 return
             notes = {} if finished else self._notes(moments, index, writer)
@@ -117,6 +125,8 @@ class Run:
                 fill_student(student, self.teacher, index, moments, self.recipe)
             else:  # which holds all that trains
                 empty_student(student, self.device)
+        streams.receive_student(index)
+        if not finished:
             result = self._distill(index, student, streams.of_block(index), state, notes, writer)
             report = {
                 "index": index,
@@ -262,17 +272,27 @@ class Run:
         unfinished = [i for i in range(last + 1) if writer.done(f"block-{i}") is None]
         if unfinished:
             streams = Streams(
-                self.plan, self.recipe, self.teacher, self.blocks, self.memory, self.tick
+                self.plan,
+                self.recipe,
+                self.teacher,
+                self.blocks,
+                self.memory,
+                self.tick,
+                self.ranks,
+                with_student=self.with_student,
             )
             with contextlib.closing(streams):
-                for index in range(unfinished[-1] + 1):
+                for index in filter(self.ranks.owns, range(unfinished[-1] + 1)):
                     self.block(index, streams, writer, is_last=index == unfinished[-1])
-        for index in range(last + 1, len(self.teacher.blocks)):
+                self.ranks.wait()
+        for index in filter(self.ranks.owns, range(last + 1, len(self.teacher.blocks))):
             # nothing above `last` is compressed: its tensors pass through, nothing is computed
             self._add(writer, index, None)
             self.stop.check()
-        if writer.done(REST) is None:
+        if self.ranks.is_first and writer.done(REST) is None:
             writer.add_shard(REST, self.rest())
+        self.ranks.barrier()
+        writer.reload()  # what the other ranks wrote
         records = [writer.done(f"block-{index}") for index in compressed]
         return [record["report"] for record in records if record is not None]
 

@@ -14,6 +14,7 @@ from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import MomentCollector
 from lillama.compress.distill import Stream
 from lillama.compress.plan import Plan
+from lillama.compress.ranks import STUDENT, TEACHER, Ranks
 from lillama.config import Recipe
 from lillama.data import TokenBlocks
 from lillama.errors import RunError
@@ -36,13 +37,19 @@ class _Set:
     def diverged(self) -> bool:
         return self.student is not self.teacher
 
+    def stores(self) -> list[ActivationStore]:
+        """Each once."""
+        every = (self.teacher, self.student, self.target, self.spare)
+        return list({id(store): store for store in every if store is not None}.values())
+
 
 class Streams:
     """The training and the held-out set before the current block, in this order.
 
     Args:
         blocks: training and held-out tokens. memory: where streams may live. tick(stage, tokens) is
-            called after every batch that went through a block.
+            called after every batch that went through a block. with_student: False where nothing is
+        trained on the student's stream, which then is not computed.
 
     Raises:
         RunError: no room for the streams.
@@ -56,28 +63,37 @@ class Streams:
         blocks: tuple[TokenBlocks, TokenBlocks],
         memory: ActivationMemory,
         tick: Callable[[str, int], None],
+        ranks: Ranks,
+        *,
+        with_student: bool,
     ) -> None:
         self.plan, self.recipe, self.teacher = plan, recipe, teacher
+        self.ranks, self.with_student = ranks, with_student
         self.device, self.memory, self.tick = teacher.device, memory, tick
         # a GPU computes a block's products in bf16: storing more digits would not add any
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        with teacher.embeddings():
-            self.sets = [self._embed(part) for part in blocks]
+        if ranks.owns(0):
+            with teacher.embeddings():
+                self.sets = [self._embed(part) for part in blocks]
+        else:
+            self.sets = [_Set(part, *[self._new(part)] * 2) for part in blocks]
 
     def close(self) -> None:
         """Give the memory and the files back."""
         for data in self.sets:
-            for store in {data.teacher, data.student, data.target, data.spare} - {None}:
+            for store in data.stores():
                 store.close()
 
     def rows(self, count: int) -> tuple[Tensor, ...]:
         return torch.arange(count).split(self.recipe.batch_size)
 
-    def _embed(self, blocks: TokenBlocks) -> _Set:
+    def _new(self, blocks: TokenBlocks) -> ActivationStore:
         count, length = blocks.input_ids.shape
-        shape = (count, length, self.plan.config.hidden_size)
-        store = self.memory.new(shape, self.dtype)
-        for rows in self.rows(shape[0]):
+        return self.memory.new((count, length, self.plan.config.hidden_size), self.dtype)
+
+    def _embed(self, blocks: TokenBlocks) -> _Set:
+        store = self._new(blocks)
+        for rows in self.rows(len(store)):
             mask = None if blocks.mask is None else blocks.mask[rows]
             store.write(rows, self.teacher.inputs(blocks.input_ids[rows], mask)[0])
         store.flush()
@@ -168,10 +184,7 @@ class Streams:
         )
         stage = f"block {index} teacher"
         for data in self.sets:
-            data.target, data.spare = (
-                data.spare or self.memory.new(data.teacher.shape, self.dtype),
-                None,
-            )
+            data.target, data.spare = data.spare or self._new(data.blocks), None
             if data is self.sets[0]:
                 with moments.attached():
                     self.forward(block, data, data.teacher, data.target, index, stage, moments)
@@ -179,10 +192,48 @@ class Streams:
                 self.forward(block, data, data.teacher, data.target, index, stage)
         return moments
 
+    def diverges_before(self, index: int) -> bool:
+        """Whether the student's stream into block `index` is not the teacher's."""
+        return self.with_student and index > self.plan.blocks[0]
+
+    def receive_teacher(self, index: int) -> None:
+        """Take the teacher's stream into block `index` from the rank that has it."""
+        if self.ranks.world == 1 or index == 0:
+            return
+        self.ranks.wait()
+        for data in self.sets:
+            data.teacher, *others = data.stores()
+            data.student, data.target = data.teacher, None
+            if self.diverges_before(index):
+                data.student = others.pop() if others else self._new(data.blocks)
+            data.spare = others.pop() if others else None
+        teachers = [data.teacher for data in self.sets]
+        self.ranks.receive(index, TEACHER, teachers, self.recipe.batch_size)
+
+    def pass_teacher(self, index: int) -> None:
+        """Send the teacher's stream behind block `index` on while the block is trained."""
+        if self.ranks.world > 1:
+            targets = [data.target for data in self.sets if data.target is not None]
+            self.ranks.send_behind(index + 1, TEACHER, targets, self.recipe.batch_size)
+
+    def receive_student(self, index: int) -> None:
+        """As `receive_teacher`, of the student's stream, which is there later."""
+        if self.ranks.world > 1 and self.diverges_before(index):
+            students = [data.student for data in self.sets]
+            self.ranks.receive(index, STUDENT, students, self.recipe.batch_size)
+
     def advance(self, student: nn.Module, index: int) -> None:
         """Move both streams behind block `index`; the student's takes the place of one that nothing
         needs any more."""
-        replaced = index in self.plan.blocks
+        if self.ranks.world > 1:
+            if self.diverges_before(index + 1):
+                stage = f"block {index} student"
+                for data in self.sets:
+                    self.forward(student, data, data.student, data.student, index, stage)
+                students = [data.student for data in self.sets]
+                self.ranks.send(index + 1, STUDENT, students, self.recipe.batch_size)
+            return
+        replaced = self.with_student and index in self.plan.blocks
         for data in self.sets:
             assert data.target is not None
             before = data.teacher

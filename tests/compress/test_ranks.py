@@ -1,0 +1,135 @@
+"""Several processes at one run under torchrun, on the CPU: the same bits as one, and after a
+kill."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on the CPU is tested here")
+
+OPTIONS = ["--reduction", "0.2", "--tokens", "1300", "--seq-len", "32", "--device", "cpu"]
+
+
+def command(world: int, model: Path, out: Path, text: Path, *options: str) -> list[str]:
+    lillama = ["compress", str(model), str(out), "--text", str(text), *OPTIONS, *options]
+    if world == 1:
+        return [sys.executable, "-c", "from lillama.cli import main; main()", *lillama]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += [f"--nproc-per-node={world}", "--max-restarts=2", "--monitor-interval=0.1"]
+    return [*torchrun, "-m", "lillama.cli", *lillama]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
+    process = start(command(*arguments))
+    stdout, stderr = process.communicate(timeout=150)
+    assert process.returncode == code, stderr
+    return stdout, stderr
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Everything that may not depend on how many worked at it."""
+    names = ("report.json", "README.md")
+    kept = {file.name: file.read_bytes() for file in out.iterdir() if file.name not in names}
+    blocks = json.loads((out / "report.json").read_text())["blocks"]
+    for row in blocks:
+        del row["seconds"], row["peak_memory_bytes"]
+    return {**kept, "blocks": json.dumps(blocks).encode()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "options"),
+    [
+        ("mixtral", 2, ("--strategy", "top")),
+        ("mamba", 2, ("--loss", "teacher")),
+    ],
+)
+def test_ranks_give_the_bits_of_one(kind, world, options, make_checkpoint, text_file, tmp_path):
+    """Five blocks: more than one for each rank, and with "top" some that are not compressed."""
+    model = make_checkpoint(kind, num_hidden_layers=5)
+    for number in (1, world):
+        stdout, _ = run(number, model, tmp_path / str(number), text_file, "--json", *options)
+        report = json.loads(stdout.splitlines()[-1])
+        assert report["ranks"] == number and len(stdout.splitlines()) == 1
+    assert content(tmp_path / "1") == content(tmp_path / str(world))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", str(world)}
+
+
+def workers_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """{rank: process id} of torchrun's workers, from their environment."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())
+            variables = (folder / "environ").read_bytes().decode().split("\0")
+        except (OSError, UnicodeDecodeError):
+            continue
+        ranks = [v.partition("=")[2] for v in variables if v.startswith("RANK=")]
+        if parent and int(parent[1]) == process.pid and ranks:
+            found[int(ranks[0])] = int(folder.name)
+    return found
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 100
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert path.exists() and process.poll() is None
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_recovers(victim, make_checkpoint, text_file, tmp_path):
+    """torchrun starts all again, and they go on from the journals."""
+    model = make_checkpoint("mamba", num_hidden_layers=4)
+    options = ("--checkpoint-seconds", "0", "--json")
+    run(1, model, tmp_path / "whole", text_file, *options)
+    process = start(command(2, model, tmp_path / "out", text_file, *options))
+    wait_for(tmp_path / "out.unfinished" / f"journal-{victim}.jsonl", process)
+    os.kill(workers_of(process)[victim], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode == 0, stderr
+    assert "exitcode: -9" in stderr, "it was killed in time"
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_another_number_of_ranks_takes_the_run_up(make_checkpoint, text_file, tmp_path):
+    """Two ranks, killed; three, killed; one ends it."""
+    model = make_checkpoint("mamba", num_hidden_layers=4)
+    options = ("--checkpoint-seconds", "0", "--json")
+    run(1, model, tmp_path / "whole", text_file, *options)
+    staging = tmp_path / "out.unfinished"
+    for world, awaited in ((2, "journal-1.jsonl"), (3, "journal-2.jsonl")):
+        process = start(command(world, model, tmp_path / "out", text_file, *options))
+        wait_for(staging / awaited, process)
+        workers = workers_of(process).values()
+        process.kill()
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert staging.is_dir() and not (tmp_path / "out").exists()
+    run(1, model, tmp_path / "out", text_file, *options)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_rank_0_refuses_all_refuse(mamba, text_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    _, stderr = run(2, mamba, tmp_path / "out", text_file, code=1)
+    lines = [line for line in stderr.splitlines() if "lillama: error: " in line]
+    assert lines and all("out exists; choose another OUT or pass --overwrite" in x for x in lines)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
