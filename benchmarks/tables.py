@@ -23,7 +23,7 @@ __all__ = ["main", "render", "suite_table", "targets_table"]
 ROOT = Path(__file__).parents[1]
 SUITES = [
     *("low_rank_linear", "low_rank_linears", "distill_loss"),
-    *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block"),
+    *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block", "compress"),
 ]
 # suites with no more rows are printed whole
 FEW = 12
