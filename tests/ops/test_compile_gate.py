@@ -21,8 +21,8 @@ def python(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_shipped_tile_passes():
-    """For one GPU of each kind of instructions, and without fp16, which has bf16's tiles: everything
-    takes five minutes more, and .ci/run runs that too (make compile-gate)."""
+    """For one GPU of each kind of instructions, and without fp16, which has bf16's tiles:
+    everything takes five minutes more, and .ci/run runs that too (make compile-gate)."""
     targets = {"sm_90", "sm_100", "gfx942"}
     assert targets < set(TARGETS)
     chosen = [f"--target={target}" for target in sorted(targets)]
