@@ -227,16 +227,17 @@ class _Trainer:
 
     @torch.no_grad()
     def restore(self, state: TrainState) -> None:
+        """Takes the tensors out of the state as it goes: it is as large as what training holds."""
         self.step, self.loss_before = state.step, state.loss_before
         self.best_loss, self.best_step = state.best_loss, state.best_step
         for key, value in self.trained().items():
-            value.copy_(state.tensors[f"student.{key}"])
-            self.best[key] = state.tensors[f"best.{key}"].to(value.device, copy=True)
+            value.copy_(state.tensors.pop(f"student.{key}"))
+            self.best[key] = state.tensors.pop(f"best.{key}").to(value.device)
         for number, parameter in enumerate(self.parameters if state.step else ()):
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(state.step), device=parameter.device),
                 **{
-                    key: state.tensors[f"{key}.{number}"].to(parameter.device, copy=True)
+                    key: state.tensors.pop(f"{key}.{number}").to(parameter.device)
                     for key in ("exp_avg", "exp_avg_sq")
                 },
             }
@@ -270,7 +271,7 @@ def train_block(
     `on_step(rows, loss)` is called after every step with the loss on the device, and for the steps
     that `resume` spares; where it returns True, and at least every `save_every_s` seconds, `save`
     gets the state. `on_judge(step, loss)` tells each held-out loss. A run resumed from a state ends
-    bit for bit as the one that went on.
+    bit for bit as the one that went on; it takes the tensors out of `resume`.
 
     Raises:
         RunError: the loss became NaN or infinite (names the block).

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lillama.checkpoint import dtype_of, sentinel
@@ -98,12 +98,12 @@ class Run:
         """Bring one block to its shard, or back from it, and both streams behind it."""
         compressed = index in self.plan.blocks
         finished = writer.done(f"block-{index}") is not None
-        state = None if finished else self._saved_state(index, writer)
+        resumed = not finished and self._step_of(index, writer) is not None
         started = time.monotonic()
         with contextlib.ExitStack() as loaded:
             streams.receive_teacher(index)
             block = loaded.enter_context(self.teacher.block(index))
-            collect = compressed and not finished and state is None
+            collect = compressed and not finished and not resumed
             moments = streams.teacher_pass(block, index, collect)
             if not is_last:
                 streams.pass_teacher(index)
@@ -121,13 +121,13 @@ class Run:
         if finished:
             load_student(student, self.teacher, index, self.plan, writer.file_of(f"block-{index}"))
         else:
-            if state is None:
-                fill_student(student, self.teacher, index, moments, self.recipe)
-            else:  # which holds all that trains
+            if resumed:  # from a state that holds all that trains
                 empty_student(student, self.device)
+            else:
+                fill_student(student, self.teacher, index, moments, self.recipe)
         streams.receive_student(index)
         if not finished:
-            result = self._distill(index, student, streams.of_block(index), state, notes, writer)
+            result = self._distill(index, student, streams.of_block(index), notes, writer)
             report = {
                 "index": index,
                 "name": f"{self.teacher.block_path}.{index}",
@@ -168,13 +168,12 @@ class Run:
         index: int,
         student: nn.Module,
         streams: list[Stream],
-        state: TrainState | None,
         notes: dict[str, Any],
         writer: CheckpointWriter,
     ) -> TrainResult:
         """Train the student block, or only judge it."""
         if self.options.train:
-            result = self._train(index, student, streams, state, notes, writer)
+            result = self._train(index, student, streams, notes, writer)
         else:
             loss = held_out_loss(
                 student, streams[1], self.options.loss, self.recipe.batch_size, self.device
@@ -212,7 +211,6 @@ class Run:
         index: int,
         student: nn.Module,
         streams: list[Stream],
-        state: TrainState | None,
         notes: dict[str, Any],
         writer: CheckpointWriter,
     ) -> TrainResult:
@@ -244,7 +242,7 @@ class Run:
             device=self.device,
             name=f"{self.teacher.block_path}.{index}",
             on_step=on_step,
-            resume=state,
+            resume=self._saved_state(index, writer),
             save=save,
             save_every_s=self.options.checkpoint_seconds,
             on_judge=lambda step, loss: self.events(
@@ -252,18 +250,18 @@ class Run:
             ),
         )
 
+    def _step_of(self, index: int, writer: CheckpointWriter) -> dict[str, Any] | None:
+        return writer.step_of(f"block-{index}") if self.options.train else None
+
     def _saved_state(self, index: int, writer: CheckpointWriter) -> TrainState | None:
         """The state that an interrupted run left inside this block."""
-        record = writer.step_of(f"block-{index}")
-        if record is None or not self.options.train:
+        record = self._step_of(index, writer)
+        if record is None:
             return None
-        return TrainState(
-            record["step"],
-            record["loss_before"],
-            record["best_loss"],
-            record["best_step"],
-            load_file(writer.staging / record["file"]),
-        )
+        with safe_open(writer.staging / record["file"], "pt", backend="pread") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        losses = record["loss_before"], record["best_loss"]
+        return TrainState(record["step"], *losses, record["best_step"], tensors)
 
     def run(self, writer: CheckpointWriter) -> list[dict]:
         """Every block in order, then the rest; returns the report's rows."""
