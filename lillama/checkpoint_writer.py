@@ -191,7 +191,7 @@ class CheckpointWriter:
             file = self.staging / record["file"]
             if record["kind"] == "step" and record is not self._newest_step(record["piece"]):
                 continue  # newer ones replaced it
-            if record["kind"] == "step" and self.done(record["piece"]) is not None:
+            if record["kind"] != "shard" and self.done(record["piece"]) is not None:
                 continue
             named.add(record["file"])
             with _disk_errors(file):
@@ -245,6 +245,18 @@ class CheckpointWriter:
         if before is not None and before["file"] != file.name:
             (self.staging / before["file"]).unlink(missing_ok=True)
 
+    def add_gradients(self, piece: str, entries: Iterable[Entry]) -> None:
+        """Keep what a piece's factors will be made with, until the piece is finished."""
+        self._write("gradients", piece, self.gradients_of(piece), entries, {})
+
+    def gradients_of(self, piece: str) -> Path:
+        return self.staging / f"gradients-{piece}.safetensors"
+
+    def note(self, kind: str, **record: object) -> None:
+        """Enter something that is no file into the journal."""
+        with _disk_errors(self.staging):
+            self.journal.append({"kind": kind, **record})
+
     def step_of(self, piece: str) -> dict[str, Any] | None:
         """The record of the last `add_step` of a piece that is not finished; its `file` is a name
         in `staging`."""
@@ -252,7 +264,9 @@ class CheckpointWriter:
 
     def _newest_step(self, piece: str) -> dict[str, Any] | None:
         """The furthest, whichever worker wrote it."""
-        records = [r for r in self.journal.records if (r["kind"], r["piece"]) == ("step", piece)]
+        records = [
+            r for r in self.journal.records if (r["kind"], r.get("piece")) == ("step", piece)
+        ]
         return max(records, key=lambda record: record["step"], default=None)
 
     def _write(
@@ -271,6 +285,7 @@ class CheckpointWriter:
         if kind == "shard":
             for old in self.staging.glob(f"step-{piece}-*.safetensors"):
                 old.unlink()
+            self.gradients_of(piece).unlink(missing_ok=True)
 
     @property
     def headers(self) -> dict[str, TensorHeader]:

@@ -23,8 +23,8 @@ __all__ = [
     "parse_bytes",
 ]
 
-Preset = Literal["default", "paper"]
-Strategy = Literal["uniform", "bottom", "top"]
+Preset = Literal["default", "fast", "whitened", "paper"]
+Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
 
 # Ranks are multiples of this: grouped matrix products need rows of 16 bytes (8 bf16 numbers).
@@ -36,7 +36,8 @@ class Recipe:
     """What a preset fixes. Sources: arXiv 2412.16719 and its code for `paper`, our measurements
     for `default`."""
 
-    init: Literal["svd", "whitened"]
+    # fisher: as whitened, errors weighted by the loss's gradients
+    init: Literal["svd", "whitened", "fisher"]
     # None: the strategy the paper used for the family (bottom for Mixtral; Mamba's is unknown:
     # uniform)
     strategy: Strategy | None
@@ -51,9 +52,17 @@ class Recipe:
     batch_size: int = 8
     # share of the Gram's mean diagonal added to it before whitening; this much flattens all but the
     # strongest directions, which keeps what text of another kind needs (benchmarks/NOTES.md)
-    shrinkage: float = 3.0
+    shrinkage: float = 1.0
+    # the same for the gradients' moment
+    gradient_damping: float = 1.0
+    # calibration tokens that gradients are taken from
+    sensitivity_tokens: int = 65_536
+    # experts count with their share of those tokens, and to this part as if all had the same
+    share_floor: float = 0.3
     # how often a block is judged on held-out tokens while it trains
     evaluations: int = 6
+    # False: the factors stay as they were initialised
+    train: bool = True
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         if self.learning_rate_width is None:
@@ -61,17 +70,20 @@ class Recipe:
         return self.learning_rate * math.sqrt(self.learning_rate_width / hidden_size)
 
 
+_DEFAULT = Recipe(
+    init="fisher",
+    strategy="global",
+    learning_rate=2e-3,
+    learning_rate_width=128,
+    schedule="cosine",
+    warmup_fraction=0.05,
+    weight_decay=0.01,
+    gradient_clip=1.0,
+)
 PRESETS: dict[str, Recipe] = {
-    "default": Recipe(
-        init="whitened",
-        strategy="uniform",
-        learning_rate=2e-3,
-        learning_rate_width=128,
-        schedule="cosine",
-        warmup_fraction=0.05,
-        weight_decay=0.01,
-        gradient_clip=1.0,
-    ),
+    "default": _DEFAULT,
+    "fast": dataclasses.replace(_DEFAULT, train=False),
+    "whitened": dataclasses.replace(_DEFAULT, init="whitened", strategy="uniform", shrinkage=3.0),
     "paper": Recipe(
         init="svd",
         strategy=None,
@@ -134,11 +146,12 @@ class PlanConfig:
                 "--reduction must lie between 0 and 1, both excluded (the share of the whole "
                 f"model's parameters to remove), got {self.reduction}"
             )
-        _choice("--preset", self.preset, get_args(Preset))
+        _choice("--preset", self.preset, tuple(PRESETS))
         _choice("--strategy", self.strategy, get_args(Strategy), optional=True)
         _at_least("--tokens", self.tokens, 1)
         _at_least("--seq-len", self.seq_len, 2)
         _at_least("--activation-memory", self.activation_memory, 0)
+        object.__setattr__(self, "train", self.train and self.recipe.train)
 
     @property
     def recipe(self) -> Recipe:

@@ -139,8 +139,11 @@ def test_api_unknown_option_is_refused(name, tmp_path):
         ({"reduction": 0.0}, "--reduction must lie between 0 and 1"),
         ({"reduction": 1.0}, "--reduction must lie between 0 and 1"),
         ({"reduction": float("nan")}, "--reduction must lie between 0 and 1"),
-        ({"preset": "best"}, "--preset must be one of default, paper, got 'best'"),
-        ({"strategy": "middle"}, "--strategy must be one of uniform, bottom, top, got 'middle'"),
+        ({"preset": "best"}, "--preset must be one of default, fast, whitened, paper, got 'best'"),
+        (
+            {"strategy": "middle"},
+            "--strategy must be one of global, uniform, bottom, top, got 'middle'",
+        ),
         ({"loss": "both"}, "--loss must be one of joint, teacher, student, got 'both'"),
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
         ({"device": "tpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),

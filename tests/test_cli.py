@@ -234,8 +234,11 @@ def test_cli_usage_error_is_one_line(arguments, parts, lillama_command):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--preset", "best"], "--preset must be one of default, paper, got 'best'"),
-        (["--strategy", "middle"], "--strategy must be one of uniform, bottom, top"),
+        (
+            ["--preset", "best"],
+            "--preset must be one of default, fast, whitened, paper, got 'best'",
+        ),
+        (["--strategy", "middle"], "--strategy must be one of global, uniform, bottom, top"),
         (["--loss", "both"], "--loss must be one of joint, teacher, student"),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, float16, bfloat16"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),

@@ -152,6 +152,12 @@ class ActivationMemory:
         self.left = {"device": device_bytes, "host": host_bytes}
         self.folder = folder
 
+    @classmethod
+    def for_run(cls, device: torch.device, host_bytes: int, folder: Path) -> "ActivationMemory":
+        """With a third of what is free on a GPU."""
+        free = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
+        return cls(device, host_bytes, folder, free)
+
     def new(self, shape: tuple[int, int, int], dtype: torch.dtype) -> ActivationStore:
         """A stream of undefined values.
 

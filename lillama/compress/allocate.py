@@ -5,13 +5,13 @@ strategy removes at least what is asked and at most one rank step more.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lillama.config import RANK_MULTIPLE, Strategy
 from lillama.errors import InputError
 
-__all__ = ["Matrix", "RankRules", "allocate", "max_removable", "removed"]
+__all__ = ["Matrix", "RankRules", "allocate", "allocate_globally", "max_removable", "removed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,11 @@ class Matrix:
     block: int
     N: int
     K: int
+
+    @property
+    def ranks(self) -> range:
+        """Those that save parameters."""
+        return range(RANK_MULTIPLE, self.break_even_rank + 1, RANK_MULTIPLE)
 
     @property
     def break_even_rank(self) -> int:
@@ -131,7 +136,7 @@ def _uniform(matrices: Sequence[Matrix], needed: int) -> dict[str, int]:
 
 def max_removable(matrices: Sequence[Matrix], strategy: Strategy, rules: RankRules) -> int:
     """Parameters removed when every matrix has its smallest allowed rank."""
-    if strategy == "uniform":
+    if strategy in ("uniform", "global"):
         return removed(matrices, _uniform_ranks(matrices, 0.0))
     smallest = {m.name: min(c) for m in matrices if (c := _candidates(m, rules))}
     return removed(matrices, smallest)
@@ -145,22 +150,126 @@ def allocate(
     rules: RankRules,
 ) -> dict[str, int]:
     """Choose ranks that remove at least `reduction` of `total_params`, in the order of `matrices`.
+    "global" needs more than shapes: it gives the ranks of "uniform" here, see `allocate_globally`.
 
     Raises:
         InputError: the target cannot be reached; the message says what can.
     """
-    needed = math.ceil(reduction * total_params - 1e-6)
+    needed = _needed(total_params, reduction)
     reachable = max_removable(matrices, strategy, rules)
+    by_shape = strategy in ("uniform", "global")
     if needed > reachable:
         limit = math.floor(reachable / total_params * 1e4) / 1e4
-        floor = RANK_MULTIPLE if strategy == "uniform" else rules.min_rank
+        floor = RANK_MULTIPLE if by_shape else rules.min_rank
         raise InputError(
             f"--reduction {reduction} cannot be reached: with strategy {strategy} and ranks of at "
             f"least {floor} at most {limit} of the model's parameters can be removed"
-            + ("" if strategy == "uniform" else "; lower --reduction or use --strategy uniform")
+            + ("" if by_shape else "; lower --reduction or use --strategy uniform")
         )
-    if strategy == "uniform":
+    if by_shape:
         ranks = _uniform(matrices, needed)
     else:
         ranks = _layered(matrices, needed, rules, from_top=strategy == "top")
+    return {matrix.name: ranks[matrix.name] for matrix in matrices if matrix.name in ranks}
+
+
+def _needed(total_params: int, reduction: float) -> int:
+    return math.ceil(reduction * total_params - 1e-6)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """From rank `before` (0: dense) to `after`: numbers saved, loss added."""
+
+    matrix: Matrix
+    before: int
+    after: int
+    saved: int
+    loss: float
+
+    @property
+    def price(self) -> float:
+        return self.loss / self.saved
+
+
+def _moves(matrix: Matrix, losses: Sequence[float]) -> list[_Move]:
+    """The steps down the lower convex hull of loss against numbers saved, cheapest first: with any
+    budget the best ranks of several matrices lie on their hulls, up to one step."""
+    points = [(0, 0.0, 0)]
+    points += [
+        (matrix.saved(rank), max(0.0, losses[rank // RANK_MULTIPLE - 1]), rank)
+        for rank in reversed(matrix.ranks)
+    ]
+    hull: list[tuple[int, float, int]] = []
+    for point in points:
+        while len(hull) > 1:
+            (x0, y0, _), (x1, y1, _) = hull[-2:]
+            if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append(point)
+    return [
+        _Move(matrix, low[2], high[2], high[0] - low[0], high[1] - low[1])
+        for low, high in zip(hull, hull[1:], strict=False)
+    ]
+
+
+def _give_back(
+    matrices: Sequence[Matrix],
+    losses: Mapping[str, Sequence[float]],
+    ranks: dict[str, int],
+    spare: int,
+) -> None:
+    """Spend numbers removed in excess where a step up takes most loss off for each of them."""
+
+    def loss(matrix: Matrix, rank: int) -> float:
+        return losses[matrix.name][rank // RANK_MULTIPLE - 1] if rank else 0.0
+
+    while True:
+        best: tuple[float, Matrix, int, int] | None = None
+        for matrix in matrices:
+            rank = ranks.get(matrix.name, 0)
+            if rank == 0:
+                continue
+            raised = rank + RANK_MULTIPLE if rank < matrix.break_even_rank else 0
+            cost = matrix.saved(rank) - (matrix.saved(raised) if raised else 0)
+            gain = (loss(matrix, rank) - loss(matrix, raised)) / cost
+            if cost <= spare and gain > 0 and (best is None or gain > best[0]):
+                best = gain, matrix, raised, cost
+        if best is None:
+            return
+        _, matrix, raised, cost = best
+        spare -= cost
+        if raised:
+            ranks[matrix.name] = raised
+        else:
+            del ranks[matrix.name]
+
+
+def allocate_globally(
+    matrices: Sequence[Matrix],
+    total_params: int,
+    reduction: float,
+    losses: Mapping[str, Sequence[float]],
+) -> dict[str, int]:
+    """Ranks that remove at least `reduction` of `total_params` and add the least loss, where every
+    matrix's loss adds to the others'.
+
+    losses: for each matrix that may be factorised, its loss at each of `Matrix.ranks`; dense is 0.
+    The budget goes to the steps that save most numbers for the loss they add. Within the step of
+    one matrix of the best there is. Others stay dense. That the budget can be met is checked by
+    `allocate`.
+    """
+    needed = _needed(total_params, reduction)
+    allowed = [matrix for matrix in matrices if matrix.name in losses]
+    moves = [move for matrix in allowed for move in _moves(matrix, losses[matrix.name])]
+    ranks: dict[str, int] = {}
+    total = 0
+    # each matrix's own moves are in order of price already, and sorting keeps equal ones so
+    for move in sorted(moves, key=lambda move: move.price):
+        if total >= needed:
+            break
+        total += move.saved
+        ranks[move.matrix.name] = move.after
+    _give_back(allowed, losses, ranks, total - needed)
     return {matrix.name: ranks[matrix.name] for matrix in matrices if matrix.name in ranks}

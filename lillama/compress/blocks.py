@@ -1,8 +1,9 @@
 """The teacher, one block at a time: weights straight from the shards, inputs as the model itself
 prepares them."""
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,11 @@ class TeacherBlocks:
         return tensor
 
     def _load(self, prefix: str) -> nn.Module:
-        names = self.hub_names(prefix)
+        self._load_names(self.hub_names(prefix), prefix)
+        return self.model.get_submodule(prefix).requires_grad_(False)
+
+    def _load_names(self, names: list[str], prefix: str) -> None:
+        """Fill the parameters that these tensors become; `prefix` is for messages."""
         mapping: Any = get_model_conversion_mapping(self.model)
         try:
             slices = {name: self._handle(self.headers[name].file).get_slice(name) for name in names}
@@ -134,13 +139,10 @@ class TeacherBlocks:
         if info.mismatched_keys or info.conversion_errors:
             bad = info.mismatched_keys or info.conversion_errors
             raise InputError(f"{prefix} does not fit config.json: {bad}")
-        module = self.model.get_submodule(prefix)
-        for name, parameter in module.named_parameters():
-            if not _finite(parameter):
-                raise RunError(
-                    f"the weight {prefix}.{name} holds NaN or infinity; repair the checkpoint"
-                )
-        return module.requires_grad_(False)
+        loaded = self.model.state_dict()
+        for name in {self.runtime[name] for name in names}:
+            if not _finite(loaded[name]):
+                raise RunError(f"the weight {name} holds NaN or infinity; repair the checkpoint")
 
     def _widen(self, block: nn.Module) -> None:
         """Everything in the dtype to compute in, but for stacked experts: they are nearly all of a
@@ -186,6 +188,40 @@ class TeacherBlocks:
         finally:
             module.to_empty(device="meta")
 
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Everything outside the blocks, for `logits`; released on leaving.
+
+        Raises:
+            RunError: as `block`.
+        """
+        inside = f"{self.block_path}."
+        outside = [name for name, target in self.runtime.items() if not target.startswith(inside)]
+        self._load_names(outside, "what is outside the blocks")
+        self.model.tie_weights()
+        modules = [m for name, m in self.model.named_modules() if self._is_outside(name, m)]
+        for module in modules:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False).data = parameter.data.to(self.dtype)
+        try:
+            yield
+        finally:
+            for module in modules:
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    empty = torch.empty_like(parameter, device="meta")
+                    setattr(module, name, nn.Parameter(empty, requires_grad=False))
+            self.model.tie_weights()
+
+    def _is_outside(self, name: str, module: nn.Module) -> bool:
+        own = any(True for _ in module.parameters(recurse=False))
+        return own and not f"{name}.".startswith(f"{self.block_path}.")
+
+    def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The model's prediction [b, T, V] from the states [b, T, H] behind its last block. Inside
+        `head` only."""
+        with self._blocks_as(lambda states, **kwargs: states):
+            return self._run(mask, inputs_embeds=hidden).logits
+
     def arguments(self, shape: tuple[int, int], mask: Tensor | None) -> list[dict[str, Any]]:
         """The keyword arguments of each block for `shape` = (b, T); see `inputs`."""
         size = (*shape, self.model.config.hidden_size)
@@ -219,18 +255,23 @@ class TeacherBlocks:
                 raise _Stop
             return states
 
+        with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.no_grad():
+            self._run(mask, **inputs)
+        return hidden[0], calls
+
+    @contextmanager
+    def _blocks_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
         for block in self.blocks:
-            block.forward = recorder
+            block.forward = forward
         try:
-            attention_mask = None if mask is None else mask.to(self.device, torch.long)
-            with torch.no_grad():
-                self.model(**inputs, attention_mask=attention_mask, use_cache=False)
-        except _Stop:
-            pass
+            yield
         finally:
             for block in self.blocks:
                 del block.forward
-        return hidden[0], calls
+
+    def _run(self, mask: Tensor | None, **inputs: Tensor) -> Any:
+        attention_mask = None if mask is None else mask.to(self.device, torch.long)
+        return self.model(**inputs, attention_mask=attention_mask, use_cache=False)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -18,10 +18,17 @@ from lillama.compress.factorize import Moment, moment_side
 from lillama.families import PROJECTIONS, Family
 from lillama.modules.replace import dense_expert
 
-__all__ = ["MomentCollector", "dense_experts_forward"]
+__all__ = ["Key", "MomentCollector", "dense_experts_forward", "expert_forward", "key_of"]
 
 # (runtime path of the experts module, expert, projection), or the path of a linear layer
 Key = tuple[str, int, str] | str
+
+
+def key_of(family: Family, prefix: str, name: str) -> Key:
+    """Of the matrix with the hub name `name` in the block whose names begin with `prefix`."""
+    inside = name.removeprefix(prefix)
+    parsed = None if family.experts is None else family.experts.parse(inside)
+    return inside if parsed is None else parsed
 
 
 def dense_experts_forward(
@@ -30,32 +37,36 @@ def dense_experts_forward(
     topk_index: Tensor,
     topk_weight: Tensor,
     see: Callable[[Tensor, int, str, Tensor, Tensor], None] | None = None,
+    run: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """What a stacked experts module computes, one expert after the other.
 
     Weights may be of a narrower dtype than `hidden` [M, H]: each expert's are widened when it is
     its turn, so that a block needs its stored size and one expert more. `see(rows, expert,
     projection, x, y)` gets the inputs and outputs of every projection and the rows of `hidden` that
-    they belong to, for experts without tokens too.
+    they belong to, for experts without tokens too. `run` is called in place of `expert_forward`.
     """
+    run = expert_forward if run is None else run
     out = torch.zeros_like(hidden)
     for expert in range(experts.get_parameter("down_proj").shape[0]):
         rows, choice = torch.where(topk_index == expert)
         if see is None and rows.numel() == 0:
             continue
         seen = None if see is None else functools.partial(see, rows, expert)
-        y = _one_expert(experts, expert, hidden[rows], seen)
+        y = run(experts, expert, hidden[rows], seen)
         weighted = y * topk_weight[rows, choice, None]
         out.index_add_(0, rows, weighted.to(out.dtype))
     return out
 
 
-def _one_expert(
+def expert_forward(
     experts: Any,
     expert: int,
     x: Tensor,
     see: Callable[[str, Tensor, Tensor], None] | None,
 ) -> Tensor:
+    """One expert's output for its tokens x [n, H]; `see(projection, x, y)` as above."""
+
     def project(projection: str, inputs: Tensor) -> Tensor:
         weight = dense_expert(experts, projection, expert)
         if not torch.is_autocast_enabled(inputs.device.type):
@@ -102,14 +113,15 @@ class MomentCollector:
 
     def _add(self, key: Key, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
         side = moment_side(y.shape[-1], x.shape[-1])
-        rows = (x if side == "input" else y).double()
-        gram = rows.mT @ rows
+        with torch.autocast(x.device.type, enabled=False):
+            rows = (x if side == "input" else y).float()
+            gram = rows.mT @ rows
         energy = float(x.double().square().sum()) * weight
         count = float(x.shape[0]) * weight
         old = self._found.get(key)
         if old is None:
-            # kept in fp32: half the memory, and shrinkage drowns the last digits anyway
-            found = gram.mul_(weight).float()
+            # in fp32: half the memory, and shrinkage drowns the last digits anyway
+            found = gram.mul_(weight)
         else:
             found = old.gram.add_(gram, alpha=weight)
             count, energy = old.tokens + count, old.energy + energy
@@ -134,7 +146,22 @@ class MomentCollector:
     ) -> Tensor:
         if sum(map(len, self._sample)) < self.floor:
             self._sample.append(self._kept(hidden)[: self.sample_rows].clone())
-        return dense_experts_forward(experts, hidden, topk_index, topk_weight, self._see_expert)
+        return dense_experts_forward(
+            experts, hidden, topk_index, topk_weight, self._see_expert, self._run_expert
+        )
+
+    def _run_expert(
+        self,
+        experts: nn.Module,
+        expert: int,
+        x: Tensor,
+        see: Callable[[str, Tensor, Tensor], None] | None,
+    ) -> Tensor:
+        return expert_forward(experts, expert, x, see)
+
+    def _see_linear(self, path: str, module: nn.Linear, x: Tensor, y: Tensor) -> None:
+        y = y if module.bias is None else y - module.bias
+        self._add(path, self._kept(x), self._kept(y))
 
     @contextmanager
     def attached(self) -> Iterator["MomentCollector"]:
@@ -145,8 +172,7 @@ class MomentCollector:
 
             def linear_hook(module: nn.Module, args: tuple, output: Tensor, path: str = path):
                 assert isinstance(module, nn.Linear)
-                y = output if module.bias is None else output - module.bias
-                self._add(path, self._kept(args[0]), self._kept(y))
+                self._see_linear(path, module, args[0], output)
 
             handles.append(self.block.get_submodule(path).register_forward_hook(linear_hook))
         if self.experts_path is not None:
@@ -183,7 +209,7 @@ class MomentCollector:
                 if (key := (self.experts_path, expert, projection)) in self._found:
                     self._add(key, x, y, weight)
 
-            _one_expert(experts, expert, sample, spread)
+            expert_forward(experts, expert, sample, spread)
 
     def expert_tokens(self) -> dict[int, int]:
         """Calibration tokens routed to each expert; after `finish`, those made up count too."""

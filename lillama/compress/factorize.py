@@ -5,12 +5,21 @@ Mixtral (4096 x 14336) that is an eighth of the numbers and a fortieth of the wo
 side.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moment", "balanced", "moment_side", "plain_svd", "shrunk", "whitened_svd"]
+__all__ = [
+    "Moment",
+    "balanced",
+    "damped",
+    "moment_side",
+    "plain_svd",
+    "shrunk",
+    "spectrum",
+    "whitened_svd",
+]
 
 Side = Literal["input", "output"]
 
@@ -85,34 +94,89 @@ def shrunk(weight: Tensor, moment: Moment, shrinkage: float) -> Tensor:
     return gram / moment.tokens if seen else gram
 
 
-def whitened_svd(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """argmin over rank-R products of E ||(W - B A) x||^2 (SVD-LLM, arXiv 2403.07378).
+def damped(weight: Tensor, gradient: Moment, floor: float, power: float, damping: float) -> Tensor:
+    """The mean second moment [side, side] of the loss's gradient g at a weight's outputs.
 
-    Where N < K only the outputs y = W x matter: the best product is U U^T W with the strongest
-    eigenvectors U of E y y^T, which spares the large moment of the inputs and its inverse.
+    It is shrunk towards white gradients of `power` an element: `floor` tokens of them are added to
+    those seen, and `damping` times their moment to the mean. Positive definite where power and
+    damping are positive (on the input side, unless W has not full rank).
 
-    weight [N, K]; moment fp64, E x x^T [K, K] where K <= N, else E y y^T [N, N] (see `moment_side`)
-    -> A [R, K], B [N, R] in fp64.
+    weight [N, K]. gradient: sums over `tokens` of (W^T g) (W^T g)^T [K, K] (side "input") or of
+    g g^T [N, N] (side "output").
     """
-    W = weight.double()
-    if moment_side(*W.shape) == "output":
-        _, vectors = torch.linalg.eigh(moment)
-        B = vectors[:, -rank:].contiguous()
-        return balanced(B, B.mT @ W)
+    W, gram = weight.double(), gradient.gram.double()
+    tokens = gradient.tokens + floor
+    white = power * (damping + floor / tokens)
+    if gradient.side == "input":
+        return (gram / tokens).addmm(W.mT, W, alpha=white)
+    gram = gram / tokens
+    gram.diagonal().add_(white)
+    return gram
+
+
+def _root(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+    """F with moment = F F^T, and its inverse where it is not lower triangular."""
     factor, failed = torch.linalg.cholesky_ex(moment)
     if int(failed) == 0:
-        right = _top_right(W @ factor, rank)
-        A = torch.linalg.solve_triangular(factor, right.mT, upper=False, left=False)
-        return balanced(W @ (factor @ right), A)
-    # singular: the inputs never leave a plane, and were not shrunk
+        return factor, None
+    # singular: what flows here never leaves a plane, and was not shrunk
     values, vectors = torch.linalg.eigh(moment)
     root = values.clamp_min(max(float(values[-1]) * 1e-14, torch.finfo(values.dtype).tiny)).sqrt()
-    whitened = (W @ vectors) * root
-    right = _top_right(whitened, rank)
-    return balanced(whitened @ right, (right.mT / root) @ vectors.mT)
+    return vectors * root, (vectors / root).mT
 
 
-def _top_right(matrix: Tensor, rank: int) -> Tensor:
-    """The strongest right singular vectors [K, R] of a matrix [N, K]."""
-    _, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    return vectors[:, -rank:]
+def _divided(rows: Tensor, factor: Tensor, inverse: Tensor | None) -> Tensor:
+    """rows [R, n] F^-1 for the two values of `_root`."""
+    if inverse is not None:
+        return rows @ inverse
+    return torch.linalg.solve_triangular(factor, rows, upper=False, left=False)
+
+
+def _metric(weight: Tensor, moment: Tensor, gradient: Tensor | None) -> tuple[Tensor, Any]:
+    """The symmetric matrix [side, side] whose eigenvalues are the squared singular values of
+    H^1/2 W C^1/2, and the root that it was formed with (see `whitened_svd`)."""
+    if moment_side(*weight.shape) == "output":
+        if gradient is None:
+            return moment, None
+        root = _root(gradient)
+        return root[0].mT @ moment @ root[0], root
+    root = _root(moment)
+    if gradient is None:
+        whitened = weight @ root[0]
+        return whitened.mT @ whitened, root
+    return root[0].mT @ gradient @ root[0], root
+
+
+def whitened_svd(
+    weight: Tensor, moment: Tensor, rank: int, gradient: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """argmin over rank-R products of E ||(W - B A) x||^2 (SVD-LLM, arXiv 2403.07378), or with
+    `gradient` of E (g^T (W - B A) x)^2 for inputs x and gradients g that are independent: twice the
+    increase of a loss whose Hessian is E g g^T (the Kronecker factors of K-FAC, arXiv 1503.05671).
+
+    With C = E x x^T and H = E g g^T (or the identity) that is the truncated SVD of
+    H^1/2 W C^1/2. Everything happens on the smaller side: where N < K the best product is
+    H^-1/2 U U^T H^1/2 W with the strongest eigenvectors U of H^1/2 (W C W^T) H^1/2, which needs the
+    moment of the outputs only; else it comes from C and W^T H W in the same way.
+
+    weight [N, K]; moment fp64, C [K, K] where K <= N, else W C W^T [N, N] (see `moment_side`);
+    gradient fp64, W^T H W [K, K] or H [N, N] -> A [R, K], B [N, R] in fp64.
+    """
+    W = weight.double()
+    metric, root = _metric(W, moment, gradient)
+    _, vectors = torch.linalg.eigh(metric)
+    strong = vectors[:, -rank:].contiguous()
+    if moment_side(*W.shape) == "input":
+        factor, inverse = root
+        return balanced(W @ (factor @ strong), _divided(strong.mT, factor, inverse))
+    if root is None:
+        return balanced(strong, strong.mT @ W)
+    factor, inverse = root
+    return balanced(_divided(strong.mT, factor, inverse).mT, (strong.mT @ factor.mT) @ W)
+
+
+def spectrum(weight: Tensor, moment: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """What each further rank of `whitened_svd` takes off its error, largest first
+    [min(N, K)] in fp64: a product of rank R leaves the sum behind R."""
+    values = torch.linalg.eigvalsh(_metric(weight.double(), moment, gradient)[0])
+    return values.clamp_min(0).flip(0)

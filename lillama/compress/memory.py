@@ -17,6 +17,7 @@ from lillama.checkpoint import TensorHeader, dtype_of
 from lillama.compress.allocate import Matrix
 from lillama.compress.factorize import moment_side
 from lillama.compress.plan import Plan
+from lillama.compress.sensitivity import batch_rows
 from lillama.config import PlanConfig
 
 __all__ = ["held_out_blocks", "peak_memory", "peak_memory_bytes", "resident_bytes"]
@@ -130,6 +131,39 @@ def _train_bytes(plan: Plan, options: PlanConfig, block: _Block) -> int:
     return block.student_numbers * 5 * FP32 + kept
 
 
+def _sensitivity_bytes(
+    plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader], prefix: str
+) -> dict[str, int]:
+    """Of the pass that weighs the matrices, its own streams among them: a border before each block
+    and one gradient. What autograd keeps of a batch is estimated as in `_train_bytes`."""
+    config, blocks = plan.config, 1 + max(m.block for m in plan.matrices)
+    first = 0 if plan.strategy == "global" else plan.blocks[0]
+    recipe = options.recipe
+    rows = -(-min(recipe.sensitivity_tokens, options.tokens) // options.seq_len) * options.seq_len
+    one = rows * config.hidden_size * FP32
+    streams = min((blocks + 2) * one, options.activation_memory // one * one)
+    width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
+    batch = batch_rows(recipe, options.seq_len, config.hidden_size) * options.seq_len
+    per_token = 1 if plan.family.experts is None else config.num_experts_per_tok
+    kept = batch * (12 * config.hidden_size + 4 * per_token * width) * FP32
+    logits = 4 * options.seq_len * config.vocab_size * FP32
+    outside = 2 * config.vocab_size * config.hidden_size * FP32
+    found = {"sensitivity": streams + outside + logits}
+    for index in range(first, blocks):
+        block = _block(plan, headers, prefix, index)
+        widened = block.stacked_bytes + block.other_numbers * FP32
+        gradients = sum(min(m.N, m.K) ** 2 for m in block.targets) * FP32
+        largest = max((m.N * m.K for m in block.targets), default=0)
+        moments = _moment_bytes(plan, block) + gradients
+        work = max((_factorise_bytes(m, plan.item_bytes) for m in block.targets), default=0)
+        size = max(
+            widened + moments + kept + 3 * largest * FP32,  # an expert's three matrices
+            moments + gradients + work,
+        )
+        found["sensitivity"] = max(found["sensitivity"], streams + size)
+    return found
+
+
 def peak_memory(
     plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader], base_bytes: int
 ) -> dict[str, int]:
@@ -149,7 +183,7 @@ def peak_memory(
         stored = block.stacked_bytes + block.other_bytes
         widened = block.stacked_bytes + block.other_numbers * FP32
         compressed = index in plan.blocks
-        whitened = compressed and options.recipe.init == "whitened"
+        whitened = compressed and options.recipe.init != "svd"
         moments = _moment_bytes(plan, block) if whitened else 0
         batch = _batch_bytes(plan, options, 1)
         largest = max((m.N * m.K for m in block.targets), default=0)
@@ -170,4 +204,7 @@ def peak_memory(
         for phase, size in found.items():
             phases[phase] = max(phases.get(phase, 0), size)
     sized = {phase: base_bytes + streams + size for phase, size in phases.items()}
+    if plan.strategy == "global" or options.recipe.init == "fisher":
+        found = _sensitivity_bytes(plan, options, headers, prefix)
+        sized |= {phase: base_bytes + size for phase, size in found.items()}
     return {**sized, "peak": max(sized.values())}

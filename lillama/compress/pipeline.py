@@ -16,6 +16,7 @@ from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_by
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
+from lillama.compress.search import search_ranks
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig
 from lillama.data import TokenBlocks, calibration_blocks
@@ -56,11 +57,6 @@ def _calibration(options: CompressConfig, plan: Plan) -> tuple[TokenBlocks, Toke
     for part in blocks:
         check_vocabulary(part.input_ids, plan.config.vocab_size)
     return blocks
-
-
-def _device_bytes(device: torch.device) -> int:
-    """What streams may take of a GPU: a third of what is free."""
-    return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
 
 
 def _bytes_to_write(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> int:
@@ -167,13 +163,19 @@ def _compress(
     blocks = _calibration(config, plan)
     teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)
-    predicted = peak_memory(plan, config, teacher.headers, resident_bytes())["peak"]
+    held = resident_bytes()
     ranks.agree("the run", recipe)
     with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:
-        memory = ActivationMemory(
-            device, config.activation_memory, writer.staging, _device_bytes(device)
-        )
-        shown = progress if ranks.is_first else None
+        try:
+            shown = progress if ranks.is_first else None
+            plan, increase = search_ranks(
+                config, plan, teacher, blocks[0], writer, ranks, stop, shown
+            )
+        except LillamaError as error:
+            events("failed", error=str(error))
+            raise
+        predicted = peak_memory(plan, config, teacher.headers, held)["peak"]
+        memory = ActivationMemory.for_run(device, config.activation_memory, writer.staging)
         run = Run(config, plan, teacher, blocks, memory, stop, events, ranks, shown)
         try:
             rows = run.run(writer)
@@ -186,6 +188,7 @@ def _compress(
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_bytes": peak_memory_bytes(device),
             "predicted_host_memory_bytes": predicted,
+            "predicted_loss_increase": increase,
             "device": str(device),
             "ranks": ranks.world,
             "blocks": rows,

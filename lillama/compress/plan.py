@@ -34,6 +34,7 @@ class Plan:
     bytes_before: int
     item_bytes: float
     max_reduction: float
+    ranks_are_final: bool = True
 
     @property
     def params_after(self) -> int:
@@ -100,6 +101,8 @@ class Plan:
             )
         return {
             "strategy": self.strategy,
+            # the ranks of "global" are known only to a run; these are of the same size
+            "ranks_are_final": self.ranks_are_final,
             "params_before": self.params_before,
             "params_after": self.params_after,
             "reduction": self.reduction,
@@ -195,6 +198,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         bytes_before=bytes_before,
         item_bytes=bytes_before / params,
         max_reduction=max_removable(matrices, strategy, rules) / params,
+        ranks_are_final=strategy != "global",
     )
 
 

@@ -124,7 +124,13 @@ class Run:
             if resumed:  # from a state that holds all that trains
                 empty_student(student, self.device)
             else:
-                fill_student(student, self.teacher, index, moments, self.recipe)
+                file = writer.gradients_of(f"block-{index}")
+
+                def gradients(name: str) -> Tensor:
+                    with safe_open(file, "pt", backend="pread") as opened:
+                        return opened.get_tensor(name)
+
+                fill_student(student, self.teacher, index, moments, self.recipe, gradients)
         streams.receive_student(index)
         if not finished:
             result = self._distill(index, student, streams.of_block(index), notes, writer)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
 from lillama.compress.blocks import TeacherBlocks, block_output
-from lillama.compress.calibrate import MomentCollector
+from lillama.compress.calibrate import MomentCollector, key_of
 from lillama.compress.distill import Stream
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import STUDENT, TEACHER, Ranks
@@ -165,14 +165,11 @@ class Streams:
     def teacher_pass(self, block: nn.Module, index: int, collect: bool) -> MomentCollector:
         """Targets of every stream; moments from the training stream when the init wants them."""
         prefix = f"{self.teacher.block_path}.{index}."
-        linears, with_experts = [], False
-        for name in self.plan.ranks_of_block(index):
-            experts = self.plan.family.experts
-            if experts is not None and experts.parse(name) is not None:
-                with_experts = True
-            else:
-                linears.append(name.removeprefix(prefix))
-        wanted = collect and self.recipe.init == "whitened"
+        names = self.plan.ranks_of_block(index)
+        keys = [key_of(self.plan.family, prefix, name) for name in names]
+        linears = [key for key in keys if isinstance(key, str)]
+        with_experts = len(linears) < len(keys)
+        wanted = collect and self.recipe.init != "svd"
         floor = self.plan.config.hidden_size
         moments = MomentCollector(
             block,

@@ -2,7 +2,7 @@
 the checkpoint."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,18 +33,30 @@ __all__ = [
 ]
 
 
-def _factors(weight: Tensor, rank: int, recipe: Recipe, moment: Moment | None) -> tuple:
-    if recipe.init == "svd" or moment is None:
+class _Fill(NamedTuple):
+    """What factors are made with. gradients(hub name): the damped moment of a matrix's gradients,
+    fp32, where the init weighs errors with it."""
+
+    moments: MomentCollector
+    recipe: Recipe
+    gradients: Callable[[str], Tensor]
+
+
+def _factors(weight: Tensor, rank: int, fill: _Fill, moment: Moment | None, name: str) -> tuple:
+    if fill.recipe.init == "svd" or moment is None:
         return plain_svd(weight, rank)
-    return whitened_svd(weight, shrunk(weight, moment, recipe.shrinkage), rank)
+    gradient = None
+    if fill.recipe.init == "fisher":
+        gradient = fill.gradients(name).to(weight.device, torch.float64)
+    return whitened_svd(weight, shrunk(weight, moment, fill.recipe.shrinkage), rank, gradient)
 
 
 @torch.no_grad()
 def _fill_linear(
-    new: LowRankLinear, name: str, path: str, teacher: TeacherBlocks, fill: "_Fill"
+    new: LowRankLinear, name: str, path: str, teacher: TeacherBlocks, fill: _Fill
 ) -> None:
     weight = teacher.read(f"{name}.weight").to(teacher.device)
-    A, B = _factors(weight, new.rank, fill.recipe, fill.moments.pop(path))
+    A, B = _factors(weight, new.rank, fill, fill.moments.pop(path), name)
     new.lr_A.copy_(A)
     new.lr_B.copy_(B)
     if new.bias is not None:
@@ -53,7 +65,7 @@ def _fill_linear(
 
 @torch.no_grad()
 def _fill_experts(
-    new: LowRankExperts, hub: str, path: str, teacher: TeacherBlocks, fill: "_Fill"
+    new: LowRankExperts, hub: str, path: str, teacher: TeacherBlocks, fill: _Fill
 ) -> None:
     naming = teacher.family.experts
     assert naming is not None
@@ -62,20 +74,15 @@ def _fill_experts(
         for projection in ("up", "gate", "down"):
             rank = new.ranks[projection][expert]
             moment = fill.moments.pop((path, expert, projection))
-            name = f"{hub}.{expert}.{naming.hub_projection(projection)}.weight"
-            weight = teacher.read(name).to(teacher.device)
+            name = f"{hub}.{expert}.{naming.hub_projection(projection)}"
+            weight = teacher.read(f"{name}.weight").to(teacher.device)
             stored = new.stored(projection, expert)
             if rank == 0:
                 stored["lr_W"].copy_(weight)
                 continue
-            A, B = _factors(weight, rank, fill.recipe, moment)
+            A, B = _factors(weight, rank, fill, moment, name)
             stored["lr_A"].copy_(A)
             stored["lr_B"].copy_(B)
-
-
-class _Fill(NamedTuple):
-    moments: MomentCollector
-    recipe: Recipe
 
 
 def student_structure(
@@ -131,17 +138,20 @@ def fill_student(
     index: int,
     moments: MomentCollector,
     recipe: Recipe,
+    gradients: Callable[[str], Tensor],
 ) -> None:
     """Factorise the targets of a block into its `student_structure`. The dense weights are read one
-    by one, and the moments taken out of `moments`, so that neither waits for the last."""
+    by one, and the moments taken out of `moments`, so that neither waits for the last;
+    `gradients(hub name)` gives those of the gradients (init "fisher" only)."""
     prefix = f"{teacher.block_path}.{index}"
+    fill = _Fill(moments, recipe, gradients)
     for path, new in empty_student(student, teacher.device).items():
         if isinstance(new, LowRankExperts):
             assert teacher.family.experts is not None
             hub = f"{prefix}.{teacher.family.experts.hub}"
-            _fill_experts(new, hub, path, teacher, _Fill(moments, recipe))
+            _fill_experts(new, hub, path, teacher, fill)
         else:
-            _fill_linear(new, f"{prefix}.{path}", path, teacher, _Fill(moments, recipe))
+            _fill_linear(new, f"{prefix}.{path}", path, teacher, fill)
 
 
 @torch.no_grad()

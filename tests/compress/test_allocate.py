@@ -1,12 +1,20 @@
 """Ranks under a budget: the promises of every strategy, over random shapes and reductions."""
 
+import itertools
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
+from lillama.compress.allocate import (
+    Matrix,
+    RankRules,
+    allocate,
+    allocate_globally,
+    max_removable,
+    removed,
+)
 from lillama.config import RANK_MULTIPLE
 from lillama.errors import InputError
 
@@ -147,3 +155,67 @@ def test_matrix_break_even_rank_is_the_largest_multiple_that_saves(N, K):
     assert rank % RANK_MULTIPLE == 0
     assert rank == 0 or m.saved(rank) > 0
     assert m.saved(rank + RANK_MULTIPLE) <= 0
+
+
+def falling(matrix: Matrix, scale: float, power: float) -> list[float]:
+    """A convex loss over `matrix.ranks`, 0 where nothing is left out."""
+    top = min(matrix.N, matrix.K)
+    return [scale * (1 - rank / top) ** power for rank in matrix.ranks]
+
+
+def total_loss(losses: dict[str, list[float]], ranks: dict[str, int]) -> float:
+    return sum(losses[name][rank // RANK_MULTIPLE - 1] for name, rank in ranks.items())
+
+
+@few
+@given(model=models(), share=st.floats(0.01, 1), seed=st.integers(0, 99))
+def test_global_removes_what_is_asked_and_wastes_no_step(model, share, seed):
+    matrices, params, rules = model
+    losses = {
+        m.name: falling(m, 1.0 + (seed * (i + 1)) % 7, 1 + (seed + i) % 3)
+        for i, m in enumerate(matrices)
+    }
+    reduction = share * max_removable(matrices, "global", rules) / params
+    ranks = allocate_globally(matrices, params, reduction, losses)
+    spare = removed(matrices, ranks) - reduction * params
+    assert spare >= -1e-6
+    for m in matrices:
+        assert ranks.get(m.name, RANK_MULTIPLE) in m.ranks or not m.ranks
+        # no step up fits any more
+        if (rank := ranks.get(m.name)) is not None and rank < m.break_even_rank:
+            assert m.saved(rank) - m.saved(rank + RANK_MULTIPLE) > spare
+
+
+def test_global_is_the_best_there_is_up_to_one_step():
+    """Against every combination of ranks of three matrices."""
+    matrices = [Matrix("a", 0, 64, 64), Matrix("b", 0, 96, 48), Matrix("c", 1, 40, 120)]
+    losses = {m.name: falling(m, s, 2.0) for m, s in zip(matrices, (1.0, 3.0, 0.5), strict=True)}
+    params = sum(m.N * m.K for m in matrices)
+    for reduction in (0.1, 0.25, 0.4, 0.6):
+        found = allocate_globally(matrices, params, reduction, losses)
+        choices = [[(m.name, rank) for rank in (0, *m.ranks)] for m in matrices]
+        options = [
+            {name: rank for name, rank in combination if rank}
+            for combination in itertools.product(*choices)
+        ]
+        step = max(8 * (m.N + m.K) for m in matrices)
+        fitting = [r for r in options if removed(matrices, r) >= reduction * params]
+        best = min(total_loss(losses, ranks) for ranks in fitting)
+        harder = [r for r in options if removed(matrices, r) >= reduction * params + step]
+        bound = min(total_loss(losses, ranks) for ranks in harder)
+        assert best <= total_loss(losses, found) <= bound
+
+
+def test_global_takes_from_what_costs_nothing_and_leaves_the_rest_dense():
+    matrices = [Matrix("free", 0, 64, 64), Matrix("dear", 1, 64, 64)]
+    losses = {"free": [0.0] * 3, "dear": [9.0, 8.0, 7.0]}
+    assert allocate_globally(matrices, 8192, 0.3, losses) == {"free": 8}
+    # more than it has to give
+    assert set(allocate_globally(matrices, 8192, 0.45, losses)) == {"free", "dear"}
+
+
+def test_global_jumps_over_ranks_off_the_hull():
+    """The first step below dense costs nearly all the loss: one matrix takes all of it."""
+    matrices = [Matrix("a", 0, 64, 64), Matrix("b", 1, 64, 64)]
+    losses = {name: [1.0, 0.99, 0.98] for name in "ab"}
+    assert allocate_globally(matrices, 8192, 0.35, losses) == {"a": 8}

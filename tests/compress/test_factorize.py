@@ -7,9 +7,11 @@ from torch import Tensor
 from lillama.compress.factorize import (
     Moment,
     balanced,
+    damped,
     moment_side,
     plain_svd,
     shrunk,
+    spectrum,
     whitened_svd,
 )
 
@@ -151,3 +153,54 @@ def test_shrunk_is_the_moment_of_inputs_with_isotropic_noise(N, K, shrinkage):
     moment = x.mT @ x / 500
     noise = shrinkage * moment.diagonal().mean() * torch.eye(K, dtype=torch.float64)
     torch.testing.assert_close(shrunk(W, seen(W, x), shrinkage), moment_of(W, moment + noise))
+
+
+def gradient_of(W: Tensor, H: Tensor) -> Tensor:
+    """What whitened_svd wants of gradients with E g g^T = H [N, N]."""
+    return W.mT @ H @ W if moment_side(*W.shape) == "input" else H
+
+
+def root_of(moment: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(moment)
+    return (vectors * values.sqrt()) @ vectors.mT
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_whitened_svd_with_gradients_attains_the_analytic_optimum(N, K):
+    """The truncated SVD of H^1/2 W C^1/2, and its spectrum is what the ranks leave."""
+    W, C, H = random(N, K), anisotropic_gram(K), anisotropic_gram(N, seed=9)
+    u, s, vh = torch.linalg.svd(root_of(H) @ W @ root_of(C), full_matrices=False)
+    values = spectrum(W, moment_of(W, C), gradient_of(W, H))
+    torch.testing.assert_close(values, s.square(), rtol=1e-6, atol=1e-10)
+    A, B = whitened_svd(W, moment_of(W, C), 8, gradient_of(W, H))
+    assert A.shape == (8, K) and B.shape == (N, 8)
+    best = torch.linalg.solve(root_of(H), (u[:, :8] * s[:8]) @ vh[:8])
+    best = torch.linalg.solve(root_of(C), best.mT).mT
+    torch.testing.assert_close(B @ A, best, rtol=1e-4, atol=1e-6)
+    D = W - B @ A
+    error = ((H @ D @ C) * D).sum()
+    torch.testing.assert_close(error, values[8:].sum(), rtol=1e-6, atol=1e-10)
+    # ignoring the gradients costs
+    A, B = whitened_svd(W, moment_of(W, C), 8)
+    D = W - B @ A
+    assert ((H @ D @ C) * D).sum() > 1.05 * error
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_white_gradients_change_nothing(N, K):
+    W, C = random(N, K), anisotropic_gram(K)
+    plain = whitened_svd(W, moment_of(W, C), 8)
+    white = whitened_svd(W, moment_of(W, C), 8, gradient_of(W, 3.0 * torch.eye(N).double()))
+    torch.testing.assert_close(plain[1] @ plain[0], white[1] @ white[0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("floor", [0.0, 25.0])
+def test_damped_adds_white_gradients(N, K, floor):
+    W, g = random(N, K), random(50, N, seed=2)
+    rows = g @ W if moment_side(N, K) == "input" else g
+    seen_gradients = Moment(moment_side(N, K), rows.mT @ rows, 50.0, float(g.square().sum()))
+    found = damped(W, seen_gradients, floor, 0.5, 0.1)
+    H = (g.mT @ g + floor * 0.5 * torch.eye(N).double()) / (50 + floor)
+    want = gradient_of(W, H + 0.05 * torch.eye(N).double())
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)

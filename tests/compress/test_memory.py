@@ -27,9 +27,11 @@ def predicted(model: Path, **options: Any) -> dict[str, int]:
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_peak_is_the_largest_phase(kind, train, request):
     found = predicted(request.getfixturevalue(kind), train=train)
-    assert set(found) == {"embed", "load", "teacher", "factorise", "peak"} | {
+    assert set(found) == {"sensitivity", "embed", "load", "teacher", "factorise", "peak"} | {
         "train" if train else "judge"
     }
+    plain = predicted(request.getfixturevalue(kind), train=train, preset="paper")
+    assert set(found) - set(plain) == {"sensitivity"}
     assert found["peak"] == max(value for phase, value in found.items() if phase != "peak")
     assert all(value > 0 for value in found.values())
 
@@ -86,7 +88,7 @@ def test_a_block_of_mixtral_8x7b_fits_eight_gib_without_training(tmp_path):
         model=model, reduction=0.15, strategy="bottom", train=False, tokens=4096, seq_len=512
     )
     found = peak_memory(make_plan(config), config, headers, base_bytes=GIB // 2)
-    assert found["peak"] < 7 * GIB
+    assert found["peak"] < 7.5 * GIB
     # 1.45e9 numbers in bf16, and gate and up once more while they are stacked
     assert 4.5 * GIB < found["load"] < 5.5 * GIB
     # its size does not matter

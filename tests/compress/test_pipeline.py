@@ -37,10 +37,11 @@ REPORT_KEYS = {
 
 @pytest.fixture
 def small(text_file: Path, tmp_path: Path, device: torch.device):
-    """small(model, name="out", **options) -> (report, OUT), with few tokens."""
+    """small(model, name="out", **options) -> (report, OUT), few tokens, "uniform" unless told."""
 
     def run(model: Path, name: str = "out", **options: Any) -> tuple[dict, Path]:
         values: dict[str, Any] = {"reduction": 0.2, "text": text_file, "tokens": 400, "seq_len": 32}
+        values["strategy"] = "uniform"  # which ranks and blocks is known
         out = tmp_path / name
         return lillama.compress(model, out, **{"device": str(device), **values, **options}), out
 
@@ -161,14 +162,22 @@ def test_compress_leaves_the_other_layers_byte_identical(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "fast", "paper"])
 def test_compress_presets_use_their_strategy(preset, kind, small, request):
-    report, out = small(request.getfixturevalue(kind), preset=preset, reduction=0.1)
+    path = request.getfixturevalue(kind)
+    report, out = small(path, preset=preset, reduction=0.1, strategy=None)
     recipe = json.loads((out / "recipe.json").read_text())
-    bottom = preset == "paper" and kind == "mixtral"
-    assert recipe["strategy"] == ("bottom" if bottom else "uniform")
+    paper = "bottom" if kind == "mixtral" else "uniform"
+    assert recipe["strategy"] == (paper if preset == "paper" else "global")
     assert recipe["options"]["preset"] == preset
-    assert [row["index"] for row in report["blocks"]] == ([0] if bottom else [0, 1])
+    if preset == "paper":
+        blocks = [0] if kind == "mixtral" else [0, 1]
+        assert [row["index"] for row in report["blocks"]] == blocks
+        assert report["predicted_loss_increase"] is None
+    else:
+        assert report["predicted_loss_increase"] > 0
+    trained = sum(row["steps"] for row in report["blocks"]) > 0
+    assert trained == (preset != "fast")
 
 
 def test_compress_bottom_with_mixed_ranks_works_end_to_end(small, mixtral, text_file, device):
@@ -261,7 +270,7 @@ def test_compress_out_folder_is_complete(kind, small, request, tokenizer):
     assert config["base_model"] == str(path)
     recipe = json.loads((out / "recipe.json").read_text())
     assert recipe["options"]["seed"] == 3 and recipe["options"]["tokens"] == 400
-    assert recipe["options"]["preset_values"]["init"] == "whitened"
+    assert recipe["options"]["preset_values"]["init"] == "fisher"
     card = (out / "README.md").read_text()
     assert card.startswith("---\n") and f"base_model: {path.name}" in card
     assert f"| {report['params_before']:,} | {report['params_after']:,} |" in card

@@ -138,11 +138,12 @@ def test_plan_counts_tied_embeddings_once(make_checkpoint):
     assert apart["params_before"] - tied["params_before"] == 300 * 32
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_plan_mamba_is_uniform_over_in_proj_and_out_proj(preset, mamba):
+@pytest.mark.parametrize(("preset", "strategy"), [("default", "global"), ("paper", "uniform")])
+def test_plan_mamba_is_over_in_proj_and_out_proj(preset, strategy, mamba):
     document = lillama.plan(mamba, 0.2, preset=preset)
     names = {row["name"] for row in document["matrices"]}
-    assert document["strategy"] == "uniform"
+    assert document["strategy"] == strategy
+    assert document["ranks_are_final"] == (strategy == "uniform")
     assert names == {
         f"backbone.layers.{i}.mixer.{m}" for i in (0, 1) for m in ("in_proj", "out_proj")
     }

@@ -1,0 +1,257 @@
+"""How much each rank of each matrix is worth to the model's loss: before any block is compressed, a
+sample of the calibration tokens runs forward through the whole teacher and gradients run back, one
+block in memory at a time.
+
+For a weight error D at inputs x the loss rises by E (g^T D x)^2 / 2, where g is the gradient at the
+outputs for labels drawn from the teacher's own prediction: its Fisher information, which is also
+the Hessian of the divergence from the teacher. With x and g taken as independent (K-FAC, arXiv
+1503.05671) that is half a sum of squared singular values of H^1/2 W C^1/2, H = E g g^T and
+C = E x x^T: what a rank saves, in nats a token, the same unit for every matrix of the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
+from lillama.compress.allocate import Matrix
+from lillama.compress.blocks import TeacherBlocks, block_output
+from lillama.compress.calibrate import Key, key_of
+from lillama.compress.factorize import damped, shrunk, spectrum
+from lillama.compress.gradients import GradientCollector, Pooled
+from lillama.config import Recipe
+from lillama.data import TokenBlocks
+from lillama.errors import RunError
+
+__all__ = ["MatrixSensitivity", "batch_rows", "measure_sensitivity", "sample_of"]
+
+Tick = Callable[[str, int], None]
+# hidden states of a batch: 512 tokens of 4096
+BATCH_NUMBERS = 2**21
+
+
+class MatrixSensitivity(NamedTuple):
+    """losses: nats a token that each of `Matrix.ranks` is expected to cost. gradient [side, side]
+    fp32: the damped moment for `whitened_svd`."""
+
+    losses: list[float]
+    gradient: Tensor
+
+
+def sample_of(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
+    """The first rows with at least `tokens` tokens, all where there are fewer; rows are shuffled
+    already."""
+    count = -(-tokens // blocks.input_ids.shape[1])
+    mask = None if blocks.mask is None else blocks.mask[:count]
+    return TokenBlocks(blocks.input_ids[:count], mask)
+
+
+def batch_rows(recipe: Recipe, seq_len: int, hidden_size: int) -> int:
+    """Rows of a batch: what autograd keeps of it must stay small beside a large block."""
+    return max(1, min(recipe.batch_size, BATCH_NUMBERS // (seq_len * hidden_size)))
+
+
+class _Pass:
+    """Borders of every block, and one gradient that moves down through them."""
+
+    def __init__(
+        self, teacher: TeacherBlocks, sample: TokenBlocks, recipe: Recipe, memory: ActivationMemory,
+        tick: Tick, seed: int,
+    ) -> None:  # fmt: skip
+        self.teacher, self.sample, self.recipe = teacher, sample, recipe
+        self.memory, self.tick, self.seed = memory, tick, seed
+        self.device = teacher.device
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.count, self.seq_len = sample.input_ids.shape
+        self.arguments: dict[int, list[dict]] = {}  # by batch size, where nothing is padded
+        self.borders: list[ActivationStore] = []
+        self.gradient = self._new()
+
+    def _new(self) -> ActivationStore:
+        shape = (self.count, self.seq_len, self.teacher.model.config.hidden_size)
+        return self.memory.new(shape, self.dtype)
+
+    def close(self) -> None:
+        for store in (*self.borders, self.gradient):
+            store.close()
+
+    def batches(self) -> tuple[Tensor, ...]:
+        rows = batch_rows(self.recipe, self.seq_len, self.teacher.model.config.hidden_size)
+        return torch.arange(self.count).split(rows)
+
+    def mask(self, rows: Tensor) -> Tensor | None:
+        return None if self.sample.mask is None else self.sample.mask[rows]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def forward(self) -> None:
+        """Fill the borders: before each block, and behind the last."""
+        with self.teacher.embeddings():
+            first = self._new()
+            for rows in self.batches():
+                ids = self.sample.input_ids[rows]
+                first.write(rows, self.teacher.inputs(ids, self.mask(rows))[0])
+            first.flush()
+        self.borders.append(first)
+        for index in range(len(self.teacher.blocks)):
+            source, sink = self.borders[-1], self._new()
+            self.borders.append(sink)
+            finite = torch.ones((), dtype=torch.bool, device=self.device)
+            with self.teacher.block(index) as block, torch.no_grad():
+                for rows, hidden in prefetched(self.batches(), source.read, source.background):
+                    hidden = hidden.to(self.device, torch.float32)
+                    with self.autocast():
+                        hidden = block_output(block, hidden, self.kwargs(index, rows))
+                    finite &= torch.isfinite(hidden).all()
+                    sink.write(rows, hidden)
+                    self.tick(f"block {index} sensitivity", rows.numel() * self.seq_len)
+            sink.flush()
+            if not bool(finite):
+                raise RunError(
+                    f"the output of {self.teacher.block_path}.{index} (teacher) holds NaN or "
+                    "infinity; the weights of this block or of one before it are broken"
+                )
+
+    def kwargs(self, index: int, rows: Tensor) -> dict:
+        if self.sample.mask is not None:
+            return self.teacher.arguments((len(rows), self.seq_len), self.mask(rows))[index]
+        if len(rows) not in self.arguments:
+            self.arguments[len(rows)] = self.teacher.arguments((len(rows), self.seq_len), None)
+        return self.arguments[len(rows)][index]
+
+    def head(self) -> None:
+        """The loss's gradient behind the last block, for labels that the teacher draws."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        last = self.borders[-1]
+        with self.teacher.head():
+            for row in torch.arange(self.count).split(1):  # logits are large
+                hidden = last.read(row).to(self.device, torch.float32).requires_grad_()
+                logits = self.teacher.logits(hidden, self.mask(row))[0].float()
+                chances = logits.detach().softmax(-1)
+                labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                if (mask := self.mask(row)) is not None:
+                    losses = losses * mask[0].to(losses.device)
+                losses.sum().backward()
+                assert hidden.grad is not None
+                if not bool(torch.isfinite(hidden.grad).all()):
+                    raise RunError(
+                        "the gradient of the teacher's loss holds NaN or infinity; its weights are "
+                        "broken"
+                    )
+                self.gradient.write(row, hidden.grad)
+        self.gradient.flush()
+        self.borders.pop().close()
+
+    def backward(self, index: int, collector: GradientCollector, block: nn.Module) -> None:
+        """Move the gradient down through a block; borders must end before it."""
+        source = self.borders[-1]
+
+        background = source.background or self.gradient.background
+
+        def read(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return source.read(rows), self.gradient.read(rows)
+
+        for rows, (hidden, gradient) in prefetched(self.batches(), read, background):
+            collector.mask = self.mask(rows)
+            hidden = hidden.to(self.device, torch.float32).requires_grad_()
+            with torch.enable_grad(), collector.attached(), self.autocast():
+                out = block_output(block, hidden, self.kwargs(index, rows))
+                out.backward(gradient.to(self.device, out.dtype))
+            assert hidden.grad is not None
+            self.gradient.write(rows, hidden.grad)
+            self.tick(f"block {index} sensitivity", rows.numel() * self.seq_len)
+        self.gradient.flush()
+        self.borders.pop().close()
+
+
+def _of_matrix(
+    matrix: Matrix,
+    weight: Tensor,
+    collector: GradientCollector,
+    key: Key,
+    pooled: Pooled,
+    num_experts: int,
+    sample_tokens: int,
+    recipe: Recipe,
+) -> MatrixSensitivity:
+    moment, gradient = collector.pop_both(key, matrix.N, matrix.K, pooled)
+    # so many tokens as it has dimensions are made up for an expert that few were routed to
+    floor = float(min(matrix.N, matrix.K)) if num_experts > 1 else 0.0
+    power = pooled.gradient_energy / matrix.N
+    noisy = damped(weight, gradient, floor, power, recipe.gradient_damping)
+    values = spectrum(weight, shrunk(weight, moment, recipe.shrinkage), noisy)
+    left = values.flip(0).cumsum(0).flip(0)
+    # other text than this is routed otherwise: every expert counts for something
+    mean = pooled.tokens / num_experts
+    used = (1 - recipe.share_floor) * gradient.tokens + recipe.share_floor * mean
+    losses = (left * (used / sample_tokens / 2)).tolist()
+    return MatrixSensitivity([losses[rank] for rank in matrix.ranks], noisy.float())
+
+
+def measure_sensitivity(
+    teacher: TeacherBlocks,
+    matrices: Sequence[Matrix],
+    blocks: TokenBlocks,
+    recipe: Recipe,
+    memory: ActivationMemory,
+    tick: Tick,
+    seed: int,
+    on_block: Callable[[int, dict[str, MatrixSensitivity]], None],
+) -> None:
+    """Call `on_block(index, {matrix name: its sensitivity})` for every block with target matrices,
+    from the last to the first.
+
+    Args:
+        matrices: those that may be factorised. blocks: training tokens, of which
+        `recipe.sensitivity_tokens` are used. tick(stage, tokens): progress; stops by raising.
+
+    Raises:
+        RunError: a weight, an activation or a gradient is not finite; no room for the activations.
+    """
+    sample = sample_of(blocks, recipe.sensitivity_tokens)
+    run = _Pass(teacher, sample, recipe, memory, tick, seed)
+    by_block: dict[int, list[Matrix]] = {}
+    for matrix in matrices:
+        by_block.setdefault(matrix.block, []).append(matrix)
+    try:
+        run.forward()
+        run.head()
+        for index in range(len(teacher.blocks) - 1, min(by_block) - 1, -1):
+            targets = by_block.get(index, [])
+            with teacher.block(index) as block:
+                prefix = f"{teacher.block_path}.{index}."
+                keys = {m.name: key_of(teacher.family, prefix, m.name) for m in targets}
+                linears = [key for key in keys.values() if isinstance(key, str)]
+                with_experts = len(linears) < len(keys)
+                collector = GradientCollector(block, teacher.family, linears, with_experts)
+                run.backward(index, collector, block)
+            if targets:
+                on_block(index, _of_block(teacher, targets, keys, collector, sample, recipe))
+    finally:
+        run.close()
+
+
+def _of_block(
+    teacher: TeacherBlocks,
+    targets: Sequence[Matrix],
+    keys: dict[str, Key],
+    collector: GradientCollector,
+    sample: TokenBlocks,
+    recipe: Recipe,
+) -> dict[str, MatrixSensitivity]:
+    found = {}
+    pooled = collector.pooled(keys.values())
+    # an expert's "up" may share the moment of its "gate", which therefore comes last
+    for matrix in sorted(targets, key=lambda m: keys[m.name][-1] != "up"):
+        key = keys[matrix.name]
+        weight = teacher.read(f"{matrix.name}.weight").to(teacher.device)
+        experts = teacher.model.config.num_local_experts if isinstance(key, tuple) else 1
+        found[matrix.name] = _of_matrix(
+            matrix, weight, collector, key, pooled[key], experts, sample.num_tokens, recipe
+        )
+    return found
