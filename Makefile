@@ -36,13 +36,16 @@ bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.jso
 	@$(BIN)/pytest benchmarks $(BENCH) -q --benchmark-json=.benchmarks/cpu.json
 
 # Of `make gpu`. SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=tests/ops
-# those tests; TESTS=no or SUITES=none leaves them out. FULL=--full measures every layer, rank and
+# those tests; TESTS=no, SUITES=none or BLOCKS= leaves them out. FULL=--full measures every layer, rank and
 # number of rows. No row starts later than BUDGET_S seconds after the start. COMMIT says what is
 # measured where git cannot.
 FIRST := low_rank_linear low_rank_linears distill_loss
 SUITES := $(FIRST) \
     $(filter-out $(FIRST),$(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py)))
 TESTS := tests
+# Blocks of which models are compressed, with how many tokens; 13M take hours on a slow device
+BLOCKS := mixtral-8x7b mamba-2.8b
+BLOCK_TOKENS := 500000 2000000
 FULL :=
 BUDGET_S := 86400
 RESULTS := benchmarks/results
@@ -69,6 +72,14 @@ gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing; 
 	        --deadline-s=$$deadline_s $(if $(COMMIT),--commit=$(COMMIT)) \
 	        --benchmark-json="$$json.part" || failed="$$failed $$suite"; \
 	    if [ -s "$$json.part" ]; then mv "$$json.part" "$$json"; fi; \
+	done; \
+	for shapes in $(BLOCKS); do \
+	    if [ $$(date +%s) -ge $$deadline_s ]; then \
+	        failed="$$failed $$shapes (no time left)"; continue; \
+	    fi; \
+	    echo "gpu: blocks of $$shapes"; \
+	    $(PYTHON) -m benchmarks.compress_blocks $$shapes --tokens $(BLOCK_TOKENS) \
+	        --json "$(RESULTS)/blocks/$$run-$$shapes.json" || failed="$$failed $$shapes"; \
 	done; \
 	$(PYTHON) -m benchmarks.tables --results "$(RESULTS)" || failed="$$failed tables"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed: $$failed" >&2; exit 1; fi

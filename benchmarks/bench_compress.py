@@ -13,10 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lillama_kernels import distill_loss
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from benchmarks.published import PublishedExperts
 from benchmarks.rows import Variant, Work, compare
 from benchmarks.shapes import COMPRESS_STEPS, CompressStepShape
 from benchmarks.timing import modes_of
@@ -25,34 +26,13 @@ from lillama.compress.distill import Stream, batch_loss
 from lillama.modules import LowRankExperts
 
 
-class PublishedExperts(nn.Module):
-    """Mixtral's experts as the published code replaces them: two nn.Linear for each matrix."""
-
-    def __init__(self, source: LowRankExperts) -> None:
-        super().__init__()
-
-        def pair(projection: str, expert: int) -> nn.Sequential:
+def _published_experts(source: LowRankExperts) -> PublishedExperts:
+    weights = {}
+    for expert in range(source.num_experts):
+        for projection in ("gate", "up", "down"):
             factors = source.stored(projection, expert)
-            layers = []
-            for weight in (factors["lr_A"], factors["lr_B"]):
-                layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-                layer.weight = nn.Parameter(weight.detach().clone())
-                layers.append(layer)
-            return nn.Sequential(*layers)
-
-        self.projections = nn.ModuleList(
-            nn.ModuleList(pair(name, expert) for name in ("gate", "up", "down"))
-            for expert in range(source.num_experts)
-        )
-
-    def forward(self, hidden: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden)
-        for expert, (gate, up, down) in enumerate(self.projections):  # type: ignore[misc]
-            rows, place = torch.where(topk_index == expert)
-            x = hidden[rows]
-            y = down(F.silu(gate(x)) * up(x)) * topk_weight[rows, place, None]
-            out.index_add_(0, rows, y.to(out.dtype))
-        return out
+            weights[projection, expert] = [factors["lr_A"], factors["lr_B"]]
+    return PublishedExperts(weights, source.num_experts)
 
 
 def _block(shape: CompressStepShape, device: torch.device) -> tuple[nn.Module, dict]:
@@ -131,7 +111,7 @@ def _same_gradients(shape: CompressStepShape, device: torch.device, stream: Stre
     for published in (False, True):
         block, _ = _block(shape, device)
         if published:
-            block.mlp.experts = PublishedExperts(block.mlp.experts)  # type: ignore[union-attr]
+            block.mlp.experts = _published_experts(block.mlp.experts)  # type: ignore[union-attr]
         rows = torch.arange(len(stream.target))
         if published:
             for store in (stream.teacher, stream.student):
@@ -154,7 +134,7 @@ def bench_compress_step(benchmark, shape, device):
     teacher, student, target = (torch.randn(size, generator=generator) for _ in range(3))
     stream = Stream(stored(teacher), stored(student), stored(target), None, lambda rows: kwargs)
     published = copy.deepcopy(block)
-    published.mlp.experts = PublishedExperts(published.mlp.experts)  # type: ignore[union-attr]
+    published.mlp.experts = _published_experts(published.mlp.experts)  # type: ignore[union-attr]
     rows = 2 * shape.batch * shape.seq_len
     used = shape.top_k * 3 * shape.rank * (shape.hidden_size + shape.intermediate_size)
     attention = int(2.5 * shape.hidden_size**2)

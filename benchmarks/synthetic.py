@@ -44,6 +44,19 @@ SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
             "vocab_size": 50280,
         },
     ),
+    # for trying out what measures the others
+    "mixtral-mini": (
+        MixtralConfig,
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "vocab_size": 1024,
+        },
+    ),
 }
 TOKENIZER = Path(__file__).parents[1] / "examples" / "teachers" / "mixtral"
 

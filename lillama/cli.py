@@ -65,11 +65,18 @@ Reduction = Annotated[
         help="Share of the whole model's parameters to remove, between 0 and 1.", show_default=False
     ),
 ]
-PresetOption = Annotated[str, typer.Option(help="default, or paper: the published recipe.")]
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        help="default; fast: no training; whitened: no gradients, uniform ranks; paper: the "
+        "published recipe."
+    ),
+]
 StrategyOption = Annotated[
     str | None,
     typer.Option(
-        help="uniform, bottom or top; the preset's choice when left out.", show_default=False
+        help="global, uniform, bottom or top; the preset's choice when left out.",
+        show_default=False,
     ),
 ]
 TargetsOption = Annotated[

@@ -116,7 +116,7 @@ class MomentCollector:
         with torch.autocast(x.device.type, enabled=False):
             rows = (x if side == "input" else y).float()
             gram = rows.mT @ rows
-        energy = float(x.double().square().sum()) * weight
+            energy = float(torch.linalg.vector_norm(x.float(), dtype=torch.float64) ** 2) * weight
         count = float(x.shape[0]) * weight
         old = self._found.get(key)
         if old is None:

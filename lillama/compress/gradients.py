@@ -45,7 +45,8 @@ class GradientCollector(MomentCollector):
             gradient = gradient.reshape(-1, N).float()
             rows = gradient @ weight.to(gradient.dtype) if side == "input" else gradient
             gram = rows.mT @ rows
-        energy, tokens = float(gradient.double().square().sum()), float(len(gradient))
+        energy = float(torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2)
+        tokens = float(len(gradient))
         old = self._gradients.get(key)
         if old is not None:
             gram = old.gram.add_(gram)

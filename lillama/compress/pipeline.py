@@ -166,18 +166,14 @@ def _compress(
     held = resident_bytes()
     ranks.agree("the run", recipe)
     with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:
+        shown = progress if ranks.is_first else None
         try:
-            shown = progress if ranks.is_first else None
             plan, increase = search_ranks(
                 config, plan, teacher, blocks[0], writer, ranks, stop, shown
             )
-        except LillamaError as error:
-            events("failed", error=str(error))
-            raise
-        predicted = peak_memory(plan, config, teacher.headers, held)["peak"]
-        memory = ActivationMemory.for_run(device, config.activation_memory, writer.staging)
-        run = Run(config, plan, teacher, blocks, memory, stop, events, ranks, shown)
-        try:
+            predicted = peak_memory(plan, config, teacher.headers, held)["peak"]
+            memory = ActivationMemory.for_run(device, config.activation_memory, writer.staging)
+            run = Run(config, plan, teacher, blocks, memory, stop, events, ranks, shown)
             rows = run.run(writer)
         except LillamaError as error:
             events("failed", error=str(error))

@@ -32,7 +32,7 @@ from lillama.compress.student import (
     round_parameters,
     student_structure,
 )
-from lillama.config import CompressConfig
+from lillama.config import CompressConfig, Loss
 from lillama.data import TokenBlocks
 from lillama.shard_file import Entry, entries_of
 
@@ -77,7 +77,9 @@ class Run:
         self.events, self.ranks = events, ranks
         self.done_tokens = 0
         self.save_dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        self.with_student = options.loss != "teacher"
+        # without training only the held-out loss needs it, and is then told of the teacher's input
+        self.loss: Loss = options.loss if options.train else "teacher"
+        self.with_student = self.loss != "teacher"
         first, last = plan.blocks[0], plan.blocks[-1]
         train, held_out = (part.input_ids.numel() for part in blocks)
         self.total_tokens = 0
@@ -182,7 +184,7 @@ class Run:
             result = self._train(index, student, streams, notes, writer)
         else:
             loss = held_out_loss(
-                student, streams[1], self.options.loss, self.recipe.batch_size, self.device
+                student, streams[1], self.loss, self.recipe.batch_size, self.device
             )
             result = TrainResult(loss, loss, 0, 0)
         logger.info(
@@ -242,7 +244,7 @@ class Run:
             student,
             *streams,
             recipe=self.recipe,
-            loss=self.options.loss,
+            loss=self.loss,
             peak_learning_rate=self.recipe.peak_learning_rate(self.plan.config.hidden_size),
             seed=self.options.seed + index,
             device=self.device,
