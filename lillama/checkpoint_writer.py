@@ -14,7 +14,7 @@ from lillama.errors import InputError, RunError
 from lillama.journal import Journal, locked
 from lillama.shard_file import Entry, file_sha256, write_shard
 
-__all__ = ["CheckpointWriter", "check_space"]
+__all__ = ["CheckpointWriter", "check_space", "differences"]
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ class CheckpointWriter:
             recorded = json.loads(recipe.read_text("utf-8"))
         except (OSError, ValueError):
             raise InputError(problem) from None
-        changed = _differences(recorded, self.recipe)
+        changed = differences(recorded, self.recipe)
         if changed:
             raise InputError(
                 f"{self.staging} is the unfinished run of another command ({'; '.join(changed)}); "
@@ -340,11 +340,11 @@ class CheckpointWriter:
             file.unlink(missing_ok=True)
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """What differs between two JSON documents, one short text each, five at most."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        parts = [_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys]
+        parts = [differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys]
         return [text for part in parts for text in part][:5]
     return [] if old == new else [f"{path} was {json.dumps(old)}, is {json.dumps(new)}"]
 

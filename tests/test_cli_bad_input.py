@@ -236,6 +236,19 @@ def test_cli_disk_without_room_for_the_result(fails, monkeypatch):
     assert "GiB free, the result needs" in message and "free space or choose another" in message
 
 
+def test_cli_read_only_disk(fails, monkeypatch):
+    original = os.mkdir
+
+    def mkdir(path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith(".unfinished"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        original(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    message = fails(1)
+    assert "cannot write" in message and "Read-only file system" in message
+
+
 def test_cli_disk_that_fills_up_while_writing(fails, monkeypatch):
     original, calls = checkpoint_writer.write_shard, []
 

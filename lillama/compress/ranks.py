@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lillama.checkpoint_writer import differences
 from lillama.compress.activations import ActivationStore
 from lillama.errors import InputError, LillamaError, RunError
 
@@ -89,9 +90,10 @@ class Ranks:
         dist.all_gather_object(values, value)
         for rank, other in enumerate(values):
             if other != values[0]:
+                found = "; ".join(differences(values[0], other))
                 raise InputError(
-                    f"ranks 0 and {rank} do not agree on {what}: {values[0]} and {other}; give all "
-                    "the same command, model, text and versions"
+                    f"ranks 0 and {rank} do not agree on {what} ({found}); give all the same "
+                    "command, model, text and versions"
                 )
 
     def raise_together(self, error: LillamaError | None) -> None:

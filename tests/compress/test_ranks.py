@@ -133,3 +133,39 @@ def test_what_rank_0_refuses_all_refuse(mamba, text_file, tmp_path):
     lines = [line for line in stderr.splitlines() if "lillama: error: " in line]
     assert lines and all("out exists; choose another OUT or pass --overwrite" in x for x in lines)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+ODD_RANK = """
+import os, sys
+from lillama.compress import describe
+from lillama.cli import main
+if os.environ["RANK"] == "1":
+    if sys.argv[1] == "text":
+        sys.argv[sys.argv.index("--text") + 1] += ".other"
+    else:
+        describe.__version__ = "9.9"
+del sys.argv[1]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("odd", "named"),
+    [("text", r"options\.text was .*text\.txt\.other"), ("version", r"versions\.lillama.*9\.9")],
+)
+def test_ranks_that_do_not_agree_say_on_what(odd, named, mamba, text_file, tmp_path):
+    script, text = tmp_path / "odd.py", tmp_path / "text.txt"
+    script.write_text(ODD_RANK)
+    words = text_file.read_text("utf-8")
+    text.write_text(words)
+    (tmp_path / "text.txt.other").write_text(words[::-1])
+    arguments = command(2, mamba, tmp_path / "out", text)
+    place = arguments.index("-m", 3)
+    arguments[place : place + 2] = [str(script), odd]
+    arguments[arguments.index("--max-restarts=2")] = "--max-restarts=0"
+    process = start(arguments)
+    _, stderr = process.communicate(timeout=150)
+    assert process.returncode != 0
+    lines = [line for line in stderr.splitlines() if line.startswith("lillama: error: ")]
+    assert lines and all(re.search(named, line) for line in lines), stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()

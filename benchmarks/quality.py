@@ -1,0 +1,214 @@
+"""What each recipe keeps: a table of method x reduction x teacher x seed, on text that neither the
+teacher nor the compression has seen.
+
+    python -m benchmarks.quality --teacher DIR --text FILE --held-out FILE... --out FILE.jsonl
+
+One line of JSON is added to --out for every finished cell; cells that are there are not run again,
+so the command can be stopped and repeated. At the end (with --table at once) the table is printed;
+--plot FILE.png draws quality against bytes. All cells of a file must have been made with the same
+tokens and texts: a line that was not is an error.
+
+`excess` is what a model's mean loss is over its teacher's, in nats a token: 0 keeps everything.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+import lillama
+from lillama.config import PRESETS, Recipe
+from lillama.data import evaluation_blocks
+from lillama.integrations.mamba import fast_mamba
+from lillama.loading import load_model, load_tokenizer
+
+DEFAULT, PAPER = PRESETS["default"], PRESETS["paper"]
+# Each is a recipe; the names of those that are one change away from default begin with its sign
+METHODS: dict[str, Recipe] = {
+    "svd": dataclasses.replace(PAPER, strategy="uniform", train=False),
+    "whitened svd": dataclasses.replace(PRESETS["whitened"], train=False),
+    "paper": PAPER,
+    "paper, rate 1e-3": dataclasses.replace(PAPER, learning_rate=1e-3),
+    "whitened": PRESETS["whitened"],
+    "fast": PRESETS["fast"],
+    "default": DEFAULT,
+    "default, uniform ranks": dataclasses.replace(DEFAULT, strategy="uniform"),
+    "default, whitened init": dataclasses.replace(DEFAULT, init="whitened"),
+    "default, rate 1e-3": dataclasses.replace(DEFAULT, learning_rate=1e-3),
+    "default, rate 5e-4": dataclasses.replace(DEFAULT, learning_rate=5e-4),
+}
+# evenly spaced over each held-out text
+BLOCKS = 200
+
+
+def held_out(path: Path, file: Path, seq_len: int) -> torch.Tensor:
+    blocks = evaluation_blocks((file,), load_tokenizer(path), seq_len=seq_len).input_ids
+    rows = torch.linspace(0, len(blocks) - 1, min(BLOCKS, len(blocks))).long()
+    return blocks[rows]
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, base: PreTrainedModel, blocks: torch.Tensor
+) -> dict[str, float]:
+    """Mean loss over that of `base` and KL(base || model), nats a token."""
+    excess = divergence = 0.0
+    count = 0
+    with fast_mamba():
+        for ids in blocks.split(8):
+            ours, theirs = (
+                F.log_softmax(m(input_ids=ids, use_cache=False).logits[:, :-1].float(), -1)
+                for m in (model, base)
+            )
+            labels = ids[:, 1:, None]
+            excess += float((theirs - ours).gather(-1, labels).double().sum())
+            divergence += float((theirs.exp() * (theirs - ours)).double().sum())
+            count += labels.numel()
+    return {"excess": round(excess / count, 5), "kl": round(divergence / count, 5)}
+
+
+def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, Any]:
+    PRESETS["cell"] = METHODS[cell["method"]]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        report = lillama.compress(
+            arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
+            tokens=arguments.tokens, seq_len=arguments.seq_len, seed=cell["seed"],
+            preset="cell",  # type: ignore[arg-type]
+        )  # fmt: skip
+        cpu = torch.device("cpu")
+        base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
+        texts = {
+            file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))
+            for file in arguments.held_out
+        }
+    kept = ("params_after", "bytes_after", "reduction", "seconds", "predicted_loss_increase")
+    found = {key: report[key] for key in kept}
+    found["measured_reduction"] = found.pop("reduction")
+    return {**cell, **found, "texts": texts}
+
+
+def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all cells of a file share."""
+    names = [arguments.text, *arguments.held_out]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in names]
+    return {"tokens": arguments.tokens, "seq_len": arguments.seq_len, "texts_sha256": digests,
+            "blocks": BLOCKS}  # fmt: skip
+
+
+def read_cells(file: Path) -> list[dict[str, Any]]:
+    return (
+        [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    )
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds; retained is exp(-mean excess over the texts)."""
+    head = "teacher | removed | method | excess by text | retained | KL | bytes | seconds | seeds"
+    lines = [f"| {head} |", "|---" * 9 + "|"]
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault((cell["teacher"], cell["reduction"], cell["method"]), []).append(cell)
+    order = list(METHODS)
+    for (teacher, reduction, method), found in sorted(
+        groups.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))
+    ):
+
+        def mean(key: str, text: str, found: list = found) -> float:
+            return sum(cell["texts"][text][key] for cell in found) / len(found)
+
+        texts = list(found[0]["texts"])
+        excess = [mean("excess", text) for text in texts]
+        kl = sum(mean("kl", text) for text in texts) / len(texts)
+        seconds = sum(cell["seconds"] for cell in found) / len(found)
+        cells_of_row = [
+            teacher, f"{reduction:.0%}", method, " / ".join(f"{value:+.4f}" for value in excess),
+            f"{math.exp(-sum(excess) / len(excess)):.4f}", f"{kl:.4f}",
+            f"{found[0]['bytes_after']:,}", f"{seconds:.0f}", str(len(found)),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells_of_row) + " |")
+    return "\n".join(lines)
+
+
+def plot(cells: Sequence[dict[str, Any]], file: Path) -> None:
+    """Quality against bytes, a line a method, a panel a teacher."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    teachers = sorted({cell["teacher"] for cell in cells})
+    figure, panels = plt.subplots(1, len(teachers), figsize=(6 * len(teachers), 4.5), squeeze=False)
+    for axes, teacher in zip(panels[0], teachers, strict=True):
+        for method in METHODS:
+            points: dict[int, list[float]] = {}
+            for cell in cells:
+                if (cell["teacher"], cell["method"]) == (teacher, method):
+                    values = [text["excess"] for text in cell["texts"].values()]
+                    points.setdefault(cell["bytes_after"], []).append(sum(values) / len(values))
+            if points:
+                sizes = sorted(points)
+                means = [math.exp(-sum(points[size]) / len(points[size])) for size in sizes]
+                axes.plot([size / 1e6 for size in sizes], means, marker="o", label=method)
+        axes.set(title=teacher, xlabel="MB stored", ylabel="perplexity kept (1 = all)")
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=500_000)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--reductions", type=float, nargs="+", default=[0.2, 0.4, 0.6])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    arguments = parser.parse_args(argv)
+    shared = conditions(arguments)
+    cells = read_cells(arguments.out)
+    for cell in cells:
+        if cell["conditions"] != shared:
+            parser.error(f"{arguments.out} holds cells of other tokens or texts; use another --out")
+    done = {(c["teacher"], c["method"], c["reduction"], c["seed"]) for c in cells}
+    wanted = [
+        {"teacher": arguments.teacher.name, "method": method, "reduction": reduction, "seed": seed}
+        for seed in arguments.seeds
+        for reduction in arguments.reductions
+        for method in arguments.methods
+    ]
+    for cell in [] if arguments.table else wanted:
+        if tuple(cell.values()) in done:
+            continue
+        try:
+            found = {**run_cell(arguments, cell), "conditions": shared}
+        except lillama.InputError as error:  # a reduction that a strategy cannot reach
+            print(f"{cell}: {error}", file=sys.stderr, flush=True)
+            continue
+        with arguments.out.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(found) + "\n")
+        cells.append(found)
+        print(json.dumps(found), file=sys.stderr, flush=True)
+    print(table(cells))
+    if arguments.plot:
+        plot(cells, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
