@@ -33,7 +33,7 @@ from lillama.integrations.mamba import fast_mamba
 from lillama.loading import load_model, load_tokenizer
 
 DEFAULT, PAPER = PRESETS["default"], PRESETS["paper"]
-# Each is a recipe; the names of those that are one change away from default begin with its sign
+# Each is a recipe, with options besides
 METHODS: dict[str, Recipe] = {
     "svd": dataclasses.replace(PAPER, strategy="uniform", train=False),
     "whitened svd": dataclasses.replace(PRESETS["whitened"], train=False),
@@ -46,6 +46,12 @@ METHODS: dict[str, Recipe] = {
     "default, whitened init": dataclasses.replace(DEFAULT, init="whitened"),
     "default, rate 1e-3": dataclasses.replace(DEFAULT, learning_rate=1e-3),
     "default, rate 5e-4": dataclasses.replace(DEFAULT, learning_rate=5e-4),
+    "fast, pivot gauge": PRESETS["fast"],
+    "default, pivot gauge": DEFAULT,
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "fast, pivot gauge": {"gauge": "pivot"},
+    "default, pivot gauge": {"gauge": "pivot"},
 }
 # evenly spaced over each held-out text
 BLOCKS = 200
@@ -84,7 +90,7 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, A
         report = lillama.compress(
             arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
             tokens=arguments.tokens, seq_len=arguments.seq_len, seed=cell["seed"],
-            preset="cell",  # type: ignore[arg-type]
+            preset="cell", **OPTIONS.get(cell["method"], {}),
         )  # fmt: skip
         cpu = torch.device("cpu")
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)

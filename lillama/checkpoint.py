@@ -2,15 +2,16 @@
 
 A compressed model is a sharded safetensors checkpoint in the model's own hub names. The weight
 `<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N,
-R]; `config.json` carries the ranks. Inside a stacked experts module that is only partly
-factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers would try
-to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without lillama
-fail instead of serving random weights.
+R]; `config.json` carries the ranks. In gauge "pivot" linear layers have `<name>.lr_C` [N - R, R]
+and `<name>.lr_order` [N] (int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a
+stacked experts module that is only partly factorised, a matrix that stays dense is `<name>.lr_W`
+[N, K] (as `.weight` transformers would try to stack it). One mis-shaped tensor under a dense name,
+the sentinel, makes a load without lillama fail instead of serving random weights.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from lillama.families import Family, family_of
 __all__ = [
     "FACTOR_SUFFIXES",
     "FORMAT_VERSION",
+    "GAUGES",
     "QUANT_METHOD",
     "TensorHeader",
     "check_factors",
     "check_ranks",
     "compression_of",
     "dtype_of",
+    "is_pivot",
     "read_config",
     "read_headers",
     "read_shard_headers",
@@ -39,7 +42,8 @@ __all__ = [
 
 QUANT_METHOD = "lillama"
 FORMAT_VERSION = 1
-FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_W")
+FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_C", ".lr_order", ".lr_W")
+GAUGES = ("plain", "pivot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,18 @@ def compression_of(config: PretrainedConfig) -> dict | None:
             f"format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}; "
             "the checkpoint was written by another version of lillama"
         )
+    if values.get("gauge", "plain") not in GAUGES:
+        raise InputError(
+            f"gauge must be one of {', '.join(GAUGES)}, got {values['gauge']!r}; "
+            "the checkpoint was written by another version of lillama"
+        )
     check_ranks(values.get("ranks"))
     return values
+
+
+def is_pivot(family: Family, gauge: str, name: str) -> bool:
+    """Whether a factorised matrix is stored in the pivot gauge: experts never are."""
+    return gauge == "pivot" and (family.experts is None or family.experts.parse(name) is None)
 
 
 def check_ranks(ranks: object) -> None:
@@ -209,6 +223,7 @@ def check_factors(
     names: Mapping[str, tuple[int, ...]],
     ranks: Mapping[str, int],
     shapes: Mapping[str, tuple[int, int]],
+    pivots: Container[str] = (),
 ) -> None:
     """Compare the factors present ({tensor name: shape}) with the ranks that config.json promises.
 
@@ -217,6 +232,7 @@ def check_factors(
         ranks: {matrix name: R}.
         shapes: {matrix name: (N, K)} of the dense model, for every matrix with a rank and for
             those stored as `lr_W`.
+        pivots: names of matrices in the pivot gauge.
 
     Raises:
         InputError: a factor is missing, unexpected, or mis-shaped; all are named (at most 5 of
@@ -229,7 +245,10 @@ def check_factors(
             wanted[f"{name}.lr_W"] = (N, K)
         else:
             wanted[f"{name}.lr_A"] = (rank, K)
-            wanted[f"{name}.lr_B"] = (N, rank)
+            if name in pivots:
+                wanted |= {f"{name}.lr_C": (N - rank, rank), f"{name}.lr_order": (N,)}
+            else:
+                wanted[f"{name}.lr_B"] = (N, rank)
     found = {name: shape for name, shape in names.items() if name.endswith(FACTOR_SUFFIXES)}
     problems = {
         "missing factors": [name for name in wanted if name not in found],

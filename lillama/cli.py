@@ -79,6 +79,12 @@ StrategyOption = Annotated[
         show_default=False,
     ),
 ]
+GaugeOption = Annotated[
+    str,
+    typer.Option(
+        help="How factors are stored: plain, or pivot (linear layers only): more rank at one size."
+    ),
+]
 TargetsOption = Annotated[
     str | None,
     typer.Option(
@@ -171,6 +177,7 @@ def compress(
     preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
+    gauge: GaugeOption = _COMPRESS["gauge"],
     loss: LossOption = _COMPRESS["loss"],
     packing: Packing = _COMPRESS["packing"],
     train: TrainOption = _COMPRESS["train"],
@@ -198,6 +205,7 @@ def compress(
             preset=preset,
             strategy=strategy,
             targets=_names(targets),
+            gauge=gauge,
             loss=loss,
             packing=packing,
             train=train,
@@ -225,6 +233,7 @@ def plan(
     preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
+    gauge: GaugeOption = _COMPRESS["gauge"],
     tokens: TokensOption = _COMPRESS["tokens"],
     seq_len: SeqLen = _COMPRESS["seq_len"],
     train: TrainOption = _COMPRESS["train"],
@@ -240,6 +249,7 @@ def plan(
         preset=preset,  # type: ignore[arg-type]
         strategy=strategy,  # type: ignore[arg-type]
         targets=_names(targets),
+        gauge=gauge,  # type: ignore[arg-type]
         tokens=tokens,
         seq_len=seq_len,
         train=train,

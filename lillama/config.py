@@ -14,6 +14,7 @@ __all__ = [
     "RANK_MULTIPLE",
     "CompressConfig",
     "EvalConfig",
+    "Gauge",
     "GenerateConfig",
     "Loss",
     "PlanConfig",
@@ -26,6 +27,7 @@ __all__ = [
 Preset = Literal["default", "fast", "whitened", "paper"]
 Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
+Gauge = Literal["plain", "pivot"]
 
 # Ranks are multiples of this: grouped matrix products need rows of 16 bytes (8 bf16 numbers).
 RANK_MULTIPLE = 8
@@ -134,6 +136,7 @@ class PlanConfig:
     preset: Preset = "default"
     strategy: Strategy | None = None
     targets: tuple[str, ...] | None = None
+    gauge: Gauge = "plain"
     tokens: int = 2_000_000
     seq_len: int = 512
     train: bool = True
@@ -148,6 +151,7 @@ class PlanConfig:
             )
         _choice("--preset", self.preset, tuple(PRESETS))
         _choice("--strategy", self.strategy, get_args(Strategy), optional=True)
+        _choice("--gauge", self.gauge, get_args(Gauge))
         _at_least("--tokens", self.tokens, 1)
         _at_least("--seq-len", self.seq_len, 2)
         _at_least("--activation-memory", self.activation_memory, 0)

@@ -62,7 +62,8 @@ def stored_size(path: Path) -> tuple[int, int]:
     if compression is None:
         return count_params(config), tensor_bytes(headers)
     family, ranks = family_of(config.model_type), compression["ranks"]
-    return count_params(config, ranks), tensor_bytes(
+    gauge = compression.get("gauge", "plain")
+    return count_params(config, ranks, gauge), tensor_bytes(
         headers, skip=sentinel_names(headers, family, ranks)
     )
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
+from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, read_headers
 from lillama.errors import InputError
 from lillama.families import family_of
 from lillama.integrations.transformers import dense_shapes, register
@@ -79,15 +79,21 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreT
         return AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(config)).eval()
 
 
-def count_params(config: PretrainedConfig, ranks: dict[str, int] | None = None) -> int:
+def count_params(
+    config: PretrainedConfig, ranks: dict[str, int] | None = None, gauge: str = "plain"
+) -> int:
     """Parameters of the dense model of this config, or with `ranks` of the factorised one; tied
     ones once."""
     model = skeleton(config)
     params = sum(parameter.numel() for parameter in model.parameters())
     if not ranks:
         return params
-    shapes = dense_shapes(model, family_of(config.model_type), ranks)
-    return params - sum(N * K - ranks[name] * (N + K) for name, (N, K) in shapes.items())
+    family = family_of(config.model_type)
+    for name, (N, K) in dense_shapes(model, family, ranks).items():
+        rank = ranks[name]
+        identity = rank if is_pivot(family, gauge, name) else 0
+        params -= N * K - rank * (N + K - identity)
+    return params
 
 
 def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:

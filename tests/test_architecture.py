@@ -37,11 +37,11 @@ MAX_FUNCTION_LINES = 60
 LONG = {"tests/test_data.py", "examples/train_teacher.py:main"}
 
 OPTIONS = {
-    "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --json "
-    "--loss --overwrite --packing --preset --reduction --seed --seq-len --strategy --targets "
-    "--text --tokens --train",
-    "plan": "--activation-memory --json --preset --reduction --seq-len --strategy --targets "
-    "--tokens --train",
+    "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --gauge "
+    "--json --loss --overwrite --packing --preset --reduction --seed --seq-len --strategy "
+    "--targets --text --tokens --train",
+    "plan": "--activation-memory --gauge --json --preset --reduction --seq-len --strategy "
+    "--targets --tokens --train",
     "eval": "--against --batch-size --device --dtype --json --seq-len --text",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",
 }

@@ -28,6 +28,7 @@ __all__ = [
     "low_rank_experts",
     "low_rank_linear",
     "low_rank_linears",
+    "pivot_low_rank_linear",
     "reduce_rows",
     "token_weights",
 ]
@@ -51,6 +52,18 @@ def low_rank_linears(
     """y_i = x A_i^T B_i^T + bias_i for one x."""
     pairs = zip(As, Bs, biases, strict=True)
     return [low_rank_linear(x, A, B, bias) for A, B, bias in pairs]
+
+
+def pivot_low_rank_linear(
+    x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y = [z, z C^T][order] + bias with z = x A^T: R of the N outputs are z itself.
+
+    x [..., K], A [R, K], C [N - R, R], order [N] integers, bias [N] -> y [..., N].
+    """
+    z = F.linear(x, A)
+    y = torch.cat([z, F.linear(z, C)], -1).index_select(-1, order)
+    return y if bias is None else y + bias
 
 
 class ProjectionFactors(NamedTuple):

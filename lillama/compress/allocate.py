@@ -16,12 +16,28 @@ __all__ = ["Matrix", "RankRules", "allocate", "allocate_globally", "max_removabl
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One weight [N, K] that may be factorised; `name` is its hub name without `.weight`."""
+    """One weight [N, K] that may be factorised; `name` is its hub name without `.weight`.
+
+    pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
+    R (K + N).
+    """
 
     name: str
     block: int
     N: int
     K: int
+    pivot: bool = False
+
+    def numbers(self, rank: int) -> int:
+        """Parameters of its factors."""
+        return rank * (self.N + self.K - (rank if self.pivot else 0))
+
+    def rank_at(self, fraction: float) -> float:
+        """The exact rank whose factors have `fraction` of the weight's parameters."""
+        total = self.N + self.K
+        if not self.pivot:
+            return fraction * self.N * self.K / total
+        return (total - math.sqrt(max(0.0, total**2 - 4 * fraction * self.N * self.K))) / 2
 
     @property
     def ranks(self) -> range:
@@ -30,13 +46,15 @@ class Matrix:
 
     @property
     def break_even_rank(self) -> int:
-        """Largest multiple of RANK_MULTIPLE with R (N + K) < N K; 0 when there is none."""
+        """Largest multiple of RANK_MULTIPLE that saves parameters; 0 when there is none."""
         largest = (self.N * self.K - 1) // (self.N + self.K)
+        if self.pivot:
+            largest = min(self.N, self.K) - 1
         return largest // RANK_MULTIPLE * RANK_MULTIPLE
 
     def saved(self, rank: int) -> int:
         """Parameters removed by rank `rank`."""
-        return self.N * self.K - rank * (self.N + self.K)
+        return self.N * self.K - self.numbers(rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +113,7 @@ def _uniform_ranks(matrices: Sequence[Matrix], fraction: float) -> dict[str, int
     """Every matrix at `fraction` of its exact break-even rank, rounded down to the multiple."""
     ranks = {}
     for matrix in matrices:
-        exact = matrix.N * matrix.K / (matrix.N + matrix.K)
-        rank = math.floor(fraction * exact / RANK_MULTIPLE + 1e-9) * RANK_MULTIPLE
+        rank = math.floor(matrix.rank_at(fraction) / RANK_MULTIPLE + 1e-9) * RANK_MULTIPLE
         rank = max(RANK_MULTIPLE, rank)
         if matrix.saved(rank) > 0:
             ranks[matrix.name] = rank
@@ -117,7 +134,7 @@ def _uniform(matrices: Sequence[Matrix], needed: int) -> dict[str, int]:
     spare = removed(matrices, ranks) - needed
     order = sorted(
         (m for m in matrices if m.name in ranks),
-        key=lambda m: (ranks[m.name] * (m.N + m.K) / (m.N * m.K), m.block, m.name),
+        key=lambda m: (m.numbers(ranks[m.name]) / (m.N * m.K), m.block, m.name),
     )
     for matrix in order:
         rank = ranks[matrix.name]

@@ -104,7 +104,7 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "ranks": plan.ranks,
-        "gauge": "plain",
+        "gauge": plan.gauge,
         "reduction": plan.reduction,
         "base_model": str(options.model),
         "base_revision": None,

@@ -113,8 +113,8 @@ def compress(
         text: calibration file or files (text, or jsonl with "text", "messages" or "conversations").
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
-            seq_len, preset, strategy, loss, targets, packing, train, seed, dtype, device,
-            activation_memory, checkpoint_seconds, events, overwrite.
+            seq_len, preset, strategy, loss, targets, gauge, packing, train, seed, dtype,
+            device, activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
         The report, as in report.json (under torchrun with the "rank" of this process):

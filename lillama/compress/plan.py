@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
-from lillama.config import PlanConfig, Preset, Strategy
+from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import Family, family_of
 from lillama.loading import skeleton
@@ -35,6 +35,7 @@ class Plan:
     item_bytes: float
     max_reduction: float
     ranks_are_final: bool = True
+    gauge: Gauge = "plain"
 
     @property
     def params_after(self) -> int:
@@ -71,7 +72,7 @@ class Plan:
         share = 1.0
         if self.family.experts is not None and self.family.experts.parse(matrix.name):
             share = self.config.num_experts_per_tok / self.config.num_local_experts
-        numbers = matrix.N * matrix.K if rank is None else rank * (matrix.N + matrix.K)
+        numbers = matrix.N * matrix.K if rank is None else matrix.numbers(rank)
         return 2 * numbers * share
 
     def as_json(self) -> dict:
@@ -84,7 +85,7 @@ class Plan:
             before, after = before + dense, after + now
             if rank is None:
                 continue
-            numbers = rank * (matrix.N + matrix.K)
+            numbers = matrix.numbers(rank)
             rows.append(
                 {
                     "name": matrix.name,
@@ -102,6 +103,7 @@ class Plan:
         return {
             "strategy": self.strategy,
             # the ranks of "global" are known only to a run; these are of the same size
+            "gauge": self.gauge,
             "ranks_are_final": self.ranks_are_final,
             "params_before": self.params_before,
             "params_after": self.params_after,
@@ -127,12 +129,15 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def find_matrices(
-    model: PreTrainedModel, family: Family, targets: tuple[str, ...] | None
+    model: PreTrainedModel,
+    family: Family,
+    targets: tuple[str, ...] | None,
+    gauge: Gauge = "plain",
 ) -> tuple[Matrix, ...]:
     """Every target matrix in block order, experts as 0.w1, 0.w2, 0.w3, 1.w1, ...
 
     Raises:
-        InputError: a target the family does not have.
+        InputError: a target the family does not have, or one that the gauge does not fit.
     """
     targets = family.default_targets if targets is None else targets
     unknown = sorted(set(targets) - set(family.target_names))
@@ -141,13 +146,20 @@ def find_matrices(
             f"--targets must be some of {', '.join(family.target_names)} for {family.model_type}, "
             f"got {', '.join(unknown) or 'none'}"
         )
+    if gauge == "pivot" and not set(targets) <= set(family.targets):
+        raise InputError(
+            f"--gauge pivot is for linear layers; of {family.model_type} those are "
+            f"{', '.join(family.targets) or 'none'}, but --targets are {', '.join(targets)}: use "
+            "--gauge plain"
+        )
     path, blocks = block_list(model)
     matrices = []
     for index, block in enumerate(blocks):
         for short, module in family.targets.items():
             if short in targets:
                 N, K = block.get_submodule(module).get_parameter("weight").shape
-                matrices.append(Matrix(f"{path}.{index}.{module}", index, N, K))
+                name = f"{path}.{index}.{module}"
+                matrices.append(Matrix(name, index, N, K, pivot=gauge == "pivot"))
         naming = family.experts
         if naming is None:
             continue
@@ -183,7 +195,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         raise InputError(f"{path} is itself compressed by lillama; give the dense base model")
     family = family_of(config.model_type)
     model = skeleton(config)
-    matrices = find_matrices(model, family, options.targets)
+    matrices = find_matrices(model, family, options.targets, options.gauge)
     params = sum(parameter.numel() for parameter in model.parameters())
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     rules = RankRules.for_hidden_size(config.hidden_size)
@@ -199,6 +211,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         item_bytes=bytes_before / params,
         max_reduction=max_removable(matrices, strategy, rules) / params,
         ranks_are_final=strategy != "global",
+        gauge=options.gauge,
     )
 
 
@@ -209,6 +222,7 @@ def plan(
     preset: Preset = "default",
     strategy: Strategy | None = None,
     targets: tuple[str, ...] | None = None,
+    gauge: Gauge = "plain",
     **options: Any,
 ) -> dict:
     """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.
@@ -216,7 +230,7 @@ def plan(
     Args:
         model: local checkpoint folder; config.json alone is enough.
         reduction: share of the whole model's parameters to remove, in (0, 1).
-        preset, strategy, targets: as for `compress`.
+        preset, strategy, targets, gauge: as for `compress`.
         options: tokens, seq_len, train, activation_memory, as for `compress`; they decide the
             memory it will need.
 
@@ -234,6 +248,7 @@ def plan(
         preset=preset,
         strategy=strategy,
         targets=targets,
+        gauge=gauge,
         **options,
     )
     found = make_plan(config)

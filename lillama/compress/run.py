@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lillama.compress.student import (
     copied_entry,
     empty_student,
     fill_student,
+    fix_gauge,
     load_student,
     round_parameters,
     student_structure,
@@ -48,6 +50,16 @@ REST = "rest"
 def pieces_of(num_blocks: int) -> list[str]:
     """Names of the shards of a compressed model: one a block, one for what is outside them."""
     return [*(f"block-{index}" for index in range(num_blocks)), REST]
+
+
+def _reader(file: Path) -> Callable[[str], Tensor]:
+    """Reads tensors of a file by name; the file need not be there before the first."""
+
+    def read(name: str) -> Tensor:
+        with safe_open(file, "pt", backend="pread") as opened:
+            return opened.get_tensor(name)
+
+    return read
 
 
 class Run:
@@ -122,39 +134,47 @@ class Run:
         # the teacher's weights are gone from here on
         if finished:
             load_student(student, self.teacher, index, self.plan, writer.file_of(f"block-{index}"))
+        elif resumed:  # from a state that holds all that trains
+            empty_student(student, self.device)
         else:
-            if resumed:  # from a state that holds all that trains
-                empty_student(student, self.device)
-            else:
-                file = writer.gradients_of(f"block-{index}")
-
-                def gradients(name: str) -> Tensor:
-                    with safe_open(file, "pt", backend="pread") as opened:
-                        return opened.get_tensor(name)
-
-                fill_student(student, self.teacher, index, moments, self.recipe, gradients)
+            gradients = _reader(writer.gradients_of(f"block-{index}"))
+            fill_student(student, self.teacher, index, moments, self.recipe, gradients)
         streams.receive_student(index)
         if not finished:
-            result = self._distill(index, student, streams.of_block(index), notes, writer)
-            report = {
-                "index": index,
-                "name": f"{self.teacher.block_path}.{index}",
-                "ranks": sorted(set(self.plan.ranks_of_block(index).values())),
-                "params_before": params,
-                "params_after": params - self._saved(index),
-                "held_out_loss_before": result.loss_before,
-                "held_out_loss_after": result.loss_after,
-                "steps": result.steps,
-                "best_step": result.best_step,
-                **notes,
-                "seconds": round(time.monotonic() - started, 2),
-                "peak_memory_bytes": peak_memory_bytes(self.device),
-            }
-            self.events("block", **report)
-            round_parameters(student, self.save_dtype or dtype_of(self.plan.config))
-            self._add(writer, index, student, report=report)
+            row = {**notes, "params_before": params, "params_after": params - self._saved(index)}
+            self._finish(index, student, streams, row, started, writer)
         if not is_last:
             streams.advance(student, index)
+
+    def _finish(
+        self,
+        index: int,
+        student: nn.Module,
+        streams: Streams,
+        row: dict[str, Any],
+        started: float,
+        writer: CheckpointWriter,
+    ) -> None:
+        """Train a student block and write it with its row of the report."""
+        result = self._distill(index, student, streams.of_block(index), row, writer)
+        dtype = self.save_dtype or dtype_of(self.plan.config)
+        largest = fix_gauge(student, self.teacher, index, self.plan, dtype)
+        round_parameters(student, dtype)
+        report = {
+            "index": index,
+            "name": f"{self.teacher.block_path}.{index}",
+            "ranks": sorted(set(self.plan.ranks_of_block(index).values())),
+            "held_out_loss_before": result.loss_before,
+            "held_out_loss_after": result.loss_after,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            **row,
+            **({} if largest is None else {"pivot_largest": round(largest, 3)}),
+            "seconds": round(time.monotonic() - started, 2),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        self.events("block", **report)
+        self._add(writer, index, student, report=report)
 
     def _saved(self, index: int) -> int:
         """Parameters that a block loses."""

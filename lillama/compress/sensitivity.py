@@ -130,13 +130,14 @@ class _Pass:
         with self.teacher.head():
             for row in torch.arange(self.count).split(1):  # logits are large
                 hidden = last.read(row).to(self.device, torch.float32).requires_grad_()
-                logits = self.teacher.logits(hidden, self.mask(row))[0].float()
-                chances = logits.detach().softmax(-1)
-                labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
-                losses = F.cross_entropy(logits, labels, reduction="none")
-                if (mask := self.mask(row)) is not None:
-                    losses = losses * mask[0].to(losses.device)
-                losses.sum().backward()
+                with torch.enable_grad():
+                    logits = self.teacher.logits(hidden, self.mask(row))[0].float()
+                    chances = logits.detach().softmax(-1)
+                    labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+                    losses = F.cross_entropy(logits, labels, reduction="none")
+                    if (mask := self.mask(row)) is not None:
+                        losses = losses * mask[0].to(losses.device)
+                    losses.sum().backward()
                 assert hidden.grad is not None
                 if not bool(torch.isfinite(hidden.grad).all()):
                     raise RunError(

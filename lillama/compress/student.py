@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.calibrate import MomentCollector
 from lillama.compress.factorize import Moment, plain_svd, shrunk, whitened_svd
+from lillama.compress.gauge import plain_of, rounded, to_pivot
 from lillama.compress.plan import Plan
 from lillama.config import Recipe
 from lillama.errors import RunError
@@ -26,11 +27,16 @@ __all__ = [
     "copied_entry",
     "empty_student",
     "fill_student",
+    "fix_gauge",
     "load_student",
     "round_parameters",
     "stored_as",
     "student_structure",
 ]
+
+
+# attribute of a LowRankLinear that is stored in the pivot gauge
+ORDER = "pivot_order"
 
 
 class _Fill(NamedTuple):
@@ -161,10 +167,15 @@ def load_student(
     """Fill a `student_structure` with the tensors that `block_entries` wrote to `shard`: the
     numbers a user will get."""
     empty_student(student, teacher.device)
+    pivots = _pivots(student, teacher, index, plan)
+    with safe_open(shard, "pt", backend="pread") as file:
+        for name, module in pivots.items():
+            parts = (file.get_tensor(f"{name}.{key}") for key in ("lr_A", "lr_C", "lr_order"))
+            _set_pivot(module, *parts)
     values = _values(teacher, index, student, plan.ranks_of_block(index))
     with safe_open(shard, "pt", backend="pread") as file:
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not name.endswith((".lr_C", ".lr_order")):
                 value.copy_(file.get_tensor(name))
 
 
@@ -178,6 +189,43 @@ def _one_to_one(teacher: TeacherBlocks, index: int) -> dict[str, str]:
         for name, target in zip(names, targets, strict=True)
         if targets.count(target) == 1
     }
+
+
+def _pivots(
+    student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan
+) -> dict[str, LowRankLinear]:
+    """The linear layers that are stored in the pivot gauge, by hub name."""
+    prefix = f"{teacher.block_path}.{index}."
+    found = {}
+    for matrix in plan.matrices:
+        if matrix.block == index and matrix.pivot and matrix.name in plan.ranks:
+            module = student.get_submodule(matrix.name.removeprefix(prefix))
+            assert isinstance(module, LowRankLinear)
+            found[matrix.name] = module
+    return found
+
+
+def _set_pivot(module: LowRankLinear, A: Tensor, C: Tensor, order: Tensor) -> None:
+    device = module.lr_A.device
+    A, B = plain_of(A.to(device), C.to(device), order.to(device))
+    module.lr_A.copy_(A)
+    module.lr_B.copy_(B)
+    module.__dict__[ORDER] = order.to(device)
+
+
+@torch.no_grad()
+def fix_gauge(
+    student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan, dtype: torch.dtype
+) -> float | None:
+    """Bring trained factors into the gauge they are stored in, rounded as the checkpoint will have
+    them, so that later blocks see what a user will run; the largest number of any C, None where
+    the gauge is plain."""
+    largest = None
+    for module in _pivots(student, teacher, index, plan).values():
+        found = rounded(to_pivot(module.lr_A, module.lr_B), dtype)
+        _set_pivot(module, found.A, found.C, found.order)
+        largest = max(largest or 0.0, found.largest)
+    return largest
 
 
 @torch.no_grad()
@@ -224,7 +272,13 @@ def _values(
             low_rank = student.get_submodule(one_to_one[name].removesuffix(".weight"))
             assert isinstance(low_rank, LowRankLinear)
             values[f"{matrix}.lr_A"] = low_rank.lr_A.detach()
-            values[f"{matrix}.lr_B"] = low_rank.lr_B.detach()
+            order = low_rank.__dict__.get(ORDER)
+            if order is None:
+                values[f"{matrix}.lr_B"] = low_rank.lr_B.detach()
+            else:
+                rows = order.argsort()[low_rank.rank :]
+                values[f"{matrix}.lr_C"] = low_rank.lr_B.detach()[rows]
+                values[f"{matrix}.lr_order"] = order
         elif name in one_to_one:
             values[name] = student.get_parameter(one_to_one[name]).detach()
         else:
@@ -262,6 +316,7 @@ def block_entries(
             continue
         source = name if name in teacher.headers else f"{name.rpartition('.')[0]}.weight"
         wanted = DTYPES[teacher.headers[source].dtype] if dtype is None else dtype
+        wanted = wanted if value.is_floating_point() else value.dtype
         shape = tuple(value.shape)
 
         def make(name: str = name, value: Tensor = value, wanted: torch.dtype = wanted) -> Tensor:

@@ -25,9 +25,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lillama.checkpoint import (
     FORMAT_VERSION,
+    GAUGES,
     QUANT_METHOD,
     check_factors,
     check_ranks,
+    is_pivot,
     read_shard_headers,
     sentinel,
 )
@@ -35,6 +37,7 @@ from lillama.errors import InputError
 from lillama.families import FAMILIES, PROJECTIONS, Family, family_of
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
 
 __all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "dense_shapes", "register"]
@@ -49,7 +52,7 @@ class LillamaConfig(QuantizationConfigMixin):
     Args:
         ranks: {matrix hub name: R}, what is factorised.
         format_version: of the on-disk format.
-        gauge: "plain".
+        gauge: "plain" or "pivot".
         reduction: share of the whole model's parameters removed.
         base_model, base_revision, recipe, tokens, producer: where the model comes from.
 
@@ -78,10 +81,10 @@ class LillamaConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown keys {sorted(unknown)}; "
                 "it was written by a newer lillama, upgrade"
             )
-        if format_version != FORMAT_VERSION or gauge != "plain":
+        if format_version != FORMAT_VERSION or gauge not in GAUGES:
             raise InputError(
                 f"format_version {format_version!r} with gauge {gauge!r} cannot be read; this "
-                f"lillama reads version {FORMAT_VERSION} with gauge 'plain'"
+                f"lillama reads version {FORMAT_VERSION} with gauge {' or '.join(GAUGES)}"
             )
         check_ranks(ranks)
         assert ranks is not None
@@ -205,6 +208,7 @@ class LillamaQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         family = family_of(model.config.model_type)
         ranks: dict[str, int] = self.quantization_config.ranks
+        gauge = self.quantization_config.gauge
         shapes = dense_shapes(model, family, [*ranks, *_kept_dense(model, family, ranks)])
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files and all(file.suffix == ".safetensors" for file in files):
@@ -213,9 +217,15 @@ class LillamaQuantizer(HfQuantizer):
                 for file in files
                 for name, header in read_shard_headers(file).items()
             }
-            check_factors(present, ranks, shapes)
+            pivots = {name for name in ranks if is_pivot(family, gauge, name)}
+            check_factors(present, ranks, shapes, pivots)
         replaced = replace_modules(
-            model, model.config, ranks, base_prefix=model.base_model_prefix, device="meta"
+            model,
+            model.config,
+            ranks,
+            base_prefix=model.base_model_prefix,
+            device="meta",
+            pivot=gauge == "pivot",
         )
         dense_names = [
             f"{path}.{key}" for path, old in replaced.items() for key, _ in old.named_parameters()
@@ -262,6 +272,13 @@ class LillamaQuantizer(HfQuantizer):
                     name = _damaged_name(family, path, module, key, parameter)
                     name = self._canonical(name, model, family)
                     raise InputError(f"{name} holds NaN or infinity; the checkpoint is damaged")
+            if isinstance(module, PivotLowRankLinear) and not module.lr_order.is_meta:
+                order = module.lr_order.sort().values
+                if not torch.equal(order, torch.arange(len(order)).to(order)):
+                    raise InputError(
+                        f"{path}.lr_order is no permutation of its {len(order)} outputs; the "
+                        "checkpoint is damaged"
+                    )
         # tensors that went through a conversion keep the dtype of the file; tensors mapped from a
         # file lie at any address, and products on a CPU then differ in their last bit
         strict_fp32 = model._keep_in_fp32_modules_strict or ()
@@ -311,11 +328,13 @@ class LillamaQuantizer(HfQuantizer):
         return True
 
 
-def _factorised(model: nn.Module) -> list[tuple[str, LowRankLinear | LowRankExperts]]:
+def _factorised(
+    model: nn.Module,
+) -> list[tuple[str, LowRankLinear | PivotLowRankLinear | LowRankExperts]]:
     return [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, LowRankLinear | LowRankExperts)
+        if isinstance(module, LowRankLinear | PivotLowRankLinear | LowRankExperts)
     ]
 
 

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from lillama.families import PROJECTIONS, Family, family_of
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
 __all__ = ["copy_dense_experts", "dense_expert", "group_ranks", "replace_modules"]
 
@@ -53,12 +54,13 @@ def replace_modules(
     base_prefix: str = "",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    pivot: bool = False,
 ) -> dict[str, nn.Module]:
     """Replace in `root` every module that `ranks` names; return {runtime name: dense module}.
 
     `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
     `base_prefix`. Factors are left unset (zeros for experts) and have the dense weight's device and
-    dtype where none is given; biases are not copied.
+    dtype where none is given; biases are not copied. `pivot`: linear layers in the pivot gauge.
 
     Raises:
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
@@ -73,7 +75,8 @@ def replace_modules(
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
-        new = LowRankLinear(
+        kind = PivotLowRankLinear if pivot else LowRankLinear
+        new = kind(
             old.in_features,
             old.out_features,
             rank,

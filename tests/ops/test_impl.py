@@ -50,6 +50,11 @@ def inputs_of(op: str, device: torch.device) -> dict:
             inputs |= {"topk_index": index, "factors": expert_factors(tensors, ranks)}
         case "low_rank_linear":
             inputs |= low_rank_linear_inputs([3], 4, 5, 2, **where)
+        case "pivot_low_rank_linear":
+            inputs |= low_rank_linear_inputs([3], 4, 3, 2, **where)
+            inputs["C"] = inputs.pop("B")
+            inputs["order"] = torch.arange(5, device=device).flip(0)
+            inputs["bias"] = None
         case "low_rank_linears":
             tensors = low_rank_linear_inputs([3], 4, 5, 2, **where)
             inputs |= {"x": tensors["x"], "As": [tensors["A"]] * 2, "Bs": [tensors["B"]] * 2}

@@ -1,0 +1,209 @@
+"""The pivot gauge: the same product, a bounded C, and a model that computes what it did."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import lillama
+from lillama.compress.allocate import Matrix
+from lillama.compress.gauge import LARGEST, plain_of, rounded, to_pivot
+from lillama.errors import InputError
+from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+
+SIZES = [(40, 8, 24), (24, 16, 40), (300, 64, 100), (64, 64, 70), (5, 1, 3)]
+OPTIONS = {"reduction": 0.2, "tokens": 900, "seq_len": 32, "gauge": "pivot"}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_product_stays_and_c_is_bounded(size):
+    N, R, K = size
+    A, B = random(R, K), random(N, R, seed=1)
+    B[: R // 2] *= 1e-6  # rows that no one should choose
+    found = to_pivot(A, B)
+    assert found.A.shape == (R, K) and found.C.shape == (N - R, R)
+    assert sorted(found.order.tolist()) == list(range(N))
+    a, b = plain_of(found.A, found.C, found.order)
+    torch.testing.assert_close(b @ a, B @ A, rtol=1e-9, atol=1e-9)
+    assert found.largest <= LARGEST
+    assert not len(found.C) or found.largest == float(found.C.abs().max())
+
+
+def test_exchanges_bound_c_where_elimination_alone_does_not():
+    """Kahan-like rows: elimination with row pivoting takes the first R, and C grows as 2^R."""
+    R = 16
+    B = torch.eye(R, dtype=torch.float64) + torch.ones(R, R, dtype=torch.float64).tril(-1) * -1
+    B = torch.cat([B, random(4, R, seed=3).sign()])
+    assert to_pivot(random(R, 20), B).largest <= LARGEST
+
+
+def test_factors_of_lower_rank_than_their_size():
+    B = random(40, 3) @ random(3, 8, seed=1)
+    A = random(8, 20, seed=2)
+    found = to_pivot(A, B)
+    a, b = plain_of(found.A, found.C, found.order)
+    torch.testing.assert_close(b @ a, B @ A, rtol=1e-8, atol=1e-8)
+    zero = to_pivot(A, torch.zeros(40, 8))
+    assert torch.isfinite(zero.C).all() and not zero.A.any()
+
+
+def test_rounding_costs_about_what_it_costs_plain_factors():
+    A, B = random(64, 200) / 200**0.5, random(256, 64, seed=1) / 8
+    W, found = B @ A, to_pivot(A, B)
+
+    def error(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
+        rounded = b.to(dtype).double() @ a.to(dtype).double()
+        return float((rounded - W).norm() / W.norm())
+
+    def stored(dtype: torch.dtype) -> float:
+        part = rounded(found, dtype)
+        return error(*plain_of(part.A, part.C, part.order), dtype)
+
+    assert stored(torch.float32) < 1e-6
+    assert stored(torch.bfloat16) < 2 * error(A, B, torch.bfloat16)
+    # fitting C to the rounded A pays
+    a, b = plain_of(found.A, found.C, found.order)
+    assert stored(torch.bfloat16) < 0.97 * error(a, b, torch.bfloat16)
+
+
+def test_numbers_of_a_matrix():
+    plain, pivot = Matrix("m", 0, 96, 64), Matrix("m", 0, 96, 64, pivot=True)
+    assert plain.saved(16) == 96 * 64 - 16 * 160
+    assert pivot.saved(16) == 96 * 64 - 16 * (160 - 16)
+    assert plain.break_even_rank == 32 and pivot.break_even_rank == 56
+    assert all(pivot.saved(rank) > 0 for rank in pivot.ranks)
+    for matrix in (plain, pivot):
+        for fraction in (0.1, 0.5, 0.9):
+            rank = matrix.rank_at(fraction)
+            identity = rank**2 if matrix.pivot else 0
+            assert rank * 160 - identity == pytest.approx(fraction * 96 * 64)
+
+
+@pytest.fixture
+def compressed(mamba, text_file, tmp_path, device):
+    """compressed(name, **options) -> (report, OUT)"""
+
+    def run(name: str = "out", **options):
+        values = {**OPTIONS, "text": text_file, "device": str(device), **options}
+        return lillama.compress(mamba, tmp_path / name, **values), tmp_path / name
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strategy", ["global", "uniform"])
+def test_model_in_the_pivot_gauge(strategy, dtype, compressed, mamba, text_file, device):
+    report, out = compressed(strategy=strategy, dtype=dtype)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["gauge"] == "pivot"
+    tensors = {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}
+    assert not [name for name in tensors if name.endswith(".lr_B")]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PivotLowRankLinear)
+    }
+    assert set(modules) == set(config["ranks"])
+    for name, module in modules.items():
+        assert module.rank == config["ranks"][name]
+        numbers = sum(p.numel() for p in module.parameters())
+        matrix = Matrix(name, 0, module.out_features, module.in_features, pivot=True)
+        assert numbers == matrix.numbers(module.rank)
+        assert float(module.lr_C.detach().abs().max()) <= LARGEST * 1.01
+        x = torch.randn(5, module.in_features).to(module.lr_A.dtype)
+        tolerance = (
+            {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.1, "atol": 0.05}
+        )
+        torch.testing.assert_close(module(x), x @ module.weight.mT, **tolerance)
+    assert sum(p.numel() for p in model.parameters()) == report["params_after"]
+    assert report["reduction"] >= 0.2
+    assert all(0 < row["pivot_largest"] <= LARGEST for row in report["blocks"])
+    measured = lillama.eval(out, text_file, against=mamba, seq_len=64, device=str(device))
+    assert measured["params"] == report["params_after"]
+    assert measured["bytes"] == report["bytes_after"]
+    assert 0.8 < measured["retained"] < 1.1
+    assert lillama.generate(out, "the cat", max_new_tokens=3, device=str(device))
+
+
+def test_conversion_changes_nothing_but_rounding(compressed, monkeypatch):
+    """The student as it was trained, and what is stored of it."""
+    from lillama.compress import student as student_module
+
+    seen = {}
+    original = student_module.to_pivot
+
+    def convert(A, B):
+        found = original(A, B)
+        seen[tuple(B.shape), float(A.sum())] = (B.double() @ A.double(), found)
+        return found
+
+    monkeypatch.setattr(student_module, "to_pivot", convert)
+    _, out = compressed(dtype="float32")
+    assert len(seen) == len(
+        json.loads((out / "config.json").read_text())["quantization_config"]["ranks"]
+    )
+    tensors = {k: v for f in out.glob("*.safetensors") for k, v in load_file(f).items()}
+    for W, found in seen.values():
+        name = next(
+            key.removesuffix(".lr_A") for key, value in tensors.items()
+            if key.endswith(".lr_A") and torch.equal(value, found.A.float())
+        )  # fmt: skip
+        a, b = plain_of(*(tensors[f"{name}.{key}"] for key in ("lr_A", "lr_C", "lr_order")))
+        assert float((b.double() @ a.double() - W).norm() / W.norm()) < 1e-5
+
+
+def test_resumed_run_ends_with_the_same_bits(compressed):
+    """The finished block comes back from its shard in the pivot gauge."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "block 1 train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compressed(strategy="uniform", progress=stop)
+    _, out = compressed(strategy="uniform")
+    _, whole = compressed("whole", strategy="uniform")
+    for file in whole.glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_saved_again_and_loaded(compressed, tmp_path):
+    _, out = compressed()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_a_damaged_order_and_a_missing_part_are_refused(compressed):
+    _, out = compressed()
+    file = next(
+        f for f in sorted(out.glob("*.safetensors")) if any("lr_order" in k for k in load_file(f))
+    )
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("lr_order"))
+    good = tensors[name].clone()
+    tensors[name] = torch.zeros_like(good)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match="lr_order is no permutation"):
+        AutoModelForCausalLM.from_pretrained(out)
+    del tensors[name]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match="missing factors: .*lr_order"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_experts_are_refused(mixtral, text_file, tmp_path):
+    with pytest.raises(InputError, match="--gauge pivot is for linear layers; of mixtral"):
+        lillama.compress(mixtral, tmp_path / "out", text=text_file, **OPTIONS)
+    with pytest.raises(InputError, match="--gauge must be one of plain, pivot, got 'skew'"):
+        lillama.plan(mixtral, 0.2, gauge="skew")  # type: ignore[arg-type]
