@@ -84,15 +84,19 @@ def measure(
 
 
 def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, Any]:
-    PRESETS["cell"] = METHODS[cell["method"]]
+    options: dict[str, Any] = {"tokens": arguments.tokens, "seq_len": arguments.seq_len,
+                               **OPTIONS.get(cell["method"], {})}  # fmt: skip
+    cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        report = lillama.compress(
-            arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
-            tokens=arguments.tokens, seq_len=arguments.seq_len, seed=cell["seed"],
-            preset="cell", **OPTIONS.get(cell["method"], {}),
-        )  # fmt: skip
-        cpu = torch.device("cpu")
+        PRESETS["cell"] = METHODS[cell["method"]]
+        try:
+            report = lillama.compress(
+                arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
+                seed=cell["seed"], preset="cell", **options,  # type: ignore[arg-type]
+            )  # fmt: skip
+        finally:
+            del PRESETS["cell"]
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
         texts = {
             file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))

@@ -1,0 +1,76 @@
+"""The baseline of whole compressions, and the table of recipes: run once, tiny."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import compress_blocks, quality
+from benchmarks.published import PublishedExperts, published_loop
+from lillama.compress.plan import make_plan
+from lillama.config import PlanConfig
+
+IDS = torch.randint(1, 300, (24, 32), generator=torch.Generator().manual_seed(1))
+
+
+def block_error(model, teacher) -> float:
+    with torch.no_grad():
+        return float((model(IDS).logits - teacher(IDS).logits).abs().mean())
+
+
+def test_published_loop_trains_the_ranks_of_the_paper(make_checkpoint):
+    path = make_checkpoint("mixtral", num_hidden_layers=3)
+    plan = make_plan(PlanConfig(model=path, reduction=0.2, preset="paper"))
+    teacher = AutoModelForCausalLM.from_pretrained(path)
+    ids = IDS.repeat(8, 1)
+    untouched = published_loop(path, ids, reduction=0.2, learning_rate=0.0)
+    run = published_loop(path, ids, reduction=0.2, learning_rate=3e-3)
+    assert run.tokens == ids.numel() and run.seconds > 0
+    assert sum(p.numel() for p in run.model.parameters()) == plan.params_after
+    replaced = [isinstance(layer.mlp.experts, PublishedExperts) for layer in run.model.model.layers]
+    assert replaced[: plan.blocks[-1] + 1] == [True] * (plan.blocks[-1] + 1)
+    assert block_error(run.model, teacher) < 0.9 * block_error(untouched.model, teacher)
+
+
+@pytest.fixture
+def arguments(mamba, text_file, tmp_path):
+    return [
+        "--teacher", mamba, "--text", text_file, "--held-out", text_file, "--tokens", 600,
+        "--seq-len", 32, "--reductions", 0.2, "--seeds", 0, 1, "--out", tmp_path / "cells.jsonl",
+    ]  # fmt: skip
+
+
+def run(arguments: list, *more: object) -> int:
+    return quality.main([str(argument) for argument in (*arguments, *more)])
+
+
+def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "BLOCKS", 8)
+    assert run(arguments, "--methods", "svd", "fast", "--plot", tmp_path / "plot.png") == 0
+    first = capsys.readouterr().out
+    cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
+    assert [(c["method"], c["seed"]) for c in cells] == [
+        ("svd", 0), ("fast", 0), ("svd", 1), ("fast", 1)
+    ]  # fmt: skip
+    assert all(cell["texts"]["text.txt"]["kl"] > 0 for cell in cells)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert first.count("\n| mamba | 20% |") == 2 and "| 2 |" in first
+    # all there: nothing runs, the same table
+    monkeypatch.setattr(quality, "run_cell", lambda *_: pytest.fail("ran again"))
+    assert run(arguments, "--methods", "svd", "fast") == 0
+    assert capsys.readouterr().out == first
+    with pytest.raises(SystemExit):
+        run([*arguments, "--tokens", 700], "--table")
+    assert "other tokens or texts" in capsys.readouterr().err
+
+
+def test_blocks_of_a_large_model_are_timed(tmp_path, capsys):
+    out = tmp_path / "folder" / "blocks.json"
+    assert compress_blocks.main(["mixtral-mini", "--tokens", "5000", "--json", str(out)]) == 0
+    row = json.loads(out.read_text())["rows"][0]
+    assert len(row["block_seconds"]) == 2 and min(row["block_seconds"]) > 0
+    assert 0 < row["percent_of_ceiling"] < 100 and row["tokens"] >= 5000
+    assert row["implied_seconds_for_all_blocks"] == pytest.approx(
+        4 * row["block_seconds"][1], abs=0.1
+    )
