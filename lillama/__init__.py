@@ -3,6 +3,7 @@
     lillama.compress(MODEL, OUT, reduction=0.2, text="calibration.txt")
     lillama.plan(MODEL, 0.2)
     lillama.eval(OUT, "held_out.txt", against=MODEL)
+    lillama.finetune(OUT, BETTER, base=MODEL, text="calibration.txt")
     lillama.generate(OUT, "Once upon")
     with lillama.kernels_impl("reference"): ...
 
@@ -12,6 +13,7 @@ Importing this package registers the checkpoint format with transformers, so tha
 
 from lillama_kernels import kernels_impl
 
+from lillama.compress.finetune import finetune
 from lillama.compress.pipeline import compress
 from lillama.compress.plan import plan
 from lillama.errors import InputError, LillamaError, RunError
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "compress",
     "eval",
+    "finetune",
     "generate",
     "kernels_impl",
     "plan",

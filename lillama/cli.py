@@ -18,7 +18,32 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from lillama.config import CompressConfig, EvalConfig, GenerateConfig, parse_bytes
+from lillama.cli_options import (
+    ActivationMemory,
+    BatchSize,
+    CheckpointSeconds,
+    DeviceOption,
+    DtypeOption,
+    EventsOption,
+    GaugeOption,
+    Json,
+    LearningRate,
+    LossOption,
+    Model,
+    Out,
+    Overwrite,
+    Packing,
+    PresetOption,
+    Reduction,
+    Seed,
+    SeqLen,
+    StrategyOption,
+    TargetsOption,
+    Texts,
+    TokensOption,
+    TrainOption,
+)
+from lillama.config import CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig, parse_bytes
 from lillama.errors import InputError, LillamaError
 from lillama.version import __version__
 
@@ -41,7 +66,10 @@ def _defaults(config: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
-_COMPRESS, _EVAL, _GENERATE = map(_defaults, (CompressConfig, EvalConfig, GenerateConfig))
+_COMPRESS, _EVAL, _FINETUNE, _GENERATE = map(
+    _defaults, (CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig)
+)
+ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
 
 
 def _names(values: str | None) -> tuple[str, ...] | None:
@@ -50,80 +78,6 @@ def _names(values: str | None) -> tuple[str, ...] | None:
         if values is None
         else tuple(part.strip() for part in values.split(",") if part.strip())
     )
-
-
-Model = Annotated[
-    Path, typer.Argument(help="Local checkpoint folder (safetensors).", show_default=False)
-]
-Texts = Annotated[
-    list[Path],
-    typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
-]
-Reduction = Annotated[
-    float,
-    typer.Option(
-        help="Share of the whole model's parameters to remove, between 0 and 1.", show_default=False
-    ),
-]
-PresetOption = Annotated[
-    str,
-    typer.Option(
-        help="default; fast: no training; whitened: no gradients, uniform ranks; paper: the "
-        "published recipe."
-    ),
-]
-StrategyOption = Annotated[
-    str | None,
-    typer.Option(
-        help="global, uniform, bottom or top; the preset's choice when left out.",
-        show_default=False,
-    ),
-]
-GaugeOption = Annotated[
-    str,
-    typer.Option(
-        help="How factors are stored: plain, or pivot (linear layers only): more rank at one size."
-    ),
-]
-TargetsOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Comma-separated matrices to factorise, e.g. in_proj,out_proj.", show_default=False
-    ),
-]
-SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")
-]
-
-
-LossOption = Annotated[
-    str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
-]
-Packing = Annotated[
-    bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
-]
-Seed = Annotated[int, typer.Option(help="Chooses the calibration text and its order.")]
-CheckpointSeconds = Annotated[
-    float, typer.Option(help="How often the state inside a block is saved.")
-]
-EventsOption = Annotated[
-    Path | None, typer.Option(help="File to append JSON lines to: losses, blocks, the end.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")]
-TokensOption = Annotated[int, typer.Option(help="Calibration tokens.")]
-TrainOption = Annotated[
-    bool, typer.Option(help="Train the factors, or stop at the initialisation.")
-]
-ActivationMemory = Annotated[
-    str,
-    typer.Option(
-        help="Host memory for activations between blocks; what exceeds it goes to files by OUT."
-    ),
-]
-ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
 
 
 class _Rate(ProgressColumn):
@@ -169,7 +123,7 @@ def _print_rows(title: str, rows: dict[str, Any]) -> None:
 @app.command()
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
+    out: Out,
     reduction: Reduction,
     text: Texts,
     tokens: TokensOption = _COMPRESS["tokens"],
@@ -277,7 +231,7 @@ def evaluate(
     against: Annotated[
         Path | None, typer.Option(help="The base model, to compare with.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks a forward pass.")] = _EVAL["batch_size"],
+    batch_size: BatchSize = _EVAL["batch_size"],
     dtype: DtypeOption = _EVAL["dtype"],
     device: DeviceOption = _EVAL["device"],
     as_json: Json = False,
@@ -300,6 +254,43 @@ def evaluate(
         _print_json(report)
     else:
         _print_rows(str(model), report)
+
+
+@app.command()
+def finetune(
+    model: Model,
+    out: Out,
+    base: Annotated[Path, typer.Option(help="The dense base model.", show_default=False)],
+    text: Texts,
+    tokens: TokensOption = _FINETUNE["tokens"],
+    seq_len: SeqLen = _FINETUNE["seq_len"],
+    batch_size: BatchSize = _FINETUNE["batch_size"],
+    learning_rate: LearningRate = _FINETUNE["learning_rate"],
+    seed: Seed = _FINETUNE["seed"],
+    device: DeviceOption = _FINETUNE["device"],
+    as_json: Json = False,
+) -> None:
+    """Train a compressed MODEL end to end on its base model's predictions."""
+    from lillama.compress.finetune import finetune as run
+
+    with _progress() as progress:
+        report = run(
+            model,
+            out,
+            base=base,
+            text=tuple(text),
+            progress=progress,
+            tokens=tokens,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+            device=device,
+        )
+    if as_json:
+        _print_json(report)
+    else:
+        _print_rows(str(out), report)
 
 
 @app.command()
@@ -349,7 +340,9 @@ def _root(
     package.setLevel(logging.INFO if verbose else logging.WARNING)
     package.propagate = False
     if context.invoked_subcommand is None:
-        raise InputError("no command given; use compress, plan, eval or generate (see --help)")
+        raise InputError(
+            "no command given; use compress, finetune, plan, eval or generate (see --help)"
+        )
 
 
 def _quiet_transformers() -> None:

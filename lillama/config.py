@@ -14,6 +14,7 @@ __all__ = [
     "RANK_MULTIPLE",
     "CompressConfig",
     "EvalConfig",
+    "FinetuneConfig",
     "Gauge",
     "GenerateConfig",
     "Loss",
@@ -228,6 +229,43 @@ class EvalConfig:
         _at_least("--batch-size", self.batch_size, 1)
         _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
         _device(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    """Options of `lillama finetune`."""
+
+    model: Path
+    out: Path
+    base: Path
+    text: tuple[Path, ...]
+    tokens: int = 2_000_000
+    seq_len: int = 512
+    batch_size: int = 8
+    # of AdamW, at its peak
+    learning_rate: float = 1e-3
+    seed: int = 0
+    device: str = "auto"
+    # how often the model is judged on held-out tokens
+    evaluations: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InputError("finetune needs training text; give at least one --text FILE")
+        _at_least("--tokens", self.tokens, 1)
+        _at_least("--seq-len", self.seq_len, 2)
+        _at_least("--batch-size", self.batch_size, 1)
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(
+                f"--learning-rate must be a finite number > 0, got {self.learning_rate}"
+            )
+        _device(self.device)
+
+    def recorded(self) -> dict[str, object]:
+        """Plain JSON values of what decides the result."""
+        plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
+        texts = {"text": [str(path) for path in self.text]}
+        return {**plain, "model": str(self.model), "base": str(self.base), **texts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

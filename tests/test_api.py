@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import lillama
-from lillama.config import CompressConfig, EvalConfig, GenerateConfig, PlanConfig
+from lillama.config import CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig, PlanConfig
 from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
@@ -98,6 +98,15 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
+    FinetuneConfig: {
+        "tokens": 2_000_000,
+        "seq_len": 512,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "seed": 0,
+        "device": "auto",
+        "evaluations": 8,
+    },
     GenerateConfig: {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "device": "auto"},
 }
 
@@ -122,15 +131,16 @@ def test_api_plan_defaults_are_those_of_the_config():
     assert found.items() <= DEFAULTS[PlanConfig].items()
 
 
-@pytest.mark.parametrize("name", ["compress", "eval", "generate", "plan"])
+@pytest.mark.parametrize("name", ["compress", "eval", "finetune", "generate", "plan"])
 def test_api_unknown_option_is_refused(name, tmp_path):
     arguments = {
         "compress": {"reduction": 0.2, "text": "t"},
         "plan": {"reduction": 0.2},
         "eval": {"text": "t"},
         "generate": {"prompt": "p"},
+        "finetune": {"base": "b", "text": "t"},
     }[name]
-    target = {"out": tmp_path / "out"} if name == "compress" else {}
+    target = {"out": tmp_path / "out"} if name in ("compress", "finetune") else {}
     with pytest.raises(TypeError, match="rank_step"):
         getattr(lillama, name)(tmp_path, **target, **arguments, rank_step=3)
 

@@ -209,7 +209,9 @@ def test_cli_version(lillama_command):
 
 
 def test_cli_without_a_command_is_one_line(lillama_command):
-    assert_one_line(lillama_command(), 2, "no command given; use compress, plan, eval or generate")
+    assert_one_line(
+        lillama_command(), 2, "no command given; use compress, finetune, plan, eval or generate"
+    )
     assert_one_line(lillama_command("--verbose"), 2, "no command given")
 
 

@@ -21,7 +21,14 @@ from lillama.compress.blocks import block_output
 from lillama.config import Loss, Recipe
 from lillama.errors import RunError
 
-__all__ = ["Stream", "TrainResult", "TrainState", "held_out_loss", "train_block"]
+__all__ = [
+    "Stream",
+    "TrainResult",
+    "TrainState",
+    "held_out_loss",
+    "learning_rate_at",
+    "train_block",
+]
 
 
 @dataclass
@@ -130,10 +137,14 @@ def held_out_loss(
 
 
 def _learning_rate(recipe: Recipe, peak: float, step: int, steps: int) -> float:
-    """Step counts from 0. Cosine ends at a tenth of the peak."""
     if recipe.schedule == "constant":
         return peak
-    warmup = max(1, round(recipe.warmup_fraction * steps))
+    return learning_rate_at(peak, step, steps, recipe.warmup_fraction)
+
+
+def learning_rate_at(peak: float, step: int, steps: int, warmup_fraction: float) -> float:
+    """Linear warmup, then a cosine that ends at a tenth of the peak; step counts from 0."""
+    warmup = max(1, round(warmup_fraction * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

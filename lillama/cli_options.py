@@ -1,0 +1,106 @@
+"""The options of the command line: their types and what --help says of them. Defaults are in
+config.py."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "ActivationMemory",
+    "BatchSize",
+    "CheckpointSeconds",
+    "DeviceOption",
+    "DtypeOption",
+    "EventsOption",
+    "GaugeOption",
+    "Json",
+    "LearningRate",
+    "LossOption",
+    "Model",
+    "Out",
+    "Overwrite",
+    "Packing",
+    "PresetOption",
+    "Reduction",
+    "Seed",
+    "SeqLen",
+    "StrategyOption",
+    "TargetsOption",
+    "Texts",
+    "TokensOption",
+    "TrainOption",
+]
+
+Model = Annotated[
+    Path, typer.Argument(help="Local checkpoint folder (safetensors).", show_default=False)
+]
+Out = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
+BatchSize = Annotated[int, typer.Option(help="Blocks a forward pass.")]
+LearningRate = Annotated[float, typer.Option(help="Of AdamW, at its peak.")]
+Texts = Annotated[
+    list[Path],
+    typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
+]
+Reduction = Annotated[
+    float,
+    typer.Option(
+        help="Share of the whole model's parameters to remove, between 0 and 1.", show_default=False
+    ),
+]
+PresetOption = Annotated[
+    str,
+    typer.Option(
+        help="default; fast: no training; whitened: no gradients, uniform ranks; paper: the "
+        "published recipe."
+    ),
+]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option(
+        help="global, uniform, bottom or top; the preset's choice when left out.",
+        show_default=False,
+    ),
+]
+GaugeOption = Annotated[
+    str,
+    typer.Option(
+        help="How factors are stored: plain, or pivot (linear layers only): more rank at one size."
+    ),
+]
+TargetsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Comma-separated matrices to factorise, e.g. in_proj,out_proj.", show_default=False
+    ),
+]
+SeqLen = Annotated[int, typer.Option(help="Tokens a block.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")
+]
+LossOption = Annotated[
+    str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
+]
+Packing = Annotated[
+    bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
+]
+Seed = Annotated[int, typer.Option(help="Chooses the calibration text and its order.")]
+CheckpointSeconds = Annotated[
+    float, typer.Option(help="How often the state inside a block is saved.")
+]
+EventsOption = Annotated[
+    Path | None, typer.Option(help="File to append JSON lines to: losses, blocks, the end.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")]
+TokensOption = Annotated[int, typer.Option(help="Calibration tokens.")]
+TrainOption = Annotated[
+    bool, typer.Option(help="Train the factors, or stop at the initialisation.")
+]
+ActivationMemory = Annotated[
+    str,
+    typer.Option(
+        help="Host memory for activations between blocks; what exceeds it goes to files by OUT."
+    ),
+]

@@ -1,0 +1,242 @@
+"""A compressed model and its base in, a better one out: what `lillama finetune` calls.
+
+Blocks were trained one by one, each to its own teacher's output. Here gradients cross them: the
+whole model learns the base model's predictions (logit distillation, Hinton et al., arXiv
+1503.02531). Both models are in memory whole; that is why it is a step of its own.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lillama.checkpoint import compression_of, dtype_of, read_config
+from lillama.compress.distill import learning_rate_at
+from lillama.compress.memory import held_out_blocks
+from lillama.compress.stop import StopRequest
+from lillama.config import FinetuneConfig
+from lillama.data import TokenBlocks, calibration_blocks
+from lillama.errors import InputError, RunError
+from lillama.integrations.mamba import fast_mamba
+from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
+
+__all__ = ["finetune"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over the counted positions of KL(teacher || student), from logits [b, T, V]; fp32."""
+    ours, theirs = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    rows = (theirs.exp() * (theirs - ours)).sum(-1)
+    return rows.sum() if mask is None else rows[mask].sum()
+
+
+class _Finetuning:
+    """Both models and the state of the training."""
+
+    def __init__(
+        self, student: PreTrainedModel, base: PreTrainedModel, config: FinetuneConfig
+    ) -> None:
+        self.student, self.base, self.config = student, base, config
+        self.device = student.device
+        outside = {id(student.get_input_embeddings().weight)}
+        if (head := student.get_output_embeddings()) is not None:
+            outside.add(id(head.weight))
+        for parameter in student.parameters():
+            parameter.requires_grad_(id(parameter) not in outside)
+        self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=config.learning_rate, weight_decay=0.01, fused=True
+        )
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.best_step = math.inf, 0
+
+    def loss(self, blocks: TokenBlocks, rows: Tensor) -> tuple[Tensor, int]:
+        """Sum over the rows' tokens, and their number."""
+        ids = blocks.input_ids[rows].to(self.device)
+        mask = None if blocks.mask is None else blocks.mask[rows].to(self.device)
+        given: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": None if mask is None else mask.long(),
+            "use_cache": False,
+        }
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.no_grad():
+                theirs = self.base(**given).logits
+            ours = self.student(**given).logits
+        return divergence(ours, theirs, mask), ids.numel() if mask is None else int(mask.sum())
+
+    @torch.no_grad()
+    def judge(self, held_out: TokenBlocks, step: int) -> float:
+        """Mean divergence on held-out text; keeps the model if it is the best so far."""
+        total, count = 0.0, 0
+        for rows in torch.arange(len(held_out.input_ids)).split(self.config.batch_size):
+            loss, tokens = self.loss(held_out, rows)
+            total, count = total + float(loss), count + tokens
+        mean = total / count
+        if not math.isfinite(mean):
+            raise RunError(
+                f"the held-out divergence became {mean} by step {step}; lower --learning-rate"
+            )
+        if mean < self.best_loss:
+            self.best_loss, self.best_step = mean, step
+            self.best = {name: value.detach().cpu().clone() for name, value in self.trained.items()}
+        return mean
+
+    def step(self, blocks: TokenBlocks, rows: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.enable_grad():
+            loss, tokens = self.loss(blocks, rows)
+            (loss / tokens).backward()
+        nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        for name, value in self.trained.items():
+            value.copy_(self.best[name])
+
+
+def _blocks(config: FinetuneConfig, vocab_size: int) -> tuple[TokenBlocks, TokenBlocks]:
+    found = calibration_blocks(
+        config.text,
+        load_tokenizer(config.model),
+        tokens=config.tokens,
+        seq_len=config.seq_len,
+        held_out_blocks=held_out_blocks(config.tokens, config.seq_len),
+        seed=config.seed,
+        packing=True,
+    )
+    for part in found:
+        check_vocabulary(part.input_ids, vocab_size)
+    return found
+
+
+def _check(config: FinetuneConfig) -> None:
+    if compression_of(read_config(config.model)) is None:
+        raise InputError(f"{config.model} is not compressed by lillama; compress it first")
+    if compression_of(read_config(config.base)) is not None:
+        raise InputError(f"--base {config.base} is itself compressed; give the dense base model")
+    if config.out.exists() or config.out.is_symlink():
+        raise InputError(f"{config.out} exists; choose another OUT")
+    if not config.out.parent.is_dir():
+        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
+
+
+def finetune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path,
+    text: str | Path | list[str | Path] | tuple[str | Path, ...],
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a compressed model end to end on its base model's predictions. Same as `lillama
+    finetune`.
+
+    Factors, norms, routers and whatever else is in the blocks learn; embeddings and head stay. The
+    best step by held-out text is kept, the start included.
+
+    Args:
+        model: compressed checkpoint folder. out: folder to create; it appears when all is done.
+        base: the dense model it was made from.
+        text: training file or files, as for `compress`.
+        progress: called as progress(stage, done, total), in tokens.
+        options: the other fields of `lillama.config.FinetuneConfig`: tokens, seq_len, batch_size,
+            learning_rate, seed, device.
+
+    Returns:
+        `kl_before`, `kl_after` (held-out KL(base || model), nats a token), `steps, best_step,
+        tokens`.
+
+    Raises:
+        InputError: arguments or data that cannot be used. RunError: the run failed (NaN, Ctrl-C);
+        nothing was written.
+    """
+    files = [text] if isinstance(text, str | Path) else list(text)
+    config = FinetuneConfig(
+        model=Path(model),
+        out=Path(out),
+        base=Path(base),
+        text=tuple(Path(file) for file in files),
+        **options,
+    )
+    _check(config)
+    device = choose_device(config.device)
+    student = load_model(config.model, device, "float32")
+    teacher = load_model(config.base, device)
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise InputError(
+            "MODEL and --base have different vocabularies; they do not belong together"
+        )
+    train, held_out = _blocks(config, student.config.vocab_size)
+    run = _Finetuning(student, teacher.requires_grad_(False), config)
+    with fast_mamba(), StopRequest() as stop:
+        report = _train(run, train, held_out, stop, progress)
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(dtype_of(read_config(config.model)))
+    _write(config, student, report)
+    return report
+
+
+def _train(
+    run: _Finetuning,
+    train: TokenBlocks,
+    held_out: TokenBlocks,
+    stop: StopRequest,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    config = run.config
+    order = torch.randperm(
+        len(train.input_ids), generator=torch.Generator().manual_seed(config.seed)
+    )
+    batches = order.split(config.batch_size)
+    every = max(1, math.ceil(len(batches) / config.evaluations))
+    before = run.judge(held_out, 0)
+    for step, rows in enumerate(batches, start=1):
+        rate = learning_rate_at(config.learning_rate, step - 1, len(batches), 0.05)
+        run.step(train, rows, rate)
+        if progress is not None:
+            done = min(step * config.batch_size, len(train.input_ids))
+            progress("finetune", done * config.seq_len, train.input_ids.numel())
+        stop.check()
+        if step % every == 0 or step == len(batches):
+            run.judge(held_out, step)
+    run.keep_best()
+    return {
+        "kl_before": before,
+        "kl_after": run.best_loss,
+        "steps": len(batches),
+        "best_step": run.best_step,
+        "tokens": train.num_tokens,
+    }
+
+
+def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Beside OUT first, then in place: OUT is whole or not there."""
+    staging = config.out.with_name(config.out.name + ".unfinished")
+    try:
+        staging.mkdir()
+        student.save_pretrained(staging)
+        for file in config.model.iterdir():
+            if file.suffix != ".safetensors" and not (staging / file.name).exists():
+                if file.name != "model.safetensors.index.json":
+                    shutil.copyfile(file, staging / file.name)
+        recorded = {**config.recorded(), **report}
+        (staging / "finetune.json").write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
+        staging.rename(config.out)
+    except OSError as error:
+        raise RunError(f"cannot write {config.out}: {error}") from error
+    finally:
+        if staging.is_dir():
+            shutil.rmtree(staging)

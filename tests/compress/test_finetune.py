@@ -1,0 +1,115 @@
+"""End-to-end training of a compressed model: closer to its base, same ranks, whole or not there."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lillama
+from lillama.compress.finetune import divergence
+from lillama.errors import InputError, RunError
+
+OPTIONS = {"tokens": 1500, "seq_len": 32, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def compressed(mixtral, mamba, text_file, tmp_path_factory):
+    """{kind: (base, OUT)}, untrained at 30%; the Mamba in the pivot gauge."""
+    found = {}
+    for base, options in ((mixtral, {}), (mamba, {"gauge": "pivot"})):
+        out = tmp_path_factory.mktemp("compressed") / base.name
+        given = {"reduction": 0.3, "text": text_file, "tokens": 600, "seq_len": 32, **options}
+        lillama.compress(base, out, preset="fast", device="cpu", **given)
+        found[base.name] = base, out
+    return found
+
+
+def kl(model, base, ids) -> float:
+    with torch.no_grad():
+        return float(divergence(model(ids).logits, base(ids).logits, None)) / ids.numel()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_finetune_brings_the_model_closer(kind, compressed, text_file, tmp_path, device):
+    base, model = compressed[kind]
+    better, calls = tmp_path / "better", []
+    options = {**OPTIONS, "tokens": 16_000}
+    report = lillama.finetune(
+        model, better, base=base, text=text_file, device=str(device),
+        progress=lambda *call: calls.append(call), **options,
+    )  # fmt: skip
+    assert report["kl_after"] < 0.98 * report["kl_before"] and report["best_step"] > 0
+    assert calls[-1][1] == calls[-1][2] and report["tokens"] >= 16_000
+    read = lambda path: json.loads((path / "config.json").read_text())["quantization_config"]  # noqa: E731
+    assert read(better)["ranks"] == read(model)["ranks"]
+    assert read(better)["gauge"] == read(model)["gauge"]
+    names = {path.name for path in better.iterdir()}
+    assert names >= {"finetune.json", "tokenizer.json", "recipe.json", "README.md"}
+    assert json.loads((better / "finetune.json").read_text())["learning_rate"] == 1e-3
+    assert not (tmp_path / "better.unfinished").exists()
+    # what is on disk is what was measured
+    ids = torch.randint(1, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (base, model, better)]
+    assert kl(loaded[2], loaded[0], ids) < kl(loaded[1], loaded[0], ids)
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = (getattr(m, part)().weight for m in loaded[1:])
+        assert torch.equal(before, after)
+    sizes = [
+        lillama.eval(path, text_file, seq_len=64, device=str(device)) for path in (model, better)
+    ]
+    assert sizes[0]["params"] == sizes[1]["params"]
+
+
+def test_the_start_is_kept_where_training_harms(compressed, text_file, tmp_path):
+    base, model = compressed["mamba"]
+    report = lillama.finetune(
+        model, tmp_path / "out", base=base, text=text_file, device="cpu",
+        **{**OPTIONS, "learning_rate": 0.05, "tokens": 300},
+    )  # fmt: skip
+    assert report["best_step"] == 0 and report["kl_after"] == report["kl_before"]
+
+
+def test_divergence_is_the_mean_kl_of_the_counted_tokens():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    p, q = b.double().softmax(-1), a.double().softmax(-1)
+    rows = (p * (p.log() - q.log())).sum(-1)
+    torch.testing.assert_close(divergence(a, b, mask).double(), rows[mask].sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(divergence(a, b, None).double(), rows.sum(), rtol=1e-5, atol=0)
+    assert float(divergence(a, a, None)) == 0
+
+
+def test_finetune_interrupted_leaves_nothing(compressed, text_file, tmp_path):
+    import signal
+
+    base, model = compressed["mamba"]
+
+    def progress(stage: str, done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(RunError, match="interrupted"):
+        lillama.finetune(
+            model, tmp_path / "out", base=base, text=text_file, device="cpu", progress=progress,
+            **OPTIONS,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_finetune_refuses_what_cannot_be(compressed, text_file, tmp_path):
+    base, model = compressed["mamba"]
+    other = compressed["mixtral"][0]
+    out = tmp_path / "out"
+    cases = [
+        ((base, out, base), {}, "is not compressed by lillama; compress it first"),
+        ((model, out, model), {}, "is itself compressed; give the dense base model"),
+        ((model, tmp_path, base), {}, "exists; choose another OUT"),
+        ((model, tmp_path / "a" / "b", base), {}, "does not exist; create it first"),
+        ((model, out, base), {"learning_rate": 0.0}, "--learning-rate must be a finite number > 0"),
+        ((model, out, tmp_path / "none"), {}, "is not a checkpoint folder"),
+    ]
+    for (source, target, dense), options, message in cases:
+        with pytest.raises(InputError, match=message):
+            lillama.finetune(source, target, base=dense, text=text_file, **{**OPTIONS, **options})
+    assert other != base and not out.exists()
