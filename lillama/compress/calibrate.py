@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lillama.compress.factorize import Moment, moment_side
 from lillama.families import PROJECTIONS, Family
 from lillama.modules.replace import dense_expert
 
-__all__ = ["Key", "MomentCollector", "dense_experts_forward", "expert_forward", "key_of"]
+__all__ = ["Key", "MomentCollector", "dense_experts_forward", "key_of"]
 
 # (runtime path of the experts module, expert, projection), or the path of a linear layer
 Key = tuple[str, int, str] | str
@@ -37,16 +38,17 @@ def dense_experts_forward(
     topk_index: Tensor,
     topk_weight: Tensor,
     see: Callable[[Tensor, int, str, Tensor, Tensor], None] | None = None,
-    run: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """What a stacked experts module computes, one expert after the other.
 
     Weights may be of a narrower dtype than `hidden` [M, H]: each expert's are widened when it is
     its turn, so that a block needs its stored size and one expert more. `see(rows, expert,
     projection, x, y)` gets the inputs and outputs of every projection and the rows of `hidden` that
-    they belong to, for experts without tokens too. `run` is called in place of `expert_forward`.
+    they belong to, for experts without tokens too; with gradients twice for the same, as each
+    expert is computed again in the backward pass: its widened weights would otherwise wait for it,
+    those of all experts at once.
     """
-    run = expert_forward if run is None else run
+    run = _computed_again if torch.is_grad_enabled() else _expert_forward
     out = torch.zeros_like(hidden)
     for expert in range(experts.get_parameter("down_proj").shape[0]):
         rows, choice = torch.where(topk_index == expert)
@@ -59,7 +61,13 @@ def dense_experts_forward(
     return out
 
 
-def expert_forward(
+def _computed_again(*arguments: Any) -> Tensor:
+    y = checkpoint(_expert_forward, *arguments, use_reentrant=False, preserve_rng_state=False)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _expert_forward(
     experts: Any,
     expert: int,
     x: Tensor,
@@ -146,18 +154,7 @@ class MomentCollector:
     ) -> Tensor:
         if sum(map(len, self._sample)) < self.floor:
             self._sample.append(self._kept(hidden)[: self.sample_rows].clone())
-        return dense_experts_forward(
-            experts, hidden, topk_index, topk_weight, self._see_expert, self._run_expert
-        )
-
-    def _run_expert(
-        self,
-        experts: nn.Module,
-        expert: int,
-        x: Tensor,
-        see: Callable[[str, Tensor, Tensor], None] | None,
-    ) -> Tensor:
-        return expert_forward(experts, expert, x, see)
+        return dense_experts_forward(experts, hidden, topk_index, topk_weight, self._see_expert)
 
     def _see_linear(self, path: str, module: nn.Linear, x: Tensor, y: Tensor) -> None:
         y = y if module.bias is None else y - module.bias
@@ -209,7 +206,7 @@ class MomentCollector:
                 if (key := (self.experts_path, expert, projection)) in self._found:
                     self._add(key, x, y, weight)
 
-            expert_forward(experts, expert, sample, spread)
+            _expert_forward(experts, expert, sample, spread)
 
     def expert_tokens(self) -> dict[int, int]:
         """Calibration tokens routed to each expert; after `finish`, those made up count too."""

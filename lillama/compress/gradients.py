@@ -1,14 +1,13 @@
 """Second moments of inputs and of the loss's gradients at every target matrix of one block,
 gathered while gradients flow back through it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lillama.compress.calibrate import Key, MomentCollector, expert_forward
+from lillama.compress.calibrate import Key, MomentCollector
 from lillama.compress.factorize import Moment, moment_side
 from lillama.families import Family
 from lillama.modules.replace import dense_expert
@@ -77,20 +76,6 @@ class GradientCollector(MomentCollector):
             self._add_gradient((self.experts_path, expert, projection), weight, gradient)
 
         y.register_hook(hook)
-
-    def _run_expert(
-        self,
-        experts: nn.Module,
-        expert: int,
-        x: Tensor,
-        see: Callable[[str, Tensor, Tensor], None] | None,
-    ) -> Tensor:
-        # its widened weights would otherwise wait for the backward pass, those of every expert
-        y = checkpoint(
-            expert_forward, experts, expert, x, see, use_reentrant=False, preserve_rng_state=False
-        )
-        assert isinstance(y, Tensor)
-        return y
 
     def pooled(self, keys: Iterable[Key]) -> dict[Key, Pooled]:
         """For each matrix what all matrices of its kind saw: the same projection of every expert; a

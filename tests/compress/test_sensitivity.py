@@ -233,3 +233,26 @@ def test_paper_with_global_ranks_uses_the_gradients_for_ranks_only(
         preset="paper", strategy="global", train=False, device=str(device),
     )  # fmt: skip
     assert report["predicted_loss_increase"] > 0 and report["reduction"] >= 0.15
+
+
+def test_no_widened_expert_waits_for_the_backward_pass(make_checkpoint, device):
+    """Also in blocks where nothing is collected: of a large model they would not fit."""
+    path = make_checkpoint("mixtral", torch.bfloat16)
+    config = read_config(path)
+    teacher = TeacherBlocks(path, config, family_of(config.model_type), device, torch.float32)
+    kept: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with teacher.block(0) as block:
+        experts = block.get_submodule("mlp.experts")
+        hidden = torch.randn(20, 32, device=device, requires_grad=True)
+        index = torch.arange(40, device=device).view(20, 2) % 4
+        weights = torch.full((20, 2), 0.5, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = experts(hidden, index, weights)
+        out.sum().backward()
+    assert kept and not {(64, 32), (32, 64), (32, 32)} & set(kept)
+    assert hidden.grad is not None and hidden.grad.any()
