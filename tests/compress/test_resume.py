@@ -183,7 +183,15 @@ def test_signal_between_the_steps_keeps_the_finished_blocks(stage, small, mamba,
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_second_signal_ends_at_once(small, mamba, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: a shell starts what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_second_signal_ends_at_once(small, mamba, tmp_path, interruptible):
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "block 1 train":
             signal.raise_signal(signal.SIGINT)
