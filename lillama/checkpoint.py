@@ -1,12 +1,13 @@
 """The on-disk format: what is in a checkpoint folder, and whether it fits. Files and headers only.
 
 A compressed model is a sharded safetensors checkpoint in the model's own hub names. The weight
-`<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N,
-R]; `config.json` carries the ranks. In gauge "pivot" linear layers have `<name>.lr_C` [N - R, R]
-and `<name>.lr_order` [N] (int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a
-stacked experts module that is only partly factorised, a matrix that stays dense is `<name>.lr_W`
-[N, K] (as `.weight` transformers would try to stack it). One mis-shaped tensor under a dense name,
-the sentinel, makes a load without lillama fail instead of serving random weights.
+`<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N, R];
+`config.json` carries the ranks. Token embeddings [V, H] are stored as any matrix with N = V and
+K = H. In gauge "pivot" linear layers have `<name>.lr_C` [N - R, R] and `<name>.lr_order` [N]
+(int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a stacked experts module that is
+only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers
+would try to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without
+lillama fail instead of serving random weights.
 """
 
 import json
@@ -118,8 +119,11 @@ def compression_of(config: PretrainedConfig) -> dict | None:
 
 
 def is_pivot(family: Family, gauge: str, name: str) -> bool:
-    """Whether a factorised matrix is stored in the pivot gauge: experts never are."""
-    return gauge == "pivot" and (family.experts is None or family.experts.parse(name) is None)
+    """Whether a factorised matrix is stored in the pivot gauge: experts never are, nor embeddings
+    and head, of which it would take R of V + H rows only."""
+    if gauge != "pivot" or name in family.vocabulary.values():
+        return False
+    return family.experts is None or family.experts.parse(name) is None
 
 
 def check_ranks(ranks: object) -> None:
@@ -193,9 +197,15 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def _first(family: Family, ranks: Iterable[str]) -> str:
+    """The matrix that the sentinel is named after, whatever the order of the ranks; the head only
+    where there is no other: a model without its head does not load that."""
+    return min(ranks, key=lambda name: (name == family.head, name))
+
+
 def sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
     """Name and shape of the mis-shaped tensor that makes a load without lillama raise."""
-    first = min(ranks)  # of the names, as save_pretrained sorts the keys of config.json
+    first = _first(family, ranks)
     parsed = None if family.experts is None else family.experts.parse(first)
     if parsed is None:
         return f"{first}.weight", (1,)
@@ -208,7 +218,7 @@ def sentinel_names(names: Iterable[str], family: Family, ranks: Mapping[str, int
     save_pretrained of transformers renames an experts module's sentinel, or splits it into one
     tensor an expert.
     """
-    first = min(ranks)
+    first = _first(family, ranks)
     parsed = None if family.experts is None else family.experts.parse(first)
     own = sentinel(family, ranks)[0]
     if parsed is None or family.experts is None:

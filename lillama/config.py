@@ -60,6 +60,11 @@ class Recipe:
     gradient_damping: float = 1.0
     # calibration tokens that gradients are taken from
     sensitivity_tokens: int = 65_536
+    # whether embeddings and head may be factorised too where strategy "global" chooses the ranks
+    vocabulary: bool = True
+    # share of tokens, at the embeddings and as labels at the head, that count as drawn evenly from
+    # the vocabulary: what text of another kind needs
+    vocabulary_floor: float = 0.5
     # experts count with their share of those tokens, and to this part as if all had the same
     share_floor: float = 0.3
     # how often a block is judged on held-out tokens while it trains
@@ -86,7 +91,9 @@ _DEFAULT = Recipe(
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "fast": dataclasses.replace(_DEFAULT, train=False),
-    "whitened": dataclasses.replace(_DEFAULT, init="whitened", strategy="uniform", shrinkage=3.0),
+    "whitened": dataclasses.replace(
+        _DEFAULT, init="whitened", strategy="uniform", shrinkage=3.0, vocabulary=False
+    ),
     "paper": Recipe(
         init="svd",
         strategy=None,
@@ -96,6 +103,7 @@ PRESETS: dict[str, Recipe] = {
         warmup_fraction=0.0,
         weight_decay=0.01,
         gradient_clip=None,
+        vocabulary=False,
     ),
 }
 

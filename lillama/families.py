@@ -43,19 +43,27 @@ class ExpertsNaming:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """`targets` maps a short name to the nn.Linear's path inside the block; experts add theirs."""
+    """`targets` maps a short name to the nn.Linear's path inside the block; experts add theirs.
+    `embedding` and `head` are the hub names of the matrices that the vocabulary has to itself."""
 
     model_type: str
     targets: dict[str, str] = field(default_factory=dict)
     default_targets: tuple[str, ...]
     experts: ExpertsNaming | None = None
     paper_strategy: Strategy
+    embedding: str
+    head: str = "lm_head"
 
     @property
     def target_names(self) -> tuple[str, ...]:
         experts = self.experts
-        names = tuple(self.targets)
-        return names if experts is None else (*names, experts.gate, experts.down, experts.up)
+        inside = () if experts is None else (experts.gate, experts.down, experts.up)
+        return (*self.targets, *inside, *self.vocabulary)
+
+    @property
+    def vocabulary(self) -> dict[str, str]:
+        """{short name: hub name} of the token embeddings and the output head."""
+        return {name.rpartition(".")[2]: name for name in (self.embedding, self.head)}
 
 
 FAMILIES: dict[str, Family] = {
@@ -66,6 +74,7 @@ FAMILIES: dict[str, Family] = {
             runtime="mlp.experts", hub="block_sparse_moe.experts", gate="w1", up="w3", down="w2"
         ),
         paper_strategy="bottom",
+        embedding="model.embed_tokens",
     ),
     # dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can
     # be asked for.
@@ -78,6 +87,7 @@ FAMILIES: dict[str, Family] = {
         },
         default_targets=("in_proj", "out_proj"),
         paper_strategy="uniform",
+        embedding="backbone.embeddings",
     ),
 }
 

@@ -16,7 +16,8 @@ __all__ = ["Matrix", "RankRules", "allocate", "allocate_globally", "max_removabl
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One weight [N, K] that may be factorised; `name` is its hub name without `.weight`.
+    """One weight [N, K] that may be factorised; `name` is its hub name without `.weight`. `block`
+    is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
     R (K + N).

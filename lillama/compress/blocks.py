@@ -176,13 +176,17 @@ class TeacherBlocks:
             module.to_empty(device="meta")
 
     @contextmanager
-    def embeddings(self) -> Iterator[None]:
-        """The token embeddings, for `inputs` with token ids; released on leaving.
+    def embeddings(self, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
+        """The token embeddings, or the product B A of their factors A [R, H] and B [V, R], for
+        `inputs` with token ids; released on leaving.
 
         Raises:
             RunError: as `block`.
         """
         module = self._load(self._embeddings).to(self.dtype)
+        if factors is not None:
+            A, B = factors
+            torch.mm(B.to(self.dtype), A.to(self.dtype), out=module.get_parameter("weight").data)
         try:
             yield
         finally:

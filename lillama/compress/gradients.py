@@ -12,7 +12,17 @@ from lillama.compress.factorize import Moment, moment_side
 from lillama.families import Family
 from lillama.modules.replace import dense_expert
 
-__all__ = ["GradientCollector", "Pooled"]
+__all__ = ["GradientCollector", "MatrixSensitivity", "Pooled"]
+
+
+class MatrixSensitivity(NamedTuple):
+    """losses: nats a token that each of `Matrix.ranks` is expected to cost. gradient [side, side]
+    fp32: the damped moment for `whitened_svd`. moment: that of the inputs, where nothing measures
+    it again."""
+
+    losses: list[float]
+    gradient: Tensor
+    moment: Tensor | None = None
 
 
 class Pooled(NamedTuple):

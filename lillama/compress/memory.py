@@ -136,8 +136,8 @@ def _sensitivity_bytes(
 ) -> dict[str, int]:
     """Of the pass that weighs the matrices, its own streams among them: a border before each block
     and one gradient. What autograd keeps of a batch is estimated as in `_train_bytes`."""
-    config, blocks = plan.config, 1 + max(m.block for m in plan.matrices)
-    first = 0 if plan.strategy == "global" else plan.blocks[0]
+    config, blocks = plan.config, plan.config.num_hidden_layers
+    first = 0 if plan.strategy == "global" else min(plan.blocks, default=blocks)
     recipe = options.recipe
     rows = -(-min(recipe.sensitivity_tokens, options.tokens) // options.seq_len) * options.seq_len
     one = rows * config.hidden_size * FP32
@@ -172,13 +172,13 @@ def peak_memory(
     On a GPU the phases' own terms lie there instead, and the host keeps the streams only.
     base_bytes is what the process holds before it starts (`resident_bytes`).
     """
-    prefix = next(m.name for m in plan.matrices).partition(".layers.")[0] + ".layers"
+    prefix = f"{plan.family.embedding.partition('.')[0]}.layers"
     count = -(-options.tokens // options.seq_len) + held_out_blocks(options.tokens, options.seq_len)
     one = count * options.seq_len * plan.config.hidden_size * FP32
     streams = min(3 * one, options.activation_memory // one * one if one else 0)
     embeddings = plan.config.vocab_size * plan.config.hidden_size
     phases = {"embed": embeddings * (FP32 + round(dtype_of(plan.config).itemsize))}
-    for index in range(plan.blocks[-1] + 1):
+    for index in range(max(plan.blocks, default=-1) + 1):
         block = _block(plan, headers, prefix, index)
         stored = block.stacked_bytes + block.other_bytes
         widened = block.stacked_bytes + block.other_numbers * FP32

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lillama.checkpoint import compression_of, dtype_of, read_config, read_headers
+from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, read_headers
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
@@ -58,7 +58,18 @@ class Plan:
     @property
     def blocks(self) -> list[int]:
         """Indices of the blocks that hold at least one factorised matrix."""
-        return sorted({m.block for m in self.matrices if m.name in self.ranks})
+        outside = set(self.outside)
+        return sorted({m.block for m in self.matrices if m.name in self.ranks} - outside)
+
+    @property
+    def outside(self) -> tuple[int, int]:
+        """`Matrix.block` of the embeddings and of the head."""
+        return -1, self.config.num_hidden_layers
+
+    @property
+    def embedding(self) -> Matrix | None:
+        """The token embeddings where they are factorised."""
+        return next((m for m in self.matrices if m.block < 0 and m.name in self.ranks), None)
 
     def ranks_of_block(self, block: int) -> dict[str, int]:
         return {
@@ -133,27 +144,45 @@ def find_matrices(
     family: Family,
     targets: tuple[str, ...] | None,
     gauge: Gauge = "plain",
+    *,
+    vocabulary: bool = False,
 ) -> tuple[Matrix, ...]:
-    """Every target matrix in block order, experts as 0.w1, 0.w2, 0.w3, 1.w1, ...
+    """Every target matrix in block order, experts as 0.w1, 0.w2, 0.w3, 1.w1, ...; embeddings before
+    the blocks, the head behind them.
+
+    vocabulary: without `targets` these two as well, where they are not one and the same.
 
     Raises:
-        InputError: a target the family does not have, or one that the gauge does not fit.
+        InputError: a target the family or model does not have, or one that the gauge does not fit.
     """
-    targets = family.default_targets if targets is None else targets
+    tied = bool(model.config.tie_word_embeddings)
+    if targets is None:
+        both = tuple(family.vocabulary) if vocabulary and not tied else ()
+        targets = (*family.default_targets, *both)
+    elif tied and (found := sorted(set(targets) & set(family.vocabulary))):
+        raise InputError(
+            f"--targets {', '.join(found)}: embeddings and output head of this model share one "
+            "matrix, which cannot be factorised; leave them out"
+        )
     unknown = sorted(set(targets) - set(family.target_names))
     if unknown or not targets:
         raise InputError(
             f"--targets must be some of {', '.join(family.target_names)} for {family.model_type}, "
             f"got {', '.join(unknown) or 'none'}"
         )
-    if gauge == "pivot" and not set(targets) <= set(family.targets):
+    if gauge == "pivot" and not set(targets) <= {*family.targets, *family.vocabulary}:
         raise InputError(
             f"--gauge pivot is for linear layers; of {family.model_type} those are "
             f"{', '.join(family.targets) or 'none'}, but --targets are {', '.join(targets)}: use "
             "--gauge plain"
         )
     path, blocks = block_list(model)
-    matrices = []
+    matrices: list[Matrix] = []
+    outside: list[Matrix] = []
+    for at, (short, name) in zip((-1, len(blocks)), family.vocabulary.items(), strict=True):
+        if short in targets:
+            N, K = model.get_submodule(name).get_parameter("weight").shape
+            outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
     for index, block in enumerate(blocks):
         for short, module in family.targets.items():
             if short in targets:
@@ -171,7 +200,7 @@ def find_matrices(
                 shape = (hidden, intermediate) if short == naming.down else (intermediate, hidden)
                 name = f"{path}.{index}.{naming.hub}.{expert}.{short}"
                 matrices.append(Matrix(name, index, *shape))
-    return tuple(matrices)
+    return tuple(sorted([*outside, *matrices], key=lambda matrix: matrix.block))
 
 
 def _bytes_before(path: Path, config: PretrainedConfig, params: int, needs_weights: bool) -> int:
@@ -180,6 +209,14 @@ def _bytes_before(path: Path, config: PretrainedConfig, params: int, needs_weigh
         return sum(header.num_bytes for header in read_headers(path).values())
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
     return params * dtype_of(config).itemsize
+
+
+def _check_vocabulary_targets(options: PlanConfig) -> None:
+    if options.recipe.init != "fisher":
+        raise InputError(
+            f"--targets with embeddings or the output head need a preset that measures gradients "
+            f"(default or fast), got --preset {options.preset}"
+        )
 
 
 def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
@@ -195,9 +232,12 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         raise InputError(f"{path} is itself compressed by lillama; give the dense base model")
     family = family_of(config.model_type)
     model = skeleton(config)
-    matrices = find_matrices(model, family, options.targets, options.gauge)
-    params = sum(parameter.numel() for parameter in model.parameters())
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
+    vocabulary = options.recipe.vocabulary and strategy == "global"
+    matrices = find_matrices(model, family, options.targets, options.gauge, vocabulary=vocabulary)
+    if any(m.name in family.vocabulary.values() for m in matrices):
+        _check_vocabulary_targets(options)
+    params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
     bytes_before = _bytes_before(path, config, params, needs_weights)
     return Plan(

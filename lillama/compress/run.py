@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lillama.checkpoint import dtype_of, sentinel
 from lillama.checkpoint_writer import CheckpointWriter
 from lillama.compress.activations import ActivationMemory
+from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.calibrate import MomentCollector
 from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
@@ -32,13 +33,15 @@ from lillama.compress.student import (
     fix_gauge,
     load_student,
     round_parameters,
+    stored_as,
     student_structure,
 )
+from lillama.compress.vocabulary import vocabulary_factors
 from lillama.config import CompressConfig, Loss
 from lillama.data import TokenBlocks
-from lillama.shard_file import Entry, entries_of
+from lillama.shard_file import DTYPES, Entry, entries_of
 
-__all__ = ["Progress", "Run", "pieces_of"]
+__all__ = ["REST", "Progress", "Run", "pieces_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +95,12 @@ class Run:
         # without training only the held-out loss needs it, and is then told of the teacher's input
         self.loss: Loss = options.loss if options.train else "teacher"
         self.with_student = self.loss != "teacher"
-        first, last = plan.blocks[0], plan.blocks[-1]
+        # the student's stream leaves the teacher's behind the first factorised matrix
+        first = 0 if plan.embedding is not None else min(plan.blocks, default=0)
+        last = max(plan.blocks, default=-1)
         train, held_out = (part.input_ids.numel() for part in blocks)
         self.total_tokens = 0
         for index in filter(ranks.owns, range(last + 1)):
-            # the teacher's stream, and the student's from the first compressed block on
             passes = 1 + (self.with_student and first <= index < last)
             trained = options.train and index in plan.blocks
             self.total_tokens += passes * (train + held_out) + trained * train
@@ -294,7 +298,10 @@ class Run:
     def run(self, writer: CheckpointWriter) -> list[dict]:
         """Every block in order, then the rest; returns the report's rows."""
         compressed = self.plan.blocks
-        last = compressed[-1]
+        last = max(compressed, default=-1)
+        if self.ranks.is_first and writer.done(REST) is None:
+            # first, as the student's stream begins with its embeddings
+            writer.add_shard(REST, self.rest(writer))
         unfinished = [i for i in range(last + 1) if writer.done(f"block-{i}") is None]
         if unfinished:
             streams = Streams(
@@ -306,6 +313,7 @@ class Run:
                 self.tick,
                 self.ranks,
                 with_student=self.with_student,
+                shard=writer.file_of(REST),
             )
             with contextlib.closing(streams):
                 for index in filter(self.ranks.owns, range(unfinished[-1] + 1)):
@@ -315,21 +323,33 @@ class Run:
             # nothing above `last` is compressed: its tensors pass through, nothing is computed
             self._add(writer, index, None)
             self.stop.check()
-        if self.ranks.is_first and writer.done(REST) is None:
-            writer.add_shard(REST, self.rest())
         self.ranks.barrier()
         writer.reload()  # what the other ranks wrote
         records = [writer.done(f"block-{index}") for index in compressed]
         return [record["report"] for record in records if record is not None]
 
-    def rest(self) -> list[Entry]:
-        """Embeddings, final norm, head: everything outside the blocks, as it is, and the
-        sentinel."""
+    def rest(self, writer: CheckpointWriter) -> list[Entry]:
+        """Embeddings, final norm, head: everything outside the blocks, factorised or as it is, and
+        the sentinel."""
         inside = f"{self.teacher.block_path}."
-        entries = [
-            copied_entry(self.teacher, name, self.save_dtype)
-            for name, runtime in self.teacher.runtime.items()
-            if not runtime.startswith(inside)
-        ]
+        factorised = {f"{m.name}.weight": m for m in self.plan.matrices
+                      if m.block in self.plan.outside and m.name in self.plan.ranks}  # fmt: skip
+        entries: list[Entry] = []
+        for name, runtime in self.teacher.runtime.items():
+            if name in factorised:
+                entries += self._vocabulary(factorised[name], writer)
+            elif not runtime.startswith(inside):
+                entries.append(copied_entry(self.teacher, name, self.save_dtype))
         name, shape = sentinel(self.plan.family, self.plan.ranks)
         return [*entries, *entries_of({name: torch.zeros(shape)})]
+
+    def _vocabulary(self, matrix: Matrix, writer: CheckpointWriter) -> list[Entry]:
+        """The factors of the embeddings or of the head."""
+        name = f"{matrix.name}.weight"
+        weight = self.teacher.read(name).to(self.device)
+        dtype = self.save_dtype or DTYPES[self.teacher.headers[name].dtype]
+        measured = _reader(writer.gradients_of(REST))
+        rank = self.plan.ranks[matrix.name]
+        factors = vocabulary_factors(matrix, weight, rank, measured)
+        stored = {f"{matrix.name}.{key}": value for key, value in factors.items()}
+        return entries_of({key: stored_as(key, value, dtype) for key, value in stored.items()})

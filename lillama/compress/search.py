@@ -9,13 +9,11 @@ from lillama.checkpoint_writer import CheckpointWriter
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import Matrix, allocate_globally
 from lillama.compress.blocks import TeacherBlocks
+from lillama.compress.gradients import MatrixSensitivity
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import Ranks
-from lillama.compress.sensitivity import (
-    MatrixSensitivity,
-    measure_sensitivity,
-    sample_of,
-)
+from lillama.compress.run import REST
+from lillama.compress.sensitivity import measure_sensitivity, sample_of
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig
 from lillama.data import TokenBlocks
@@ -48,8 +46,12 @@ def _measure(
     def on_block(index: int, found: dict[str, MatrixSensitivity]) -> None:
         losses.update({name: value.losses for name, value in found.items()})
         if options.recipe.init == "fisher":
-            gradients = {name: value.gradient.cpu() for name, value in found.items()}
-            writer.add_gradients(f"block-{index}", entries_of(gradients))
+            kept = {name: value.gradient.cpu() for name, value in found.items()}
+            if index < 0:
+                kept = {f"{name}.gradient": value for name, value in kept.items()}
+                moments = {name: value.moment for name, value in found.items()}
+                kept |= {f"{n}.moment": m.cpu() for n, m in moments.items() if m is not None}
+            writer.add_gradients(REST if index < 0 else f"block-{index}", entries_of(kept))
 
     memory = ActivationMemory.for_run(teacher.device, options.activation_memory, writer.staging)
     recipe = options.recipe
@@ -89,7 +91,7 @@ def search_ranks(
     problem = None
     if ranks.is_first and writer.journal.last(kind="allocation") is None:
         sample = sample_of(blocks, recipe.sensitivity_tokens).input_ids.numel()
-        first = min(matrix.block for matrix in _candidates(plan))
+        first = max(0, min(matrix.block for matrix in _candidates(plan)))
         total = sample * (2 * len(teacher.blocks) - first)
         done = 0
 

@@ -10,7 +10,6 @@ C = E x x^T: what a rank saves, in nats a token, the same unit for every matrix 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +20,17 @@ from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import Key, key_of
 from lillama.compress.factorize import damped, shrunk, spectrum
-from lillama.compress.gradients import GradientCollector, Pooled
+from lillama.compress.gradients import GradientCollector, MatrixSensitivity, Pooled
+from lillama.compress.vocabulary import embedding_sensitivity, head_sensitivity
 from lillama.config import Recipe
 from lillama.data import TokenBlocks
 from lillama.errors import RunError
 
-__all__ = ["MatrixSensitivity", "batch_rows", "measure_sensitivity", "sample_of"]
+__all__ = ["batch_rows", "measure_sensitivity", "sample_of"]
 
 Tick = Callable[[str, int], None]
 # hidden states of a batch: 512 tokens of 4096
 BATCH_NUMBERS = 2**21
-
-
-class MatrixSensitivity(NamedTuple):
-    """losses: nats a token that each of `Matrix.ranks` is expected to cost. gradient [side, side]
-    fp32: the damped moment for `whitened_svd`."""
-
-    losses: list[float]
-    gradient: Tensor
 
 
 def sample_of(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
@@ -123,14 +115,16 @@ class _Pass:
             self.arguments[len(rows)] = self.teacher.arguments((len(rows), self.seq_len), None)
         return self.arguments[len(rows)][index]
 
-    def head(self) -> None:
-        """The loss's gradient behind the last block, for labels that the teacher draws."""
+    def head(self, collector: GradientCollector) -> None:
+        """The loss's gradient behind the last block, for labels that the teacher draws; the
+        collector sees the output head."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         last = self.borders[-1]
         with self.teacher.head():
             for row in torch.arange(self.count).split(1):  # logits are large
                 hidden = last.read(row).to(self.device, torch.float32).requires_grad_()
-                with torch.enable_grad():
+                collector.mask = self.mask(row)
+                with torch.enable_grad(), collector.attached():
                     logits = self.teacher.logits(hidden, self.mask(row))[0].float()
                     chances = logits.detach().softmax(-1)
                     labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
@@ -147,6 +141,23 @@ class _Pass:
                 self.gradient.write(row, hidden.grad)
         self.gradient.flush()
         self.borders.pop().close()
+
+    def at_embeddings(self, matrix: Matrix) -> MatrixSensitivity:
+        """Of the embeddings, once the gradient is through all blocks."""
+        size = self.teacher.model.config.hidden_size
+        gram = torch.zeros(size, size, device=self.device)
+        counts = torch.zeros(matrix.N, dtype=torch.int64)
+        for rows, gradient in prefetched(
+            self.batches(), self.gradient.read, self.gradient.background
+        ):
+            ids, found = self.sample.input_ids[rows], gradient.to(self.device, torch.float32)
+            if (mask := self.mask(rows)) is not None:
+                ids, found = ids[mask], found[mask.to(self.device)]
+            found = found.reshape(-1, size)
+            gram += found.mT @ found
+            counts += torch.bincount(ids.reshape(-1).cpu(), minlength=matrix.N)
+        weight = self.teacher.read(f"{matrix.name}.weight").to(self.device)
+        return embedding_sensitivity(matrix, weight, counts.to(self.device), gram, self.recipe)
 
     def backward(self, index: int, collector: GradientCollector, block: nn.Module) -> None:
         """Move the gradient down through a block; borders must end before it."""
@@ -205,7 +216,8 @@ def measure_sensitivity(
     on_block: Callable[[int, dict[str, MatrixSensitivity]], None],
 ) -> None:
     """Call `on_block(index, {matrix name: its sensitivity})` for every block with target matrices,
-    from the last to the first.
+    from the last to the first, and at the end with index -1 for embeddings and head, if they are
+    among the matrices.
 
     Args:
         matrices: those that may be factorised. blocks: training tokens, of which
@@ -219,10 +231,17 @@ def measure_sensitivity(
     by_block: dict[int, list[Matrix]] = {}
     for matrix in matrices:
         by_block.setdefault(matrix.block, []).append(matrix)
+    embeddings, heads = by_block.pop(-1, []), by_block.pop(len(teacher.blocks), [])
+    outside: dict[str, MatrixSensitivity] = {}
+    first = 0 if embeddings else min(by_block, default=len(teacher.blocks))
     try:
         run.forward()
-        run.head()
-        for index in range(len(teacher.blocks) - 1, min(by_block) - 1, -1):
+        seen = GradientCollector(teacher.model, teacher.family, [m.name for m in heads], False)
+        run.head(seen)
+        for matrix in heads:
+            weight = teacher.read(f"{matrix.name}.weight").to(teacher.device)
+            outside[matrix.name] = head_sensitivity(matrix, weight, seen, recipe)
+        for index in range(len(teacher.blocks) - 1, first - 1, -1):
             targets = by_block.get(index, [])
             with teacher.block(index) as block:
                 prefix = f"{teacher.block_path}.{index}."
@@ -233,6 +252,10 @@ def measure_sensitivity(
                 run.backward(index, collector, block)
             if targets:
                 on_block(index, _of_block(teacher, targets, keys, collector, sample, recipe))
+        for matrix in embeddings:
+            outside[matrix.name] = run.at_embeddings(matrix)
+        if outside:
+            on_block(-1, outside)
     finally:
         run.close()
 

@@ -4,9 +4,11 @@ write, and what the moments see on the way."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
@@ -49,7 +51,8 @@ class Streams:
     Args:
         blocks: training and held-out tokens. memory: where streams may live. tick(stage, tokens) is
             called after every batch that went through a block. with_student: False where nothing is
-        trained on the student's stream, which then is not computed.
+        trained on the student's stream, which then is not computed. shard: where the student's
+        embeddings are, if they are factorised.
 
     Raises:
         RunError: no room for the streams.
@@ -66,6 +69,7 @@ class Streams:
         ranks: Ranks,
         *,
         with_student: bool,
+        shard: Path,
     ) -> None:
         self.plan, self.recipe, self.teacher = plan, recipe, teacher
         self.ranks, self.with_student = ranks, with_student
@@ -75,6 +79,8 @@ class Streams:
         if ranks.owns(0):
             with teacher.embeddings():
                 self.sets = [self._embed(part) for part in blocks]
+            if self.diverges_before(0):
+                self._embed_student(shard)
         else:
             self.sets = [_Set(part, *[self._new(part)] * 2) for part in blocks]
 
@@ -92,12 +98,26 @@ class Streams:
         return self.memory.new((count, length, self.plan.config.hidden_size), self.dtype)
 
     def _embed(self, blocks: TokenBlocks) -> _Set:
+        store = self._embedded(blocks)
+        return _Set(blocks, store, store)
+
+    def _embed_student(self, shard: Path) -> None:
+        """Begin the student's stream with its own embeddings, as a user will have them."""
+        assert self.plan.embedding is not None
+        name = self.plan.embedding.name
+        with safe_open(shard, "pt", backend="pread") as file:
+            A, B = (file.get_tensor(f"{name}.{key}").float() for key in ("lr_A", "lr_B"))
+        with self.teacher.embeddings((A.to(self.device), B.to(self.device))):
+            for data in self.sets:
+                data.student = self._embedded(data.blocks)
+
+    def _embedded(self, blocks: TokenBlocks) -> ActivationStore:
         store = self._new(blocks)
         for rows in self.rows(len(store)):
             mask = None if blocks.mask is None else blocks.mask[rows]
             store.write(rows, self.teacher.inputs(blocks.input_ids[rows], mask)[0])
         store.flush()
-        return _Set(blocks, store, store)
+        return store
 
     def of_block(self, index: int) -> list[Stream]:
         """What a student block is trained and judged on; after `teacher_pass`."""
@@ -191,7 +211,8 @@ class Streams:
 
     def diverges_before(self, index: int) -> bool:
         """Whether the student's stream into block `index` is not the teacher's."""
-        return self.with_student and index > self.plan.blocks[0]
+        from_start = self.plan.embedding is not None
+        return self.with_student and (from_start or index > self.plan.blocks[0])
 
     def receive_teacher(self, index: int) -> None:
         """Take the teacher's stream into block `index` from the rank that has it."""
@@ -215,7 +236,7 @@ class Streams:
 
     def receive_student(self, index: int) -> None:
         """As `receive_teacher`, of the student's stream, which is there later."""
-        if self.ranks.world > 1 and self.diverges_before(index):
+        if self.ranks.world > 1 and index > 0 and self.diverges_before(index):
             students = [data.student for data in self.sets]
             self.ranks.receive(index, STUDENT, students, self.recipe.batch_size)
 

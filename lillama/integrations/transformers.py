@@ -35,6 +35,7 @@ from lillama.checkpoint import (
 )
 from lillama.errors import InputError
 from lillama.families import FAMILIES, PROJECTIONS, Family, family_of
+from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
@@ -202,20 +203,29 @@ class LillamaQuantizer(HfQuantizer):
         if family.experts is not None:
             name = name.replace(f".{family.experts.runtime}.", f".{family.experts.hub}.")
         prefix = f"{model.base_model_prefix}."
-        wants_prefix = next(iter(self.quantization_config.ranks)).startswith(prefix)
-        return prefix + name if wants_prefix and not name.startswith(prefix) else name
+        wants_prefix = any(name.startswith(prefix) for name in self.quantization_config.ranks)
+        has_prefix = name.startswith((prefix, f"{family.head}."))
+        return prefix + name if wants_prefix and not has_prefix else name
+
+    def _ranks(self, model: PreTrainedModel, family: Family) -> dict[str, int]:
+        """Without the head where the model has none (AutoModel)."""
+        ranks: dict[str, int] = self.quantization_config.ranks
+        has_head = model.get_output_embeddings() is not None
+        return {name: rank for name, rank in ranks.items() if has_head or name != family.head}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         family = family_of(model.config.model_type)
-        ranks: dict[str, int] = self.quantization_config.ranks
+        ranks = self._ranks(model, family)
         gauge = self.quantization_config.gauge
         shapes = dense_shapes(model, family, [*ranks, *_kept_dense(model, family, ranks)])
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files and all(file.suffix == ".safetensors" for file in files):
+            dropped = f"{family.head}." if len(ranks) < len(self.quantization_config.ranks) else ()
             present = {
                 self._canonical(name, model, family): header.shape
                 for file in files
                 for name, header in read_shard_headers(file).items()
+                if not dropped or not name.startswith(dropped)
             }
             pivots = {name for name in ranks if is_pivot(family, gauge, name)}
             check_factors(present, ranks, shapes, pivots)
@@ -328,13 +338,12 @@ class LillamaQuantizer(HfQuantizer):
         return True
 
 
-def _factorised(
-    model: nn.Module,
-) -> list[tuple[str, LowRankLinear | PivotLowRankLinear | LowRankExperts]]:
+_Factorised = LowRankLinear | PivotLowRankLinear | LowRankExperts | LowRankEmbedding
+
+
+def _factorised(model: nn.Module) -> list[tuple[str, _Factorised]]:
     return [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, LowRankLinear | PivotLowRankLinear | LowRankExperts)
+        (path, module) for path, module in model.named_modules() if isinstance(module, _Factorised)
     ]
 
 

@@ -4,11 +4,14 @@ import torch
 from lillama_kernels import low_rank_linear
 from torch import Tensor, nn
 
+from lillama.modules.low_rank_embedding import shape_only
+
 __all__ = ["LowRankLinear"]
 
 
 class LowRankLinear(nn.Module):
     """y = x A^T B^T + bias, parameters `lr_A` [R, K], `lr_B` [N, R] and `bias` [N] or None.
+    is_head: it is a model's output head.
 
     Raises:
         ValueError: rank outside 1..min(in_features, out_features).
@@ -22,8 +25,10 @@ class LowRankLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        is_head: bool = False,
     ) -> None:
         super().__init__()
+        self.is_head = is_head
         limit = min(in_features, out_features)
         if not 1 <= rank <= limit:
             raise ValueError(
@@ -59,8 +64,8 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """B @ A [N, K], computed and differentiable: Mamba's mixer and its initialisation read
-        `.weight`."""
-        return self.lr_B @ self.lr_A
+        `.weight`. Of a head shape and dtype only, see `shape_only`."""
+        return shape_only(self.lr_A, self.lr_B) if self.is_head else self.lr_B @ self.lr_A
 
     def forward(self, x: Tensor) -> Tensor:
         return low_rank_linear(x, self.lr_A, self.lr_B, self.bias)

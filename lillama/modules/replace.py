@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lillama.families import PROJECTIONS, Family, family_of
+from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
@@ -71,19 +72,22 @@ def replace_modules(
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():
         path, old = _find(root, name, base_prefix)
-        if not isinstance(old, nn.Linear):
+        if not isinstance(old, nn.Linear | nn.Embedding):
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
-        kind = PivotLowRankLinear if pivot else LowRankLinear
-        new = kind(
-            old.in_features,
-            old.out_features,
-            rank,
-            bias=old.bias is not None,
-            device=device if device is not None else old.weight.device,
-            dtype=dtype or old.weight.dtype,
-        )
+        made = {"device": device if device is not None else old.weight.device,
+                "dtype": dtype or old.weight.dtype}  # fmt: skip
+        if isinstance(old, nn.Embedding):
+            sizes = old.num_embeddings, old.embedding_dim
+            new = LowRankEmbedding(*sizes, rank, old.padding_idx, **made)
+        else:
+            sizes, bias = (old.in_features, old.out_features), old.bias is not None
+            if name == family.head:
+                new = LowRankLinear(*sizes, rank, bias=bias, is_head=True, **made)
+            else:
+                kind = PivotLowRankLinear if pivot else LowRankLinear
+                new = kind(*sizes, rank, bias=bias, **made)
         root.set_submodule(path, new)
         replaced[path] = old
     for name, expert_ranks in experts.items():

@@ -15,8 +15,10 @@ from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.factorize import moment_side
+from lillama.compress.gradients import MatrixSensitivity
 from lillama.compress.plan import make_plan
-from lillama.compress.sensitivity import MatrixSensitivity, measure_sensitivity, sample_of
+from lillama.compress.sensitivity import measure_sensitivity, sample_of
+from lillama.compress.vocabulary import SHRINKAGE
 from lillama.config import PRESETS, PlanConfig
 from lillama.data import TokenBlocks
 from lillama.errors import RunError
@@ -45,7 +47,7 @@ def measured(path, tmp_path, device, mask, recipe=RECIPE, host_bytes=2**30, on_t
     tick = on_tick or (lambda stage, tokens: None)
     tokens = TokenBlocks(IDS, mask)
     measure_sensitivity(teacher, plan.matrices, tokens, recipe, memory, tick, SEED, on_block)
-    assert blocks == [1, 0]
+    assert blocks == ([1, 0, -1] if min(m.block for m in plan.matrices) < 0 else [1, 0])
     return found, {m.name: m for m in plan.matrices}
 
 
@@ -63,7 +65,8 @@ def labels_drawn(model, mask: Tensor | None) -> Tensor:
 
 
 def expected(path, mask: Tensor | None, weights: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """{runtime weight name: (x [n, K], g [n, N])} by autograd through transformers' own model.
+    """{runtime weight name: (x [n, K], g [n, N])} by autograd through transformers' own model;
+    "embeddings": both at their output.
 
     For experts' stacked weights the gradient of each token follows from one backward pass a token;
     here only linear layers are asked for."""
@@ -85,6 +88,8 @@ def expected(path, mask: Tensor | None, weights: list[str]) -> dict[str, tuple[T
     logits = model(inputs_embeds=hidden, attention_mask=given, use_cache=False).logits
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     losses[slice(None) if mask is None else mask.flatten()].sum().backward()
+    assert hidden.grad is not None
+    kept["embeddings"] = [hidden.detach(), hidden.grad]
     flat = torch.ones(IDS.numel(), dtype=torch.bool) if mask is None else mask.flatten()
     return {
         name: tuple(part.reshape(IDS.numel(), -1)[flat].double() for part in parts)  # type: ignore[misc]
@@ -97,7 +102,8 @@ def test_gradients_are_those_of_the_whole_model(mask, mamba, tmp_path):
     recipe = dataclasses.replace(RECIPE, gradient_damping=0.0, shrinkage=1e-6)
     found, matrices = measured(mamba, tmp_path, torch.device("cpu"), mask, recipe)
     model = AutoModelForCausalLM.from_pretrained(mamba)
-    for name, (x, g) in expected(mamba, mask, list(matrices)).items():
+    seen = expected(mamba, mask, list(matrices))
+    for name, (x, g) in ((name, seen[name]) for name in matrices):
         W = model.get_submodule(name).get_parameter("weight").detach().double()
         matrix = matrices[name]
         rows = g @ W if moment_side(*W.shape) == "input" else g
@@ -111,6 +117,35 @@ def test_gradients_are_those_of_the_whole_model(mask, mamba, tmp_path):
         square = torch.linalg.eigvals(H @ W @ C @ W.mT).real.clamp_min(0).sort(descending=True)[0]
         left = [float(square[rank:].sum()) / 2 for rank in matrix.ranks]
         assert found[name].losses == pytest.approx(left, rel=2e-2, abs=1e-3 * max(left))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_vocabulary_moments_are_those_of_the_whole_model(mask, make_checkpoint, tmp_path):
+    path = make_checkpoint("mamba", tie_word_embeddings=False)
+    found, matrices = measured(path, tmp_path, torch.device("cpu"), mask)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    seen = expected(path, mask, ["lm_head"])
+    share = RECIPE.vocabulary_floor
+
+    def close(got: Tensor | None, want: Tensor) -> None:
+        assert got is not None
+        scale = float(want.abs().max())
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4 * scale)
+
+    W = model.get_submodule("lm_head").get_parameter("weight").detach().double()
+    V, K = W.shape
+    assert moment_side(V, K) == "input" and matrices["lm_head"].block == 2
+    (x, g), eye = seen["lm_head"], torch.eye(K)
+    rows = g @ W
+    close(found["lm_head"].gradient, (1 - share) * rows.mT @ rows / len(g) + share * W.mT @ W / V)
+    close(found["lm_head"].moment, x.mT @ x / len(x) + SHRINKAGE * x.square().mean() * eye)
+
+    name = "backbone.embeddings"
+    assert matrices[name].block == -1
+    e, g = seen["embeddings"]
+    E = model.get_submodule(name).get_parameter("weight").detach().double()
+    close(found[name].gradient, g.mT @ g / len(g) + SHRINKAGE * g.square().mean() * eye)
+    close(found[name].moment, (1 - share) * e.mT @ e / len(e) + share * E.mT @ E / V)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -1,0 +1,58 @@
+"""nn.Embedding with its table [V, H] replaced by B [V, R] @ A [R, H], and what stands for the
+weight of such a module or of a factorised output head."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["LowRankEmbedding", "shape_only"]
+
+
+def shape_only(*factors: Tensor) -> Tensor:
+    """A weight [V, H] on the meta device, with the factors' dtype: models look at the dtype of the
+    head's and the embeddings' `weight` at every step, where computing it would cost more than the
+    step; whatever would read its numbers fails."""
+    A, B = factors
+    return torch.empty(B.shape[0], A.shape[1], dtype=A.dtype, device="meta")
+
+
+class LowRankEmbedding(nn.Module):
+    """y = B[ids] A, parameters `lr_A` [R, H] and `lr_B` [V, R].
+
+    Raises:
+        ValueError: rank outside 1..min(num_embeddings, embedding_dim).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        limit = min(num_embeddings, embedding_dim)
+        if not 1 <= rank <= limit:
+            raise ValueError(
+                f"rank must be in 1..min(num_embeddings, embedding_dim) = {limit}, got {rank}"
+            )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.rank, self.padding_idx = rank, padding_idx
+        self.lr_A = nn.Parameter(torch.empty(rank, embedding_dim, device=device, dtype=dtype))
+        self.lr_B = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype only, see `shape_only`."""
+        return shape_only(self.lr_A, self.lr_B)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.lr_B) @ self.lr_A
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, "
+            f"rank={self.rank}"
+        )
