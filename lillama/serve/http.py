@@ -11,7 +11,7 @@ from lillama.errors import InputError
 from lillama.loading import load_tokenizer
 from lillama.serve.request import Engine
 
-__all__ = ["bind", "read_keys", "run", "serve"]
+__all__ = ["bind", "make_server", "read_keys", "serve"]
 
 EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -52,24 +52,24 @@ def serve(
         )
         engine.start()
         try:
-            run(engine, tokenizer, config, listener, keys, on_ready)
+            make_server(engine, tokenizer, config, keys, on_ready).run(sockets=[listener])
         finally:
             engine.stop()
 
 
-def run(
+def make_server(
     engine: Engine,
     tokenizer: Any,
     config: ServeConfig,
-    listener: socket.socket,
     keys: list[str],
     on_ready: Callable[[str], None] | None = None,
-) -> None:
-    """Serve a started engine until a signal; returns after a clean stop.
+) -> Any:
+    """A `lillama.serve.http_connection.Server` over a started engine; its run(sockets=[...])
+    returns after a signal, or stop(), and a drain.
 
     Args:
-        listener: bound, not yet listening.
         keys: that open the API; none: everybody may ask.
+        on_ready: called with the address once it listens.
     """
     from lillama.serve.http_app import Service, create_app, drain
     from lillama.serve.http_connection import Server, uvicorn_config
@@ -77,11 +77,7 @@ def run(
     service = Service(engine, tokenizer, config)
     gate = create_app(service, keys)
     settings = uvicorn_config(gate, config, service.metrics.refused_connections.inc)
-    server = Server(settings, lambda: drain(gate, engine, config.drain_s), on_ready=on_ready)
-    try:
-        server.run(sockets=[listener])
-    finally:
-        service.tokens.close()
+    return Server(settings, lambda: drain(gate, service), on_ready)
 
 
 def bind(host: str, port: int) -> socket.socket:

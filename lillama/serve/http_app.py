@@ -27,7 +27,7 @@ from lillama.serve.http_tokens import Tokens
 from lillama.serve.request import Engine, Event
 from lillama.version import __version__
 
-__all__ = ["Service", "create_app"]
+__all__ = ["Service", "create_app", "drain"]
 
 logger = logging.getLogger(__name__)
 
@@ -287,14 +287,16 @@ def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
     return gate
 
 
-async def drain(gate: Gate, engine: Engine, seconds: float) -> None:
-    """Refuse what is new, let what was accepted go on for at most so long, then end the engine."""
+async def drain(gate: Gate, service: Service) -> None:
+    """Refuse what is new, let what was accepted go on for at most --drain-s, end the engine."""
     gate.draining = True
     logger.info("draining: %d requests", gate.active)
-    deadline_s = time.monotonic() + seconds
+    deadline_s = time.monotonic() + service.config.drain_s
     while gate.active and time.monotonic() < deadline_s:
         await asyncio.sleep(0.02)
-    await asyncio.to_thread(engine.stop, 0.0)
+    await asyncio.to_thread(service.engine.stop, 0.0)
     # what was cut off still gets its error
-    while gate.active and time.monotonic() < deadline_s + 1:
+    deadline_s = time.monotonic() + 1
+    while gate.active and time.monotonic() < deadline_s:
         await asyncio.sleep(0.02)
+    service.tokens.close()

@@ -20,7 +20,7 @@ from lillama.errors import InputError
 from lillama.serve.request import Busy, Event, Finished, SamplingParams, Token
 
 # Tokens of the tests' tokenizer with a meaning here, as the single characters that they are.
-FAILS, LONE_ERROR, ENDS = "~", "^", "$"
+FAILS, REFUSES, ENDS = "~", "^", "$"
 
 
 @dataclass
@@ -62,7 +62,7 @@ class FakeEngine:
         self.words = [(tokenizer.encode(" " + word)[0], " " + word) for word in words]
         self.special = {
             name: tokenizer.encode(sign, add_special_tokens=False)[0]
-            for name, sign in (("fails", FAILS), ("refuses", LONE_ERROR), ("ends", ENDS))
+            for name, sign in (("fails", FAILS), ("refuses", REFUSES), ("ends", ENDS))
         }
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)
@@ -149,6 +149,7 @@ class FakeEngine:
         if completion.cancelled:
             return self.end(completion, "cancelled")
         if completion.made == 3 and self.special["fails"] in completion.prompt:
+            time.sleep(0.05)  # so that what came before is on its way
             return self.end(completion, "error", error="out of imaginary memory")
         if self.special["refuses"] in completion.prompt:
             return self.end(completion, "error", error="no such luck")
@@ -184,7 +185,7 @@ class FakeEngine:
 
 
 def main() -> None:
-    from lillama.serve.http import bind, run
+    from lillama.serve.http import bind, make_server
     from tests.conftest import make_tokenizer
 
     parser = argparse.ArgumentParser()
@@ -207,7 +208,8 @@ def main() -> None:
     engine.keep_submitted = False
     engine.start()
     with bind(config.host, config.port) as listener:
-        run(engine, tokenizer, config, listener, [], lambda url: print(url, flush=True))
+        server = make_server(engine, tokenizer, config, [], lambda url: print(url, flush=True))
+        server.run(sockets=[listener])
     engine.stop()
     print("finished:", engine.finished, file=sys.stderr, flush=True)
 
