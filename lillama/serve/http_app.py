@@ -230,6 +230,11 @@ def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
     async def refuse(request: Request, error: Any) -> Response:
         return _error_response(error)
 
+    @app.exception_handler(Exception)
+    async def hide(request: Request, error: Any) -> Response:
+        # raised again by starlette once this is sent, and logged by the gate
+        return _error_response(ApiError(500, "internal error", code="internal_error"))
+
     @app.exception_handler(Disconnected)
     async def forget(request: Request, error: Any) -> Response:
         return Response(status_code=499)  # nobody sees it

@@ -63,13 +63,16 @@ class Gate:
             raise RuntimeError(f"no {scope['type']} here")
         begin_s = time.perf_counter()
         status = 499
+        complete = False
         posts = scope["method"] == "POST"
         self.active += posts
 
         async def note(message: Any) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                complete = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -78,9 +81,10 @@ class Gate:
             await _refuse(note, error)
         except Exception:
             logger.exception("%s %s", scope["method"], scope["path"])
-            if status != 499:
+            if status == 499:
+                await _refuse(note, ApiError(500, "internal error", code="internal_error"))
+            elif not complete:
                 raise  # half an answer is out: uvicorn closes the connection
-            await _refuse(note, ApiError(500, "internal error", code="internal_error"))
         finally:
             self.active -= posts
             seconds = time.perf_counter() - begin_s

@@ -7,7 +7,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    FailFast,
     Field,
     PlainValidator,
     WithJsonSchema,
@@ -127,7 +126,7 @@ class _Request(_Strict):
     top_p: Number = 1.0
     n: Annotated[int, Field(ge=1)] = 1
     seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] = Field(default_factory=list)
+    stop: Text | Annotated[list[Text], Field(fail_fast=True)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
     # -1, as in vLLM, and 0 are off
@@ -221,7 +220,7 @@ class Message(_Strict):
     """One turn of a chat."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
@@ -235,7 +234,7 @@ class Message(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -122,10 +122,8 @@ class FakeEngine:
     def loop(self) -> None:
         while True:
             with self.work:
-                while self.paused and not self.stopping:
-                    self.work.wait(0.01)
-                while not (self.waiting or self.running or self.stopping):
-                    self.work.wait()
+                while not self.stopping and (self.paused or not (self.waiting or self.running)):
+                    self.work.wait(0.01 if self.paused else None)
                 expired = self.stopping and time.monotonic() >= self.deadline_s
                 if self.stopping and (expired or not (self.waiting or self.running)):
                     left = [*self.running, *self.waiting]
