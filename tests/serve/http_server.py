@@ -18,10 +18,11 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Running:
-    """Attributes: engine, server, host, port, url."""
+    """Attributes: engine, tokenizer, server, host, port, url."""
 
-    def __init__(self, engine: FakeEngine, server: Any) -> None:
+    def __init__(self, engine: FakeEngine, tokenizer: Any, server: Any) -> None:
         self.engine = engine
+        self.tokenizer = tokenizer
         self.server = server
         self.host, _, port = server.url.removeprefix("http://").rpartition(":")
         self.port = int(port)
@@ -104,7 +105,7 @@ def running(
     thread.start()
     try:
         assert ready.wait(20)
-        yield Running(engine, server)
+        yield Running(engine, tokenizer, server)
     finally:
         engine.paused = False
         server.stop()

@@ -54,7 +54,12 @@ class Browser:
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
         wanted = {"capabilities": {"alwaysMatch": capabilities}}
-        self.session = f"/session/{self.call('POST', '/session', wanted)['sessionId']}"
+        self.session = ""
+        try:
+            self.session = f"/session/{self.call('POST', '/session', wanted)['sessionId']}"
+        except BaseException:
+            self._end()
+            raise
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
@@ -83,7 +88,11 @@ class Browser:
         self.call("POST", f"{self.session}/element/{self.find(css)}/value", {"text": text})
 
     def text(self, css: str) -> str:
-        return self.call("GET", f"{self.session}/element/{self.find(css)}/text")
+        """As it is shown; "" where there is no such element."""
+        return self.run(
+            "const found = document.querySelector(arguments[0]); return found ? found.innerText : ''",
+            css,
+        )
 
     def role(self, css: str) -> tuple[str, str]:
         """What a screen reader is told: role and name."""
@@ -111,7 +120,10 @@ class Browser:
         try:
             self.call("DELETE", self.session)
         finally:
-            self.driver.terminate()
-            self.driver.wait(10)
-            self.driver.stdout.close()
-            self.profile.cleanup()
+            self._end()
+
+    def _end(self) -> None:
+        self.driver.terminate()
+        self.driver.wait(10)
+        self.driver.stdout.close()
+        self.profile.cleanup()
