@@ -172,9 +172,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await send(
-                {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            )
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 async for body in self._chunks():
                     await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -219,13 +217,7 @@ def read_page() -> tuple[bytes, str]:
     return page.encode(), policy
 
 
-def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
-    """The ASGI application, its Gate outside."""
-    app = FastAPI(title="lillama", version=__version__, docs_url=None, redoc_url=None)
-    gate = Gate(app, service.config, service.metrics, api_keys)
-    page, policy = read_page()
-    engine = service.engine
-
+def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: Any) -> Response:
         return _error_response(error)
@@ -248,6 +240,15 @@ def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
         path = f"{request.method} {request.url.path}"
         message = str(error.detail) if error.status_code == 400 else f"no route for {path[:100]}"
         return _error_response(ApiError(error.status_code, message, headers=error.headers))
+
+
+def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
+    """The ASGI application, its Gate outside."""
+    app = FastAPI(title="lillama", version=__version__, docs_url=None, redoc_url=None)
+    _answer_errors(app)
+    gate = Gate(app, service.config, service.metrics, api_keys)
+    page, policy = read_page()
+    engine = service.engine
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -65,7 +65,10 @@ class Connection(H11Protocol):
         if len(self.connections) > self.max_connections:
             self.on_refused()
             error = ApiError(
-                503, "too many connections", code="too_many_connections", headers={"retry-after": "1"}
+                503,
+                "too many connections",
+                code="too_many_connections",
+                headers={"retry-after": "1"},
             )
             transport.write(_raw_answer(error, "Service Unavailable"))
             transport.close()
@@ -97,7 +100,9 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self.transport.write(
-            _raw_answer(ApiError(400, "not a valid HTTP request", code="invalid_http"), "Bad Request")
+            _raw_answer(
+                ApiError(400, "not a valid HTTP request", code="invalid_http"), "Bad Request"
+            )
         )
         self.transport.close()
 
@@ -131,9 +136,7 @@ class Connection(H11Protocol):
             self.write_timer = None
 
 
-def uvicorn_config(
-    app: Any, config: ServeConfig, on_refused: Callable[[], None]
-) -> uvicorn.Config:
+def uvicorn_config(app: Any, config: ServeConfig, on_refused: Callable[[], None]) -> uvicorn.Config:
     connection: Any = functools.partial(
         Connection,
         client_timeout_s=config.client_timeout_s,
@@ -194,7 +197,7 @@ class Server(uvicorn.Server):
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._finish())
         else:
-            self.should_exit = True
+            self.should_exit = self.force_exit = True
 
     async def _finish(self) -> None:
         try:

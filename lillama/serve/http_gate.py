@@ -149,9 +149,7 @@ class Gate:
 
     async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes:
         limit = self.config.max_body_bytes
-        too_large = ApiError(
-            413, f"the body is larger than {limit:,} bytes", code="body_too_large"
-        )
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
             raise too_large

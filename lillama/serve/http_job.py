@@ -136,7 +136,9 @@ class Job:
         self._wake.set()
 
     def _expire(self, timeout_s: float) -> None:
-        message = f"no whole answer within {timeout_s:g} s; ask for less or raise --request-timeout-s"
+        message = (
+            f"no whole answer within {timeout_s:g} s; ask for less or raise --request-timeout-s"
+        )
         self._fail(ApiError(504, message, code="request_timeout"), "timeout")
 
     async def _watch_client(self, receive: Any) -> None:

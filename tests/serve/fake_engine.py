@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -182,6 +183,21 @@ class FakeEngine:
         return True
 
 
+def serve_fake(step_s: float) -> None:
+    """The command line with `lillama serve` on a FakeEngine; sys.argv as a user gives it."""
+    from lillama.cli import main
+    from lillama.loading import load_tokenizer
+
+    def load_engine(path: Path, *, max_length: int | None, **options: Any) -> FakeEngine:
+        assert (options.pop("device"), options.pop("dtype")) == ("auto", "auto")
+        return FakeEngine(load_tokenizer(path), step_s, max_length=max_length or 512, **options)
+
+    module: Any = types.ModuleType("lillama.serve.engine")
+    module.load_engine = load_engine
+    sys.modules[module.__name__] = module
+    main()
+
+
 def main() -> None:
     from lillama.serve.http import bind, make_server
     from tests.conftest import make_tokenizer
@@ -206,10 +222,15 @@ def main() -> None:
     engine.keep_submitted = False
     engine.start()
     with bind(config.host, config.port) as listener:
-        server = make_server(engine, tokenizer, config, [], lambda url: print(url, flush=True))
+
+        def ready(url: str) -> None:
+            sys.stdout.write(url + "\n")
+            sys.stdout.flush()
+
+        server = make_server(engine, tokenizer, config, [], ready)
         server.run(sockets=[listener])
     engine.stop()
-    print("finished:", engine.finished, file=sys.stderr, flush=True)
+    sys.stderr.write(f"finished: {engine.finished}\n")
 
 
 CHAT_TEMPLATE = (

@@ -221,9 +221,9 @@ def test_client_gets_its_own_exceptions(client):
 def test_openapi_document_names_the_fields(server):
     status, _, document = server.request("GET", "/openapi.json")
     schemas = document["components"]["schemas"]
-    assert status == 200 and {"prompt", "min_p"} <= schemas["CompletionRequest"][
-        "properties"
-    ].keys()
+    assert (
+        status == 200 and {"prompt", "min_p"} <= schemas["CompletionRequest"]["properties"].keys()
+    )
 
 
 def test_metrics_count_what_happened(server):

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-from tests.serve.http_server import JSON, post_bytes, read_all, running  # noqa: E402
+from tests.serve.http_server import JSON, post_bytes, read_all, running, wait_for  # noqa: E402
 
 HI = [{"role": "user", "content": "hi"}]
 LIMIT = 4096
@@ -25,7 +25,7 @@ def _still_well(server):
     yield
     status, answer = server.complete(prompt="a", max_tokens=2)
     assert status == 200 and answer["usage"]["completion_tokens"] == 2
-    assert server.engine.stats()["running"] == server.engine.stats()["waiting"] == 0
+    wait_for(lambda: not (server.engine.running or server.engine.waiting), "an idle engine", 2)
 
 
 def refused(server, path, body, headers=None):

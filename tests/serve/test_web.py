@@ -207,9 +207,7 @@ def test_page_fits_a_phone_and_darkness(page):
     colour = "return getComputedStyle(document.body).backgroundColor"
     light = page.run(colour)
     emulate("setDeviceMetricsOverride", width=320, height=640, deviceScaleFactor=2, mobile=True)
-    emulate(
-        "setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}]
-    )
+    emulate("setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     try:
         page.run("document.querySelector('details').open = true")
         fill(page, "#max_tokens", "5")

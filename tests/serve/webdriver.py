@@ -89,10 +89,7 @@ class Browser:
 
     def text(self, css: str) -> str:
         """As it is shown; "" where there is no such element."""
-        return self.run(
-            "const found = document.querySelector(arguments[0]); return found ? found.innerText : ''",
-            css,
-        )
+        return self.run("return document.querySelector(arguments[0])?.innerText || ''", css)
 
     def role(self, css: str) -> tuple[str, str]:
         """What a screen reader is told: role and name."""
