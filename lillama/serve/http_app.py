@@ -20,7 +20,7 @@ from lillama.config import ServeConfig
 from lillama.serve.http_answer import Answer, ChatAnswer, CompletionAnswer, sse
 from lillama.serve.http_errors import ApiError, error_body, explain_validation
 from lillama.serve.http_gate import Gate
-from lillama.serve.http_job import Disconnected, Job
+from lillama.serve.http_job import Disconnected, EngineStopped, Job
 from lillama.serve.http_metrics import CONTENT_TYPE, Metrics
 from lillama.serve.http_schema import ChatRequest, CompletionRequest, StreamOptions
 from lillama.serve.http_tokens import Tokens
@@ -31,8 +31,11 @@ __all__ = ["Service", "create_app", "drain"]
 
 logger = logging.getLogger(__name__)
 
-# OpenAI's; a chat may use what is left of the model's length
+# How long an answer may get where the client does not say: OpenAI's for completions; a chat may use
+# what is left of the model's length, but a model that forgets to end does not run for a million
+# tokens.
 COMPLETION_TOKENS = 16
+CHAT_TOKENS = 4096
 
 
 class JsonResponse(Response):
@@ -62,6 +65,7 @@ class Service:
         self.metrics = Metrics(engine)
         self.name = config.served_name or config.model.resolve().name
         self.created = int(time.time())
+        self.engine_stopped = False
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -112,7 +116,7 @@ class Service:
         self.check_model(body.model)
         self.check_choices(body.n)
         ids = await self.tokens.encode_chat([message.plain() for message in body.messages])
-        limit = self.max_new_tokens(len(ids), body.limit, "messages", self.engine.max_length)
+        limit = self.max_new_tokens(len(ids), body.limit, "messages", CHAT_TOKENS)
         return await self._run(body, [ids], [limit], ChatAnswer, [], request)
 
     async def _run(
@@ -134,6 +138,7 @@ class Service:
         job = Job(self.engine, self.metrics, request.receive, self.config.request_timeout_s)
         try:
             job.submit(asked)
+            self.engine_stopped = False
             events = job.events()
             if body.stream:
                 # the first events come before the status: a failure until then has its own
@@ -142,6 +147,9 @@ class Service:
             async for batch in events:
                 await answer.add(batch)
             whole = await answer.whole()
+        except EngineStopped:
+            self.engine_stopped = True
+            raise ApiError(503, "the engine has stopped", code="engine_stopped") from None
         except BaseException:
             job.close()
             raise
@@ -273,8 +281,8 @@ def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
 
     @app.get("/health")
     async def health() -> Response:
-        state = "draining" if gate.draining else "ok"
-        return JsonResponse({"status": state}, 503 if gate.draining else 200)
+        state = "draining" if gate.draining else "stopped" if service.engine_stopped else "ok"
+        return JsonResponse({"status": state}, 200 if state == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -17,11 +17,15 @@ from lillama.serve.http_errors import ApiError
 from lillama.serve.http_metrics import Metrics
 from lillama.serve.request import Busy, Completion, Engine, Event, Finished, SamplingParams, Token
 
-__all__ = ["Disconnected", "Job"]
+__all__ = ["Disconnected", "EngineStopped", "Job"]
 
 
 class Disconnected(Exception):
     """The client went away; there is nobody to answer."""
+
+
+class EngineStopped(Exception):
+    """The engine takes no requests although nobody told it to stop: its thread has died."""
 
 
 class Job:
@@ -56,6 +60,7 @@ class Job:
 
         Raises:
             ApiError: the queue is full (429) or the engine refuses the request (400).
+            EngineStopped: the engine takes no requests at all.
         """
         try:
             for index, (prompt_ids, params) in enumerate(requests):
@@ -63,7 +68,10 @@ class Job:
                     prompt_ids, params, partial(self._put, index)
                 )
         except Busy as error:
+            stats = self._engine.stats()
             self.close()
+            if not stats["waiting"]:  # then it is not the queue
+                raise EngineStopped from error
             raise ApiError(
                 429, str(error), code="queue_full", headers={"retry-after": "1"}
             ) from error

@@ -219,6 +219,16 @@ def test_an_error_that_nobody_expected_is_a_500(tokenizer, monkeypatch):
         assert broken.complete(prompt="a")[0] == 200
 
 
+def test_an_engine_that_died_is_told_from_a_full_queue(tokenizer):
+    with running(deepcopy(tokenizer)) as dead:
+        assert dead.request("GET", "/health")[0] == 200
+        dead.engine.stop()
+        status, document = dead.complete(prompt="a")
+        assert (status, document["error"]["code"]) == (503, "engine_stopped")
+        status, _, document = dead.request("GET", "/health")
+        assert (status, document) == (503, {"status": "stopped"})
+
+
 def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(tokenizer):
     with running(deepcopy(tokenizer), drain_s=20) as ending:
         ending.engine.paused = True
