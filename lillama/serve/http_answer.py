@@ -44,7 +44,9 @@ class Answer:
         choices: prompts times n.
         prompt_tokens: of all prompts, each counted once.
         tokens: turns ids to text for logprobs; None where none were asked for.
-        echo: for each choice the text to begin with.
+
+    Attributes:
+        echo: for each choice the text to begin with; () for none.
     """
 
     kind = ""
@@ -57,7 +59,6 @@ class Answer:
         choices: int,
         prompt_tokens: int,
         tokens: Tokens | None,
-        echo: Sequence[str] = (),
     ) -> None:
         self.head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
@@ -67,7 +68,7 @@ class Answer:
         self.prompt_tokens = prompt_tokens
         self.tokens = tokens
         self.choices = [_Choice() for _ in range(choices)]
-        self.echo = echo
+        self.echo: Sequence[str] = ()
 
     @property
     def usage(self) -> dict[str, int]:

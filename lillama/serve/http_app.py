@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -47,6 +48,14 @@ class JsonResponse(Response):
 
 def _error_response(error: ApiError) -> Response:
     return Response(error_body(error), error.status, error.headers, "application/json")
+
+
+@dataclass
+class _Inputs:
+    """For each prompt its token ids, and how long its answers may get."""
+
+    prompts: list[list[int]] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
 
 
 class Service:
@@ -97,48 +106,59 @@ class Service:
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
         self.check_choices(len(body.prompt) * body.n)
-        prompts = [
-            await self.tokens.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
-        echo: list[str] = []
-        if body.echo:
-            for prompt in body.prompt:
-                text = prompt if isinstance(prompt, str) else await self.tokens.decode(prompt)
-                echo += [text] * body.n
-        limits = [
-            self.max_new_tokens(len(ids), body.max_tokens, "prompt", COMPLETION_TOKENS)
-            for ids in prompts
-        ]
-        return await self._run(body, prompts, limits, CompletionAnswer, echo, request)
+        return await self._run(body, self._completion_inputs(body), CompletionAnswer, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self.check_model(body.model)
         self.check_choices(body.n)
+        return await self._run(body, self._chat_inputs(body), ChatAnswer, request)
+
+    async def _completion_inputs(self, body: CompletionRequest) -> _Inputs:
+        inputs = _Inputs()
+        for prompt in body.prompt:
+            ids = await self.tokens.encode(prompt) if isinstance(prompt, str) else prompt
+            inputs.prompts.append(ids)
+            inputs.limits.append(
+                self.max_new_tokens(len(ids), body.max_tokens, "prompt", COMPLETION_TOKENS)
+            )
+        return inputs
+
+    async def _echo(self, body: CompletionRequest) -> list[str]:
+        """For each choice the prompt to begin it with."""
+        texts = [
+            prompt if isinstance(prompt, str) else await self.tokens.decode(prompt)
+            for prompt in body.prompt
+        ]
+        return [text for text in texts for _ in range(body.n)]
+
+    async def _chat_inputs(self, body: ChatRequest) -> _Inputs:
         ids = await self.tokens.encode_chat([message.plain() for message in body.messages])
         limit = self.max_new_tokens(len(ids), body.limit, "messages", CHAT_TOKENS)
-        return await self._run(body, [ids], [limit], ChatAnswer, [], request)
+        return _Inputs([ids], [limit])
 
     async def _run(
         self,
         body: CompletionRequest | ChatRequest,
-        prompts: Sequence[Sequence[int]],
-        limits: Sequence[int],
+        preparation: Coroutine[Any, Any, _Inputs],
         kind: type[Answer],
-        echo: Sequence[str],
         request: Request,
     ) -> Response:
-        asked = [
-            (ids, body.params(limit, choice))
-            for ids, limit in zip(prompts, limits, strict=True)
-            for choice in range(body.n)
-        ]
-        names = None if body.num_logprobs is None else self.tokens
-        answer = kind(self.name, len(asked), sum(map(len, prompts)), names, echo)
         job = Job(self.engine, self.metrics, request.receive, self.config.request_timeout_s)
         try:
+            inputs = await job.guard(preparation)
+            asked = [
+                (ids, body.params(limit, choice))
+                for ids, limit in zip(inputs.prompts, inputs.limits, strict=True)
+                for choice in range(body.n)
+            ]
+            names = None if body.num_logprobs is None else self.tokens
+            prompt_tokens = sum(map(len, inputs.prompts))
+            answer = kind(self.name, len(asked), prompt_tokens, names)
             job.submit(asked)
             self.engine_stopped = False
+            if isinstance(body, CompletionRequest) and body.echo:
+                # not before: now the engine has checked the ids
+                answer.echo = await job.guard(self._echo(body))
             events = job.events()
             if body.stream:
                 # the first events come before the status: a failure until then has its own

@@ -8,9 +8,9 @@ loop makes the next one larger, not the queue of wake-ups longer.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from lillama.errors import InputError
 from lillama.serve.http_errors import ApiError
@@ -18,6 +18,9 @@ from lillama.serve.http_metrics import Metrics
 from lillama.serve.request import Busy, Completion, Engine, Event, Finished, SamplingParams, Token
 
 __all__ = ["Disconnected", "EngineStopped", "Job"]
+
+
+T = TypeVar("T")
 
 
 class Disconnected(Exception):
@@ -47,6 +50,7 @@ class Job:
         self._awake = False
         self._failure: Exception | None = None
         self._reason = "cancelled"  # of what close ends
+        self._guarded: asyncio.Task[Any] | None = None
         self._open: dict[int, Completion] = {}
         self._started_s = time.perf_counter()
         self._first_s: dict[int, float] = {}
@@ -54,6 +58,23 @@ class Job:
         self._counts: dict[int, int] = {}
         self._timer = self._loop.call_later(timeout_s, self._expire, timeout_s)
         self._watch = self._loop.create_task(self._watch_client(receive))
+
+    async def guard(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await what comes before the events; given up when the client leaves or the time is up.
+
+        Raises:
+            ApiError: the time is up.
+            Disconnected: the client left.
+        """
+        self._guarded = self._loop.create_task(work)
+        try:
+            return await self._guarded
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            raise
+        finally:
+            self._guarded = None
 
     def submit(self, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> None:
         """Queue all of them, or none.
@@ -141,6 +162,8 @@ class Job:
     def _fail(self, failure: Exception, reason: str) -> None:
         if self._failure is None:
             self._failure, self._reason = failure, reason
+        if self._guarded is not None:
+            self._guarded.cancel()
         self._wake.set()
 
     def _expire(self, timeout_s: float) -> None:

@@ -78,6 +78,7 @@ def test_malformed_bodies(server, body, message, code):
         ({"prompt": [300]}, None, "token ids that the model does not have"),
         ({"prompt": [-1]}, None, "token ids that the model does not have"),
         ({"prompt": [10**30]}, None, "token ids that the model does not have"),
+        ({"prompt": [10**30], "echo": True}, None, "token ids that the model does not have"),
         ({"prompt": b'"\\ud800"'}, "prompt", "surrogate"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be at least 1"),
         ({"max_tokens": -5}, "max_tokens", "at least 1"),

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
+from lillama.serve import http_tokens  # noqa: E402
 from tests.serve.http_server import post_bytes, read_all, running, wait_for  # noqa: E402
 
 ASK = json.dumps({"prompt": "a", "max_tokens": 400}).encode()
@@ -207,6 +208,35 @@ def test_a_request_has_a_time_limit(tokenizer):
         wait_for(lambda: hasty.engine.finished.get("cancelled") == 2, "both cancellations")
         assert hasty.complete(prompt="a", max_tokens=2)[0] == 200
         assert hasty.metric('lillama_choices_total{reason="timeout"}') == 2
+
+
+def test_long_texts_hold_up_neither_short_ones_nor_the_end(tokenizer, monkeypatch):
+    """Tokenizing a long text takes a second here; meanwhile others are answered, and who asked for
+    it may leave or run out of time."""
+    encode = http_tokens._encode
+    taken = []
+
+    def slow(tokenizer, text, special):
+        if len(text) > http_tokens.LONG_TEXT:
+            taken.append(len(text))
+            time.sleep(1)
+        return encode(tokenizer, text, special)
+
+    monkeypatch.setattr(http_tokens, "_encode", slow)
+    with running(deepcopy(tokenizer), request_timeout_s=0.5) as hasty:
+        long = json.dumps({"prompt": "a" * 60_000}).encode()
+        first, second = hasty.connect(), hasty.connect()
+        first.sendall(post_bytes(long))
+        wait_for(lambda: taken, "a long text")
+        second.sendall(post_bytes(long))
+        begin_s = time.monotonic()
+        assert hasty.complete(prompt="a")[0] == 200
+        assert time.monotonic() - begin_s < 0.4
+        second.close()  # before its turn
+        assert b" 504 " in first.recv(65536)
+        first.close()
+        time.sleep(1)
+        assert len(taken) == 1, "nobody wanted it any more"
 
 
 def test_an_error_that_nobody_expected_is_a_500(tokenizer, monkeypatch):
