@@ -182,7 +182,7 @@ def report(load: Load, elapsed_s: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Streaming load on a running server.")
     parser.add_argument("url", help="of the server, e.g. http://127.0.0.1:8000")
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--clients", type=int, help="at a time")

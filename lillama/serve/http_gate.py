@@ -80,7 +80,7 @@ class Gate:
         except ApiError as error:
             await _refuse(note, error)
         except Exception:
-            logger.exception("%s %s", scope["method"], scope["path"])
+            logger.exception("%s %r", scope["method"], scope["path"])
             if status == 499:
                 await _refuse(note, ApiError(500, "internal error", code="internal_error"))
             elif not complete:

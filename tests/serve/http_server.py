@@ -24,7 +24,8 @@ class Running:
         self.engine = engine
         self.tokenizer = tokenizer
         self.server = server
-        self.host, _, port = server.url.removeprefix("http://").rpartition(":")
+        host, _, port = server.url.removeprefix("http://").rpartition(":")
+        self.host = host.strip("[]")
         self.port = int(port)
         self.url = server.url
 

@@ -49,7 +49,7 @@ def refused(server, path, body, headers=None):
         (b"\xff\xfe", "", None),
         (b"[]", "must be a JSON object", "invalid_json"),
         (b'"prompt"', "must be a JSON object", "invalid_json"),
-        (b"null", "must be a JSON object", "invalid_json"),
+        (b"null", "", "invalid_json"),
         (b"[" * 4000, "parsing the body", None),
         (b'{"a":' * 800, "", None),
         (b'{"prompt": "a", "seed": ' + b"9" * 4010 + b"}", "seed", "invalid_value"),

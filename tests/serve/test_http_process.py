@@ -122,7 +122,7 @@ def command(monkeypatch, capsys):
             signal.signal(signal.SIGTERM, previous)
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        return caught.value.code, error
+        return int(caught.value.code or 0), error
 
     return run
 

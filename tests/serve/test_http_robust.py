@@ -249,6 +249,19 @@ def test_an_error_that_nobody_expected_is_a_500(tokenizer, monkeypatch):
         assert broken.complete(prompt="a")[0] == 200
 
 
+def test_ipv6(tokenizer):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 in this Python")
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    with running(deepcopy(tokenizer), host="::1") as six:
+        assert six.url.startswith("http://[::1]:")
+        assert six.complete(prompt="a")[0] == 200
+
+
 def test_an_engine_that_died_is_told_from_a_full_queue(tokenizer):
     with running(deepcopy(tokenizer)) as dead:
         assert dead.request("GET", "/health")[0] == 200
