@@ -91,7 +91,7 @@ class Job:
         except Busy as error:
             stats = self._engine.stats()
             self.close()
-            if not stats["waiting"]:  # then it is not the queue
+            if not (stats["waiting"] or stats["running"]):  # then it is not the queue
                 raise EngineStopped from error
             raise ApiError(
                 429, str(error), code="queue_full", headers={"retry-after": "1"}

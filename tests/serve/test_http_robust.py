@@ -49,7 +49,7 @@ def test_a_client_that_leaves_is_cancelled(server, body):
         if body is STREAM:
             assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         wait_for(lambda: server.engine.running, "a running request")
-    wait_for(lambda: finished(server, "cancelled") == before + 1, "the cancellation", 1)
+    wait_for(lambda: finished(server, "cancelled") == before + 1, "the cancellation")
     assert server.metric('lillama_choices_total{reason="disconnected"}') >= 1
 
 
@@ -96,7 +96,7 @@ def test_a_failing_choice_ends_the_others(server):
     before = finished(server, "cancelled")
     status, document = server.complete(prompt=["a", "b~", "c"], max_tokens=300)
     assert status == 500 and "out of imaginary memory" in document["error"]["message"]
-    wait_for(lambda: finished(server, "cancelled") == before + 2, "the others' end", 1)
+    wait_for(lambda: finished(server, "cancelled") == before + 2, "the others' end")
 
 
 def test_others_go_on_while_one_fails(server):
@@ -149,7 +149,9 @@ def test_a_body_that_trickles_in_is_cut_off(server):
 def test_the_second_header_of_a_connection_is_timed_too(server):
     with server.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert b'"ok"' in connection.recv(65536)
+        health = b""
+        while b'"ok"' not in health:
+            health += connection.recv(65536)
         answer, seconds = trickle(connection, post_bytes(ASK))
     assert b" 408 " in answer.split(b"\r\n")[0] and seconds < SLOW_S + 1
 
@@ -211,7 +213,7 @@ def test_a_request_has_a_time_limit(tokenizer):
 
 
 def test_long_texts_hold_up_neither_short_ones_nor_the_end(tokenizer, monkeypatch):
-    """Tokenizing a long text takes a second here; meanwhile others are answered, and who asked for
+    """Tokenizing a long text takes 1.5 s here; meanwhile others are answered, and who asked for
     it may leave or run out of time."""
     encode = http_tokens._encode
     taken = []
@@ -219,11 +221,11 @@ def test_long_texts_hold_up_neither_short_ones_nor_the_end(tokenizer, monkeypatc
     def slow(tokenizer, text, special):
         if len(text) > http_tokens.LONG_TEXT:
             taken.append(len(text))
-            time.sleep(1)
+            time.sleep(1.5)
         return encode(tokenizer, text, special)
 
     monkeypatch.setattr(http_tokens, "_encode", slow)
-    with running(deepcopy(tokenizer), request_timeout_s=0.5) as hasty:
+    with running(deepcopy(tokenizer), request_timeout_s=1) as hasty:
         long = json.dumps({"prompt": "a" * 60_000}).encode()
         first, second = hasty.connect(), hasty.connect()
         first.sendall(post_bytes(long))
@@ -231,11 +233,11 @@ def test_long_texts_hold_up_neither_short_ones_nor_the_end(tokenizer, monkeypatc
         second.sendall(post_bytes(long))
         begin_s = time.monotonic()
         assert hasty.complete(prompt="a")[0] == 200
-        assert time.monotonic() - begin_s < 0.4
+        assert time.monotonic() - begin_s < 0.9
         second.close()  # before its turn
         assert b" 504 " in first.recv(65536)
         first.close()
-        time.sleep(1)
+        time.sleep(1.5)
         assert len(taken) == 1, "nobody wanted it any more"
 
 
@@ -295,6 +297,19 @@ def test_a_stop_finishes_what_was_accepted_and_refuses_the_rest(tokenizer):
             thread.join(20)
         assert [status for status, _ in answers] == [200] * 5
         assert {document["usage"]["completion_tokens"] for _, document in answers} == {50}
+
+
+def test_a_second_stop_does_not_wait(tokenizer):
+    with running(deepcopy(tokenizer), step_s=0.05, drain_s=60) as ending:
+        connection = ending.connect()
+        connection.sendall(post_bytes(ASK))
+        wait_for(lambda: ending.engine.running, "a request, which would take 20 s")
+        begin_s = time.monotonic()
+        ending.server.stop()
+        wait_for(lambda: ending.request("GET", "/health")[0] == 503, "the drain")
+        # the second is that of the with statement
+    assert time.monotonic() - begin_s < 5
+    connection.close()
 
 
 def test_a_stop_cuts_off_what_takes_too_long(tokenizer):

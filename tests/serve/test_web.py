@@ -135,9 +135,9 @@ def test_page_stops(page, server, way):
         page.click("#stop")
     else:
         page.type("#prompt", ESCAPE)
-    page.wait(lambda: is_done(page), "the end", 1)
+    page.wait(lambda: is_done(page), "the end", 5)
     assert "stopped" in page.text("#figures")
-    wait_for(lambda: server.engine.finished.get("cancelled", 0) == before + 1, "cancellation", 2)
+    wait_for(lambda: server.engine.finished.get("cancelled", 0) == before + 1, "cancellation", 5)
 
 
 @in_a_browser
