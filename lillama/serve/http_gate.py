@@ -110,6 +110,8 @@ class Gate:
         if kind != b"application/json":
             raise ApiError(415, "send Content-Type: application/json", code="unsupported_type")
         body = await self._body(headers, receive)
+        if body is None:
+            return
         told = False
 
         async def receive_again() -> Any:
@@ -147,7 +149,8 @@ class Gate:
                 401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"}
             )
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes:
+    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+        """None when the client left."""
         limit = self.config.max_body_bytes
         too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
         length = headers.get(b"content-length", b"0")
@@ -160,7 +163,7 @@ class Gate:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the client left", code="disconnected")
+                        return None
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:
