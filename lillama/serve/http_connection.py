@@ -150,6 +150,7 @@ def uvicorn_config(app: Any, config: ServeConfig, on_refused: Callable[[], None]
         loop="asyncio",
         lifespan="off",
         log_config=None,
+        log_level="error",  # what clients send wrong would otherwise fill the log
         access_log=False,
         proxy_headers=False,
         server_header=False,

@@ -22,7 +22,7 @@ from lillama import cli  # noqa: E402
 from lillama.config import ServeConfig  # noqa: E402
 from lillama.errors import InputError  # noqa: E402
 from lillama.serve.http import bind, read_keys, serve  # noqa: E402
-from tests.serve.http_server import Running, wait_for  # noqa: E402
+from tests.serve.http_server import Running, read_all, wait_for  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "from tests.serve.fake_engine import serve_fake; serve_fake({step_s})"
@@ -57,6 +57,9 @@ def process(model: Path, step_s: float, *options: str) -> Iterator[tuple[Any, Ru
 def test_sigterm_under_load_finishes_what_was_accepted(mixtral):
     with process(mixtral, 0.01, "--max-batch", "4", "--served-name", "busy") as (child, server):
         assert server.request("GET", "/v1/models")[2]["data"][0]["id"] == "busy"
+        with server.connect() as connection:  # what clients do wrong does not fill the log
+            connection.sendall(b"nonsense\r\n\r\n")
+            assert b" 400 " in read_all(connection)
         answers: dict[int, Any] = {}
 
         def ask(i: int) -> None:
