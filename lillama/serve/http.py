@@ -33,7 +33,7 @@ def serve(
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"serving needs {', '.join(missing)}, which is not installed; "
+            f"serving needs packages that are not installed ({', '.join(missing)}); "
             "pip install 'lillama[serve]'"
         )
     from lillama.serve.engine import load_engine
