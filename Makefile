@@ -7,7 +7,7 @@ PYTHON ?= python3
 # -W default: torch.compile warns about itself, and a warning is no reason to lose a measurement
 BENCH := -W default -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test check compile-gate bench gpu tables clean
+.PHONY: help setup demo test test-web check compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ demo: setup ## compress the two embedded models by 20% and print what it cost
 # --benchmark-disable: pytest-benchmark warns where tests run side by side
 test: setup ## run the tests on the CPU, side by side on its cores
 	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable
+
+test-web: setup ## test the page in Chromium, which must be there (chromium, chromium-driver)
+	@$(BIN)/pytest tests/serve/test_web.py -rs
 
 check: setup ## lint, formatting and types
 	@echo "ruff check" && $(BIN)/ruff check .

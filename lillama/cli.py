@@ -43,6 +43,7 @@ from lillama.cli_options import (
     TokensOption,
     TrainOption,
 )
+from lillama.cli_serve import serve
 from lillama.config import CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig, parse_bytes
 from lillama.errors import InputError, LillamaError
 from lillama.version import __version__
@@ -318,6 +319,9 @@ def generate(
     print(prompt + text, flush=True)
 
 
+app.command()(serve)
+
+
 def _version(shown: bool) -> None:
     if shown:
         print(f"lillama {__version__}")
@@ -341,7 +345,7 @@ def _root(
     package.propagate = False
     if context.invoked_subcommand is None:
         raise InputError(
-            "no command given; use compress, finetune, plan, eval or generate (see --help)"
+            "no command given; use compress, finetune, plan, eval, generate or serve (see --help)"
         )
 
 

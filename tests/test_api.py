@@ -7,7 +7,14 @@ import inspect
 import pytest
 
 import lillama
-from lillama.config import CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig, PlanConfig
+from lillama.config import (
+    CompressConfig,
+    EvalConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PlanConfig,
+    ServeConfig,
+)
 from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
@@ -108,6 +115,23 @@ DEFAULTS = {
         "evaluations": 8,
     },
     GenerateConfig: {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "device": "auto"},
+    ServeConfig: {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "device": "auto",
+        "dtype": "auto",
+        "max_batch": 8,
+        "max_queue": 64,
+        "max_length": None,
+        "served_name": None,
+        "api_key_file": None,
+        "request_timeout_s": 600.0,
+        "client_timeout_s": 20.0,
+        "drain_s": 30.0,
+        "max_body_bytes": 2 * 2**20,
+        "max_connections": 512,
+        "max_choices": 16,
+    },
 }
 
 

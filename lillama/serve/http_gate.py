@@ -1,0 +1,190 @@
+"""What every request passes before a route sees it: who may ask, how large a body may be and how
+long it may take to arrive. Also counts, and turns what nobody caught into a 500."""
+
+import asyncio
+import hmac
+import ipaddress
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lillama.config import ServeConfig
+from lillama.serve.http_errors import ApiError, error_body
+from lillama.serve.http_metrics import Metrics
+
+__all__ = ["Gate"]
+
+logger = logging.getLogger(__name__)
+
+OPEN_ROUTES = ("/", "/health")
+ROUTES = (*OPEN_ROUTES, "/metrics", "/openapi.json", "/v1/models")
+ROUTES += ("/v1/completions", "/v1/chat/completions")
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: takes requests whose body is here in full.
+        config: the limits.
+        metrics: are told of every answer.
+        api_keys: any of them opens every route; none: no key is asked for.
+
+    Attributes:
+        draining: True refuses new generations with 503.
+        active: POST requests between their header and the end of their answer.
+    """
+
+    def __init__(
+        self, app: Any, config: ServeConfig, metrics: Metrics, api_keys: Sequence[str]
+    ) -> None:
+        self.app = app
+        self.config = config
+        self.metrics = metrics
+        self.api_keys = [key.encode() for key in api_keys]
+        # a page of the web whose name was made to point here could otherwise ask in the name of
+        # whoever looks at it (DNS rebinding)
+        self.local_only = is_loopback(config.host) and not api_keys
+        self.draining = False
+        self.active = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"no {scope['type']} here")
+        begin_s = time.perf_counter()
+        status = 499
+        complete = False
+        posts = scope["method"] == "POST"
+        self.active += posts
+
+        async def note(message: Any) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            else:
+                complete = not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, note)
+        except ApiError as error:
+            await _refuse(note, error)
+        except Exception:
+            logger.exception("%s %r", scope["method"], scope["path"])
+            if status == 499:
+                await _refuse(note, ApiError(500, "internal error", code="internal_error"))
+            elif not complete:
+                raise  # half an answer is out: uvicorn closes the connection
+        finally:
+            self.active -= posts
+            seconds = time.perf_counter() - begin_s
+            route = scope["path"] if scope["path"] in ROUTES else "other"
+            self.metrics.answers.labels(route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            logger.info("%s %s %d in %.3f s", scope["method"], route, status, seconds)
+
+    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = {key.lower(): value for key, value in scope["headers"]}
+        self._check_host(headers)
+        if scope["path"] not in OPEN_ROUTES:
+            self._check_key(headers)
+        if scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        if self.draining:
+            raise ApiError(
+                503, "the server is shutting down", code="draining", headers={"retry-after": "5"}
+            )
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        # a page of another site can send a body of any type but this one
+        if kind != b"application/json":
+            raise ApiError(415, "send Content-Type: application/json", code="unsupported_type")
+        body = await self._body(headers, receive)
+        if body is None:
+            return
+        told = False
+
+        async def receive_again() -> Any:
+            nonlocal told
+            if told:
+                return await receive()
+            told = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, receive_again, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        if not self.local_only:
+            return
+        host = headers.get(b"host", b"").decode("latin-1")
+        name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
+        if not is_loopback(name.strip("[]").lower()):
+            raise ApiError(
+                403,
+                f"this server answers to localhost only, not to {name[:80]!r}; "
+                "start it with --api-key-file or another --host",
+                code="wrong_host",
+            )
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        if not self.api_keys:
+            return
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        given = given.strip() if scheme.lower() == b"bearer" else b""
+        # every key is compared, whether or not one has matched
+        matches = [hmac.compare_digest(given, key) for key in self.api_keys]
+        if not any(matches):
+            message = "wrong API key" if given else "no API key; send Authorization: Bearer KEY"
+            raise ApiError(
+                401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"}
+            )
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+        """None when the client left."""
+        limit = self.config.max_body_bytes
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > limit:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self.config.client_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > limit:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            seconds = self.config.client_timeout_s
+            message = f"the body did not arrive within {seconds:g} s"
+            raise ApiError(408, message, code="body_timeout") from None
+
+
+async def _refuse(send: Any, error: ApiError) -> None:
+    """The body may be unread: the connection is of no further use."""
+    body = error_body(error)
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers,
+    }
+    raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
