@@ -16,13 +16,18 @@ class TextStream:
 
     The joined pieces are tokenizer.decode(all ids, skip_special_tokens=True) up to the first stop
     string. (With byte fallback, a byte that belongs to no character makes that call spoil whole
-    characters next to it; here they were given out and stay.) Only the ids since the last cut are decoded again for each token. A cut is where the
-    text so far is whole and not empty: decoders treat the first token specially (they drop its
-    leading space), so there must be text before the next one.
+    characters next to it; here they were given out and stay.)
+
+    Only the ids since the last cut are decoded again for each token. A cut is where the text so far
+    is whole and not empty: decoders treat the first token specially (they drop its leading space),
+    so there must be text before the next one.
 
     Args:
         tokenizer: of the model.
         stop: strings that end the text.
+
+    Attributes:
+        stopped: one of them was found.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -31,6 +36,7 @@ class TextStream:
         self._ids: list[int] = []
         self._cut = 0  # ids before it are context, their text was given out
         self._shown = ""  # the beginning of the text of _ids that was given out
+        self.stopped = False
         self._held = ""  # whole characters that might begin a stop string
 
     def push(self, token_id: int) -> tuple[str, bool]:
@@ -92,7 +98,7 @@ class TextStream:
         text = self._held + piece
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
-            self._held = ""
+            self._held, self.stopped = "", True
             return text[: min(found)], True
         keep = max(_overlap(text, stop) for stop in self._stop)
         at = len(text) - keep

@@ -127,9 +127,7 @@ def test_sample_greedy_rows_are_argmax_whatever_the_others_do():
     for _ in range(5):
         ids = sample(logits, rows, ALL).ids
         assert int(ids[0]) == int(logits[0].argmax()) and int(ids[2]) == int(logits[2].argmax())
-    assert torch.equal(
-        sample(logits, rows_of([greedy] * 3, vocab), Steps()).ids, logits.argmax(-1)
-    )
+    assert torch.equal(sample(logits, rows_of([greedy] * 3, vocab), Steps()).ids, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-38, 1e-4])

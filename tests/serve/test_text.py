@@ -85,7 +85,9 @@ def test_text_characters_before_a_broken_byte_stay(spaced):
     assert "".join(pieces) == "theé\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}s"
 
 
-@pytest.mark.parametrize("text", ["the cat sat. ", "naïve 日本語 🙂🙃 end", " two  spaces\n\nand é"])
+@pytest.mark.parametrize(
+    "text", ["the cat sat. ", "naïve 日本語 🙂🙃 end", " two  spaces\n\nand é"]
+)
 def test_text_never_shows_half_a_character(text, any_tokenizer):
     ids = any_tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces, _ = pieces_of(any_tokenizer, ids)

@@ -1,0 +1,454 @@
+"""The engine: generate()'s own greedy tokens whoever else is in the batch, requests that join,
+leave, fail and are cancelled, and memory that does not grow."""
+
+import gc
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lillama.errors import InputError, RunError
+from lillama.serve.engine import LocalEngine, load_engine
+from lillama.serve.request import Busy, Event, Finished, SamplingParams, Token
+
+WAIT_S = 60.0
+PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 57)), [3, 250, 40], [9, 9], [60, 61, 62, 63]]
+
+
+class Heard:
+    """What a request was told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.ended = threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        assert not self.ended.is_set(), "nothing follows Finished"
+        self.events.append(event)
+        if isinstance(event, Finished):
+            self.ended.set()
+
+    def finished(self) -> Finished:
+        assert self.ended.wait(WAIT_S), "no end"
+        last = self.events[-1]
+        assert isinstance(last, Finished)
+        return last
+
+    @property
+    def ids(self) -> list[int]:
+        return [event.token_id for event in self.events if isinstance(event, Token)]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def make_engine(device):
+    """make_engine(path, ...) -> a started engine; stopped after the module."""
+    engines: dict[Any, LocalEngine] = {}
+
+    def make(path: Path, **options) -> LocalEngine:
+        key = (path, *sorted(options.items()))
+        if key not in engines:
+            engines[key] = load_engine(path, device=str(device), **options)
+            engines[key].start()
+        return engines[key]
+
+    yield make
+    for engine in engines.values():
+        engine.stop()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(mamba, make_low_rank, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """By name: dense, and with factors in either gauge."""
+    ranks = {"backbone.layers.0.mixer.in_proj": 8, "backbone.layers.1.mixer.in_proj": 16}
+    ranks |= {f"backbone.layers.{i}.mixer.out_proj": 8 for i in range(2)}
+    paths = {"mamba": mamba}
+    for name, changed in (
+        ("mamba-low-rank", ranks),
+        ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}),
+    ):
+        paths[name] = tmp_path_factory.mktemp(name)
+        make_low_rank("mamba", changed).save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    return paths
+
+
+KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj"]
+
+
+@pytest.fixture(scope="module")
+def wanted(checkpoints, device):
+    """wanted(kind, prompt, n) -> the ids that transformers' generate() adds."""
+    models: dict[str, Any] = {}
+
+    def generate(kind: str, prompt: list[int], count: int) -> list[int]:
+        if kind not in models:
+            model = AutoModelForCausalLM.from_pretrained(checkpoints[kind])
+            models[kind] = model.to(device).eval()
+            model.generation_config.eos_token_id = None  # go on after it
+        ids = torch.tensor([prompt], device=device)
+        out = models[kind].generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        return out[0, len(prompt) :].tolist()
+
+    return generate
+
+
+def greedy(count: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, ignore_eos=True, **changes)
+
+
+# Tokens
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine_greedy_equals_generate(kind, checkpoints, make_engine, wanted):
+    engine = make_engine(checkpoints[kind])
+    for prompt in PROMPTS:
+        heard = Heard()
+        engine.submit(prompt, greedy(12), heard)
+        assert heard.finished().reason == "length"
+        assert heard.ids == wanted(kind, prompt, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make_engine, wanted):
+    """More requests than slots, of different lengths, some arriving while others run."""
+    engine = make_engine(checkpoints[kind], max_batch=3)
+    heard = []
+    for index in range(12):
+        heard.append((index, Heard()))
+        prompt, count = PROMPTS[index % len(PROMPTS)], 3 + 5 * (index % 4)
+        engine.submit(prompt, greedy(count), heard[-1][1])
+        if index % 3 == 2:
+            wait_for(lambda: heard[-1][1].ids)
+    for index, one in heard:
+        one.finished()
+        assert one.ids == wanted(kind, PROMPTS[index % len(PROMPTS)], 3 + 5 * (index % 4)), index
+
+
+def test_engine_prompt_in_chunks_equals_generate(mamba, make_engine, wanted, monkeypatch):
+    from lillama.serve import mamba as module
+
+    monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
+    engine = make_engine(mamba)
+    for length in (1, 6, 7, 8, 15, 30):
+        prompt = [(3 * i) % 250 + 1 for i in range(length)]
+        heard = Heard()
+        engine.submit(prompt, greedy(5), heard)
+        heard.finished()
+        assert heard.ids == wanted("mamba", prompt, 5), length
+
+
+def test_engine_seeds_repeat_in_any_batch(mamba, make_engine):
+    engine = make_engine(mamba, max_batch=4)
+    params = greedy(20, temperature=1.0, top_p=0.98, seed=11)
+
+    def run() -> list[int]:
+        heard = Heard()
+        engine.submit([5, 6], params, heard)
+        heard.finished()
+        return heard.ids
+
+    alone, others = run(), [Heard() for _ in range(5)]
+    for index, other in enumerate(others):
+        engine.submit([index + 1], greedy(10 + 9 * index, temperature=2.0), other)
+    assert run() == alone
+    assert len({tuple(other.ids[:8]) for other in others if other.finished()}) == 5
+    changed = Heard()
+    engine.submit([5, 6], greedy(20, temperature=1.0, top_p=0.98, seed=12), changed)
+    assert changed.finished() and changed.ids != alone
+
+
+def test_engine_text_is_the_tokenizers(mamba, make_engine, tokenizer):
+    engine = make_engine(mamba)
+    heard = Heard()
+    engine.submit(tokenizer("the cat")["input_ids"], greedy(40, temperature=1.0, seed=3), heard)
+    end = heard.finished()
+    assert heard.text == tokenizer.decode(heard.ids, skip_special_tokens=True)
+    assert (end.prompt_tokens, end.completion_tokens) == (
+        len(tokenizer("the cat")["input_ids"]),
+        40,
+    )
+
+
+def test_engine_stops_at_a_string_and_does_not_show_it(mamba, make_engine, tokenizer):
+    engine = make_engine(mamba)
+    free = Heard()
+    engine.submit([5, 6], greedy(30, temperature=1.0, seed=1), free)
+    free.finished()
+    stop = free.text[8:11]
+    heard = Heard()
+    engine.submit([5, 6], greedy(30, temperature=1.0, seed=1, stop=(stop,)), heard)
+    assert heard.finished().reason == "stop"
+    assert heard.text == free.text[: free.text.index(stop)]
+
+
+def test_engine_ends_at_the_end_token(make_checkpoint, make_engine, tokenizer):
+    """The end token is the likeliest from the start."""
+
+    def edit(model):
+        weight = model.backbone.embeddings.weight.data
+        weight[0] = 0
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(weight))
+
+    path = make_checkpoint("mamba", edit=edit, tie_word_embeddings=False)
+    engine = make_engine(path)
+    heard, ignored = Heard(), Heard()
+    engine.submit([5], SamplingParams(max_new_tokens=4), heard)
+    assert heard.finished() == Finished("stop", "", 1, 0) and len(heard.events) == 1
+    engine.submit([5], greedy(4), ignored)
+    assert ignored.finished().completion_tokens == 4 and ignored.ids == [0] * 4
+
+
+def test_engine_logprobs_are_the_models(mamba, make_engine, device):
+    engine = make_engine(mamba)
+    heard = Heard()
+    engine.submit([5, 6, 7], greedy(4, logprobs=3, temperature=1.0, top_k=2, seed=2), heard)
+    heard.finished()
+    model: Any = AutoModelForCausalLM.from_pretrained(mamba).to(device).eval()
+    ids = torch.tensor([[5, 6, 7, *heard.ids]], device=device)
+    with torch.no_grad():
+        truth = model(ids, use_cache=False).logits[0, 2:-1].log_softmax(-1)
+    for event, row in zip(heard.events, truth, strict=False):
+        assert isinstance(event, Token) and event.logprob is not None
+        assert event.logprob == pytest.approx(float(row[event.token_id]), abs=1e-4)
+        assert [token for token, _ in event.top_logprobs] == row.topk(3).indices.tolist()
+
+
+# Requests that end otherwise
+def test_engine_cancel_running_and_waiting(mamba, make_engine, wanted):
+    engine = make_engine(mamba, max_batch=1)
+    running, waiting, last = Heard(), Heard(), Heard()
+    first = engine.submit([5], greedy(100_000), running)
+    second = engine.submit([6], greedy(5), waiting)
+    engine.submit([7, 8, 9, 10, 11], greedy(6), last)
+    wait_for(lambda: running.ids)
+    second.cancel()
+    assert waiting.finished() == Finished("cancelled", "", 1, 0)
+    first.cancel()
+    assert running.finished().reason == "cancelled"
+    assert running.finished().completion_tokens == len(running.ids) > 0
+    last.finished()
+    assert last.ids == wanted("mamba", [7, 8, 9, 10, 11], 6)
+    first.cancel()  # nothing is left of it
+
+
+def test_engine_listener_that_fails_ends_its_request_alone(mamba, make_engine, wanted):
+    engine = make_engine(mamba, max_batch=4)
+    heard, bad = Heard(), []
+
+    def listener(event: Event) -> None:
+        bad.append(event)
+        if len(bad) >= 3:
+            raise ValueError("nobody listens")
+
+    engine.submit([5], greedy(50), heard)
+    engine.submit([6], greedy(50), listener)
+    heard.finished()
+    assert heard.ids == wanted("mamba", [5], 50)
+    end = bad[-1]
+    assert isinstance(end, Finished) and end.reason == "error" and len(bad) == 4
+    assert end.error == "ValueError: nobody listens"
+
+
+def test_engine_failing_step_ends_the_batch_and_not_the_engine(mamba, make_engine, wanted):
+    engine = make_engine(mamba, max_batch=2)
+    runner: Any = engine._decoder.runner
+    step, calls = runner.step, []
+
+    def failing(ids: torch.Tensor, shape: int) -> torch.Tensor:
+        calls.append(len(ids))
+        if len(calls) == 4:
+            raise RuntimeError("no memory\nsecond line")
+        return step(ids, shape)
+
+    before = engine.stats()["errors"]
+    runner.step = failing
+    try:
+        heard = [Heard() for _ in range(3)]
+        for one in heard:
+            engine.submit([5], greedy(9), one)
+        ends = [one.finished() for one in heard]
+    finally:
+        runner.step = step
+    assert [end.reason for end in ends] == ["error", "error", "length"]
+    assert ends[0].error == "RuntimeError: no memory"
+    assert heard[2].ids == wanted("mamba", [5], 9)
+    assert engine.stats()["errors"] == before + 2 and engine.stats()["running"] == 0
+
+
+def test_engine_failing_prompt_ends_its_request_alone(mamba, make_engine, wanted):
+    engine = make_engine(mamba, max_batch=2)
+    runner: Any = engine._decoder.runner
+    prefill = runner.prefill
+
+    def failing(prompt: torch.Tensor):
+        if len(prompt) == 2:
+            raise MemoryError
+        return prefill(prompt)
+
+    runner.prefill = failing
+    try:
+        heard = [Heard() for _ in range(3)]
+        for one, prompt in zip(heard, ([5], [6, 6], [5]), strict=True):
+            engine.submit(prompt, greedy(9), one)
+        ends = [one.finished() for one in heard]
+    finally:
+        runner.prefill = prefill
+    assert [end.reason for end in ends] == ["length", "error", "length"]
+    assert ends[1].error == "MemoryError"
+    assert heard[0].ids == heard[2].ids == wanted("mamba", [5], 9)
+
+
+def test_engine_broken_logits_end_their_request_alone(mamba, make_engine, wanted):
+    engine = make_engine(mamba, max_batch=2)
+    runner: Any = engine._decoder.runner
+    heard, broken = Heard(), Heard()
+    engine.submit([5], greedy(300), heard)
+    engine.submit([6], greedy(3000), broken)
+    wait_for(lambda: len(broken.ids) > 2)
+    runner._ssm[:, 1] = torch.nan
+    assert broken.finished().error == "the model's logits are not finite"
+    assert heard.finished().reason == "length"
+    assert heard.ids == wanted("mamba", [5], 300)
+
+
+# The whole engine
+def test_engine_stop_drains_then_cancels_then_refuses(mamba, device):
+    engine = LocalEngine(mamba, device=str(device), max_batch=2)
+    short, endless, queued = Heard(), Heard(), Heard()
+    engine.submit([5], greedy(3), short)
+    engine.submit([6], greedy(1_000_000), endless)
+    engine.start()
+    wait_for(lambda: endless.ids)
+    engine.submit([7], greedy(1_000_000), queued)
+    engine.stop(drain_s=0.3)
+    assert short.finished().reason == "length"
+    assert endless.finished().reason == queued.finished().reason == "cancelled"
+    assert len(queued.ids) > 10, "what was accepted goes on while it drains"
+    with pytest.raises(Busy, match="stopping"):
+        engine.submit([5], greedy(1), Heard())
+    engine.stop()
+    with pytest.raises(RunError, match="started before"):
+        engine.start()
+
+
+def test_engine_stop_ends_early_when_nothing_is_left(mamba, device):
+    engine = LocalEngine(mamba, device=str(device))
+    engine.start()
+    heard = Heard()
+    engine.submit([5], greedy(3), heard)
+    start = time.monotonic()
+    engine.stop(drain_s=WAIT_S)
+    assert time.monotonic() - start < WAIT_S / 2 and heard.finished().reason == "length"
+
+
+def test_engine_that_never_started_cancels_what_waits(mamba, device):
+    engine = LocalEngine(mamba, device=str(device), max_queue=2)
+    heard = [Heard(), Heard()]
+    for one in heard:
+        engine.submit([5], greedy(1), one)
+    with pytest.raises(Busy, match="2 requests wait"):
+        engine.submit([5], greedy(1), Heard())
+    assert engine.stats()["waiting"] == 2
+    engine.stop()
+    assert [one.finished().reason for one in heard] == ["cancelled"] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        ([], 1, "the prompt is empty"),
+        ([1, 300], 1, "token 300 is not in the model's vocabulary of 300"),
+        ([-1], 1, "token -1 is not"),
+        ([1] * 60, 5, r"prompt \(60 tokens\) and max_new_tokens \(5\) exceed the 64"),
+    ],
+)
+def test_engine_refuses_requests_it_cannot_serve(prompt, count, message, mamba, make_engine):
+    with pytest.raises(InputError, match=message):
+        make_engine(mamba, max_length=64).submit(
+            prompt, SamplingParams(max_new_tokens=count), Heard()
+        )
+
+
+@pytest.mark.parametrize("name", ["max_batch", "max_queue", "max_length"])
+def test_engine_refuses_limits_below_one(name, mamba):
+    with pytest.raises(InputError, match=f"{name} is 0"):
+        LocalEngine(mamba, **{name: 0})
+
+
+def test_engine_counts(mamba, device):
+    engine = LocalEngine(mamba, device=str(device), max_batch=2)
+    engine.start()
+    heard = [Heard() for _ in range(4)]
+    for one in heard:
+        engine.submit([5, 6, 7], greedy(5), one)
+    for one in heard:
+        one.finished()
+    engine.stop()
+    stats = dict(engine.stats())
+    assert 8 <= stats.pop("steps") <= 16  # the first token comes of the prompt
+    assert stats == {
+        "running": 0, "waiting": 0, "max_batch": 2, "prompt_tokens": 12, "generated_tokens": 20,
+        "requests": 4, "errors": 0,
+    }  # fmt: skip
+
+
+def test_engine_memory_does_not_grow(mamba, make_engine):
+    """Thousands of requests of every kind leave nothing behind."""
+    engine = make_engine(mamba, max_batch=8, max_queue=10_000)
+
+    def serve(count: int) -> None:
+        ended = threading.Semaphore(0)
+
+        def listener(event: Event) -> None:
+            if isinstance(event, Finished):
+                ended.release()
+
+        for index in range(count):
+            params = SamplingParams(
+                max_new_tokens=1 + index % 3,
+                temperature=float(index % 2),
+                logprobs=None if index % 5 else 2,
+                repetition_penalty=1.0 if index % 7 else 1.2,
+                stop=("zz",) if index % 3 else (),
+            )
+            request = engine.submit([1 + index % 200], params, listener)
+            if index % 11 == 0:
+                request.cancel()
+        for _ in range(count):
+            assert ended.acquire(timeout=WAIT_S)
+
+    def size() -> int:
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    serve(300)
+    tracemalloc.start()
+    serve(300)
+    before, objects = size(), len(gc.get_objects())
+    serve(2000)
+    grown, more = size() - before, len(gc.get_objects()) - objects
+    tracemalloc.stop()
+    assert grown < 100_000, f"{grown} bytes for 2000 requests"
+    assert more < 500, f"{more} objects for 2000 requests"
