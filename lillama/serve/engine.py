@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import read_config
 from lillama.errors import InputError, RunError
 from lillama.loading import choose_device, load_model, load_tokenizer
+from lillama.serve.attention import AttentionRunner
 from lillama.serve.decode import Chosen, Decoder
 from lillama.serve.mamba import MambaRunner
 from lillama.serve.request import Busy, Event, Finished, FinishReason, SamplingParams, Token
@@ -45,7 +45,7 @@ class _Request:
     ) -> None:
         self.prompt, self.params, self.on_event, self.text = prompt, params, on_event, text
         self.tokens = 0
-        self.cancelled = self.done = False
+        self.cancelled = self.done = self.broken = False
         self.ids: torch.Tensor | None = None
         self.prefill: Iterator[Prefilled | None] | None = None
 
@@ -83,7 +83,6 @@ class LocalEngine:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
-        _check_served(read_config(model))
         self.tokenizer = load_tokenizer(model)
         loaded = load_model(model, choose_device(device), dtype)
         runner = _runner_of(loaded, max_batch, max_length)
@@ -259,6 +258,8 @@ class LocalEngine:
         """Fill the places of those that are done with the last ones."""
         for slot in reversed(range(len(self._live))):
             if self._live[slot].done:
+                if self._live[slot].broken:
+                    self._decoder.runner.clear(slot)
                 last = self._live.pop()
                 if slot < len(self._live):
                     self._decoder.move(len(self._live), slot)
@@ -269,6 +270,7 @@ class LocalEngine:
         """Its next token, or its end. What fails here is this request's alone."""
         try:
             if chosen.token_id < 0:
+                request.broken = True
                 self._finish(request, "error", "the model's logits are not finite")
                 return
             if chosen.token_id in self._eos and not request.params.ignore_eos:
@@ -332,11 +334,6 @@ def _eos_of(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(found if isinstance(found, list | tuple) else [found])
 
 
-def _check_served(config: Any) -> None:
-    """Raises InputError before anything large is read."""
-    if config.model_type != "mamba":
-        raise InputError(f"the engine does not serve model_type {config.model_type!r}")
-
-
 def _runner_of(model: PreTrainedModel, slots: int, max_length: int | None) -> Runner:
-    return MambaRunner(model, slots, max_length)
+    kind = MambaRunner if model.config.model_type == "mamba" else AttentionRunner
+    return kind(model, slots, max_length)

@@ -134,8 +134,11 @@ class MambaRunner:
         self._conv[:, target] = self._conv[:, source]
         self._ssm[:, target] = self._ssm[:, source]
 
+    def clear(self, slot: int) -> None:
+        pass  # place() replaces all of it
+
     # Steps
-    def shape_of(self, batch: int) -> int:
+    def shape_of(self, live: int) -> int:
         return 0
 
     def advance(self, live: int) -> None:

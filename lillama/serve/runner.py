@@ -54,9 +54,14 @@ class Runner(Protocol):
         """Copy a slot over another."""
         ...
 
-    def shape_of(self, batch: int) -> int:
-        """The shape of the next step, beyond its batch: a CUDA graph captured at another one must
-        not be replayed."""
+    def clear(self, slot: int) -> None:
+        """Numbers that are not finite were found in a slot: nothing of them may reach the next
+        request in it."""
+        ...
+
+    def shape_of(self, live: int) -> int:
+        """The shape of the next step over the first `live` slots, beyond its batch: a CUDA graph
+        captured at another one must not be replayed."""
         ...
 
     def step(self, ids: Tensor, shape: int) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lillama.errors import InputError, RunError
+from lillama.serve import attention
+from lillama.serve import mamba as mamba_module
 from lillama.serve.engine import LocalEngine, load_engine
 from lillama.serve.request import Busy, Event, Finished, SamplingParams, Token
 
@@ -73,22 +75,28 @@ def make_engine(device):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(mamba, make_low_rank, tokenizer, tmp_path_factory) -> dict[str, Path]:
+def checkpoints(mamba, mixtral, make_low_rank, tokenizer, tmp_path_factory) -> dict[str, Path]:
     """By name: dense, and with factors in either gauge."""
     ranks = {"backbone.layers.0.mixer.in_proj": 8, "backbone.layers.1.mixer.in_proj": 16}
     ranks |= {f"backbone.layers.{i}.mixer.out_proj": 8 for i in range(2)}
-    paths = {"mamba": mamba}
+    experts = {
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}": 8
+        for i, e, w in ((0, 0, "w1"), (0, 0, "w3"), (0, 2, "w2"), (1, 1, "w1"), (1, 1, "w2"))
+    }
+    paths = {"mamba": mamba, "mixtral": mixtral}
     for name, changed in (
         ("mamba-low-rank", ranks),
         ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}),
+        ("mixtral-low-rank", experts),
     ):
         paths[name] = tmp_path_factory.mktemp(name)
-        make_low_rank("mamba", changed).save_pretrained(paths[name])
+        make_low_rank(name.partition("-")[0], changed).save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
     return paths
 
 
-KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj"]
+KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj", "mixtral", "mixtral-low-rank"]
+FAMILIES = ["mamba", "mixtral"]
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +154,19 @@ def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make
         assert one.ids == wanted(kind, PROMPTS[index % len(PROMPTS)], 3 + 5 * (index % 4)), index
 
 
-def test_engine_prompt_in_chunks_equals_generate(mamba, make_engine, wanted, monkeypatch):
-    from lillama.serve import mamba as module
-
-    monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
-    engine = make_engine(mamba)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_engine_prompt_in_chunks_equals_generate(
+    kind, checkpoints, make_engine, wanted, monkeypatch
+):
+    for module in (attention, mamba_module):
+        monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
+    engine = make_engine(checkpoints[kind])
     for length in (1, 6, 7, 8, 15, 30):
         prompt = [(3 * i) % 250 + 1 for i in range(length)]
         heard = Heard()
         engine.submit(prompt, greedy(5), heard)
         heard.finished()
-        assert heard.ids == wanted("mamba", prompt, 5), length
+        assert heard.ids == wanted(kind, prompt, 5), length
 
 
 def test_engine_seeds_repeat_in_any_batch(mamba, make_engine):
@@ -320,17 +330,22 @@ def test_engine_failing_prompt_ends_its_request_alone(mamba, make_engine, wanted
     assert heard[0].ids == heard[2].ids == wanted("mamba", [5], 9)
 
 
-def test_engine_broken_logits_end_their_request_alone(mamba, make_engine, wanted):
-    engine = make_engine(mamba, max_batch=2)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_engine_broken_logits_end_their_request_alone(kind, checkpoints, make_engine, wanted):
+    """And nothing of them reaches the next request in the slot."""
+    engine = make_engine(checkpoints[kind], max_batch=2)
     runner: Any = engine._decoder.runner
-    heard, broken = Heard(), Heard()
-    engine.submit([5], greedy(300), heard)
-    engine.submit([6], greedy(3000), broken)
+    heard, broken, after = Heard(), Heard(), Heard()
+    engine.submit([5], greedy(400), heard)
+    engine.submit([6], greedy(400), broken)
     wait_for(lambda: len(broken.ids) > 2)
-    runner._ssm[:, 1] = torch.nan
+    for state in runner._values if kind == "mixtral" else [runner._ssm[0], runner._ssm[1]]:
+        state[1] = torch.nan
     assert broken.finished().error == "the model's logits are not finite"
-    assert heard.finished().reason == "length"
-    assert heard.ids == wanted("mamba", [5], 300)
+    engine.submit([7], greedy(20), after)
+    assert after.finished().reason == heard.finished().reason == "length"
+    assert heard.ids == wanted(kind, [5], 400)
+    assert after.ids == wanted(kind, [7], 20)
 
 
 # The whole engine
