@@ -55,6 +55,7 @@ class Decoder:
         self._buckets = buckets_of(slots)
         self._ids = torch.zeros(slots, dtype=torch.int64, device=runner.device)
         self._rows = Rows.empty(slots, runner.vocab_size, runner.device)
+        self._parts = {size: self._rows.part(0, size) for size in self._buckets}
         self._capture = runner.device.type == "cuda" if capture is None else capture
         self._graphs: dict[_Size, tuple[Any, Sampled]] = {}
         self._seen: set[_Size] = set()
@@ -87,7 +88,7 @@ class Decoder:
     def _step(self, size: _Size) -> Sampled:
         ids = self._ids[: size.batch]
         logits = self.runner.step(ids, size.shape)
-        sampled = sample(logits, self._rows.part(0, size.batch), size.steps)
+        sampled = sample(logits, self._parts[size.batch], size.steps)
         ids.copy_(sampled.ids.clamp(min=0))
         return sampled
 

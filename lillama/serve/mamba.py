@@ -263,7 +263,7 @@ def _mixer_step_cpu(layer: _Layer, x: Tensor, rows: _Rows) -> Tensor:
     if layer.conv_bias is not None:
         u += layer.conv_bias
     u = F.silu(u)
-    dt, B, C = layer.x_proj(u).split(layer.sizes, dim=-1)
+    dt, B, C = layer.x_proj(u).split_with_sizes(layer.sizes, dim=-1)
     step = F.softplus(F.linear(dt, layer.dt, layer.dt_bias).float())  # [b, D]
     state = rows.ssm_last  # [b, S, D]
     state.mul_((step[:, None] * layer.log2_rate).exp2_())
