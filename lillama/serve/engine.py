@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 
 from lillama.errors import InputError, RunError
 from lillama.loading import choose_device, load_model, load_tokenizer
-from lillama.serve.attention import AttentionRunner
 from lillama.serve.decode import Chosen, Decoder
 from lillama.serve.mamba import MambaRunner
+from lillama.serve.mixtral import MixtralRunner
 from lillama.serve.request import Busy, Event, Finished, FinishReason, SamplingParams, Token
 from lillama.serve.runner import PREFILL_CHUNK, Prefilled, Runner
 from lillama.serve.text import TextStream
@@ -57,12 +57,12 @@ class LocalEngine:
     """The `Engine` of a checkpoint folder, dense or compressed (see lillama.serve.request).
 
     Args:
-        model: local checkpoint folder of a Mamba-1 model or of one with full attention.
+        model: local checkpoint folder of a Mamba-1 or Mixtral model.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: as `lillama.loading.load_model`.
         max_batch: requests that generate at once, at least 1.
         max_length: tokens of prompt and output together; None is what the model has positions for,
-            at most 4096 (attention), or 2^20 (Mamba).
+            at most 4096 (Mixtral), or 2^20 (Mamba).
         max_queue: requests that wait at most.
 
     Raises:
@@ -335,5 +335,5 @@ def _eos_of(model: PreTrainedModel) -> frozenset[int]:
 
 
 def _runner_of(model: PreTrainedModel, slots: int, max_length: int | None) -> Runner:
-    kind = MambaRunner if model.config.model_type == "mamba" else AttentionRunner
+    kind = MambaRunner if model.config.model_type == "mamba" else MixtralRunner
     return kind(model, slots, max_length)

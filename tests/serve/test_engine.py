@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.modules.replace import replace_modules
-from lillama.serve import attention
 from lillama.serve import mamba as mamba_module
+from lillama.serve import mixtral as mixtral_module
 from lillama.serve.engine import LocalEngine, load_engine
 from lillama.serve.request import Event, Finished, SamplingParams, Token
 
@@ -174,7 +174,7 @@ def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make
 def test_engine_prompt_in_chunks_equals_generate(
     kind, checkpoints, make_engine, wanted, monkeypatch
 ):
-    for module in (attention, mamba_module):
+    for module in (mixtral_module, mamba_module):
         monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
     engine = make_engine(checkpoints[kind])
     for length in (1, 6, 7, 8, 15, 30):
@@ -355,7 +355,7 @@ def test_engine_broken_logits_end_their_request_alone(kind, checkpoints, make_en
     engine.submit([5], greedy(400), heard)
     engine.submit([6], greedy(400), broken)
     wait_for(lambda: len(broken.ids) > 2)
-    for state in runner._values if kind == "mixtral" else [runner._ssm[0], runner._ssm[1]]:
+    for state in runner._kv if kind == "mixtral" else [runner._ssm[0], runner._ssm[1]]:
         state[1] = torch.nan
     assert broken.finished().error == "the model's logits are not finite"
     engine.submit([7], greedy(20), after)
