@@ -219,33 +219,50 @@ def _rotations(rotary: nn.Module, like: Tensor, places: Tensor) -> tuple[Tensor,
 def _experts_cpu(experts: Any) -> Experts:
     """What low_rank_experts computes, for the few rows of a step on a CPU, where cutting out every
     expert's weights at every call would take most of the time."""
-    num_experts = experts.num_experts
-    if isinstance(experts, LowRankExperts):
-        gates, ups, downs = (factors.by_expert() for factors in experts.factors())
-    else:
-        half = experts.gate_up_proj.shape[1] // 2
-        halves = [weight.split(half) for weight in experts.gate_up_proj.data]
-        gates, ups = ([(pair[i],) for pair in halves] for i in range(2))
-        downs = [(weight,) for weight in experts.down_proj.data]
+    inner, downs = _gated_cpu(experts)
 
-    def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        places: list[list[tuple[int, int]]] = [[] for _ in range(num_experts)]
+    def one(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        parts = [
+            _products(inner(x, expert), downs[expert]) * weight
+            for expert, weight in zip(index[0].tolist(), weights[0].to(x.dtype), strict=True)
+        ]
+        return sum(parts[1:], parts[0])
+
+    def several(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        places: dict[int, list[tuple[int, int]]] = {}
         for row, chosen in enumerate(index.tolist()):
             for k, expert in enumerate(chosen):
-                places[expert].append((row, k))
+                places.setdefault(expert, []).append((row, k))
         out = torch.zeros_like(x)
         weights = weights.to(x.dtype)
-        for expert, found in enumerate(places):
-            if not found:
-                continue
-            rows = torch.tensor([row for row, _ in found])
-            given = x if len(x) == 1 else x[rows]
-            y = F.silu(_products(given, gates[expert])) * _products(given, ups[expert])
-            share = weights[rows, [k for _, k in found], None]
-            out.index_add_(0, rows, _products(y, downs[expert]) * share)
+        # in the experts' order, so that a row's sum does not depend on the others
+        for expert in sorted(places):
+            rows, ks = torch.tensor(places[expert]).unbind(1)
+            y = _products(inner(x[rows], expert), downs[expert])
+            out.index_add_(0, rows, y * weights[rows, ks, None])
         return out
 
-    return run
+    return lambda x, index, weights: (one if len(x) == 1 else several)(x, index, weights)
+
+
+def _gated_cpu(
+    experts: Any,
+) -> tuple[Callable[[Tensor, int], Tensor], list[tuple[Tensor, ...]]]:
+    """silu(gate(x)) * up(x) of one expert, and the weights of every expert's down."""
+    if isinstance(experts, LowRankExperts):
+        gates, ups, downs = (factors.by_expert() for factors in experts.factors())
+
+        def low_rank(x: Tensor, expert: int) -> Tensor:
+            return F.silu(_products(x, gates[expert])) * _products(x, ups[expert])
+
+        return low_rank, downs
+    both = experts.gate_up_proj.data.unbind(0)
+
+    def dense(x: Tensor, expert: int) -> Tensor:
+        gate, up = F.linear(x, both[expert]).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return dense, [(weight,) for weight in experts.down_proj.data]
 
 
 def _products(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
