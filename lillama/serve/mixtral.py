@@ -250,6 +250,8 @@ def _gated_cpu(
 ) -> tuple[Callable[[Tensor, int], Tensor], list[tuple[Tensor, ...]]]:
     """silu(gate(x)) * up(x) of one expert, and the weights of every expert's down."""
     if isinstance(experts, LowRankExperts):
+        for parameter in experts.parameters():
+            lay_out(parameter)
         gates, ups, downs = (factors.by_expert() for factors in experts.factors())
 
         def low_rank(x: Tensor, expert: int) -> Tensor:

@@ -75,14 +75,14 @@ class Runner(Protocol):
 
 
 def lay_out(weight: nn.Parameter) -> nn.Parameter:
-    """The same weight [N, K]; on a CPU, where N > K, with columns side by side in memory.
+    """The same weight [..., N, K]; on a CPU, where N > K, with columns side by side in memory.
 
     A product with one row then adds columns to a result that stays in the cache, instead of
     starting a short sum for each of N outputs: 1.3x to 2.8x faster on 2 AMD EPYC cores, weights not
     in the cache. Changed in place, so that no second copy stays.
     """
-    if weight.device.type == "cpu" and weight.shape[0] > weight.shape[1]:
-        weight.data = weight.data.t().contiguous().t()
+    if weight.device.type == "cpu" and weight.shape[-2] > weight.shape[-1]:
+        weight.data = weight.data.mT.contiguous().mT
     return weight
 
 
