@@ -117,6 +117,16 @@ def test_text_unfinished_character_is_given_at_the_end(tokenizer):
     assert pieces[-1].endswith("\N{REPLACEMENT CHARACTER}")
 
 
+def test_text_of_a_tokenizer_without_a_fast_backend(tokenizer):
+    class Slow:
+        """Only what every tokenizer of transformers has."""
+
+        decode, convert_ids_to_tokens = tokenizer.decode, tokenizer.convert_ids_to_tokens
+
+    ids = tokenizer("naïve 日本 🙂🙃 end")["input_ids"]
+    assert pieces_of(Slow(), ids) == pieces_of(tokenizer, ids)
+
+
 # Stop strings
 STOPS = {
     "inside a token": ("the cat sat on", ("at",), "the c"),
