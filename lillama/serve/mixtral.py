@@ -38,17 +38,17 @@ class _Layer(NamedTuple):
     input_norm: Tensor
     post_norm: Tensor
     eps: float
-    qkv: nn.Parameter
-    out: nn.Parameter
+    qkv: Tensor
+    out: Tensor
     router: Tensor
     experts: Experts
 
 
 class _At(NamedTuple):
-    """Where the rows of a step are: index [b, 1, 1, 1] of each row's position, mask
-    [b, 1, 1, n], cos and sin [b, 1, d], sin's first half negated."""
+    """Where the rows of a step are: place [b, 1, 1, 1] int64, the position of each; mask
+    [b, 1, 1, n]; cos and sin [b, 1, d], sin's first half negated."""
 
-    index: Tensor
+    place: Tensor
     mask: Tensor
     cos: Tensor
     sin: Tensor
@@ -146,9 +146,9 @@ class MixtralRunner:
     def step(self, ids: Tensor, shape: int) -> Tensor:
         # rows that are not live count on, and must stay inside
         position = self._lengths[: len(ids)].clamp(max=shape - 1)
-        index = position[:, None, None, None]
+        place = position[:, None, None, None]
         cos, sin = self._cos[position][:, None], self._sin[position][:, None]
-        at = _At(index, self._places[:shape] <= index, cos, sin)
+        at = _At(place, self._places[:shape] <= place, cos, sin)
         x = F.embedding(ids, self._embeddings)
         for layer, kv in zip(self._layers, self._kv, strict=True):
             x = x + self._attention(layer, _normed(x, layer.input_norm, layer.eps), kv, at)
@@ -164,7 +164,7 @@ class MixtralRunner:
         turned = torch.addcmul(turned * at.cos, turned.roll(size // 2, -1), at.sin)
         new = torch.cat([turned[:, self._heads :], heads[:, self._heads + h :]], dim=1)[:, :, None]
         rows = kv[:b]
-        rows.scatter_(2, at.index.expand(new.shape), new)
+        rows.scatter_(2, at.place.expand(new.shape), new)
         seen = rows[:, :, : at.mask.shape[-1]]
         # the queries of one key head side by side, as if they were tokens
         queries = turned[:, : self._heads].reshape(b, h, -1, size)
@@ -198,10 +198,10 @@ def _layer(block: Any, device: torch.device) -> _Layer:
     )
 
 
-def _joined(modules: list[nn.Linear]) -> nn.Parameter:
+def _joined(modules: list[nn.Linear]) -> Tensor:
     """The weights of layers with one input as one [sum of N_i, K]; theirs become views of it."""
-    joined = nn.Parameter(torch.cat([module.weight.data for module in modules]), False)
-    parts = lay_out(joined).data.split([module.out_features for module in modules])
+    joined = lay_out(torch.cat([module.weight.data for module in modules]))
+    parts = joined.split([module.out_features for module in modules])
     for module, part in zip(modules, parts, strict=True):
         module.weight.data = part
     return joined

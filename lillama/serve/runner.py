@@ -74,7 +74,7 @@ class Runner(Protocol):
         ...
 
 
-def lay_out(weight: nn.Parameter) -> nn.Parameter:
+def lay_out(weight: Tensor) -> Tensor:
     """The same weight [..., N, K]; on a CPU, where N > K, with columns side by side in memory.
 
     A product with one row then adds columns to a result that stays in the cache, instead of

@@ -352,13 +352,13 @@ def test_engine_broken_logits_end_their_request_alone(kind, checkpoints, make_en
     engine = make_engine(checkpoints[kind], max_batch=2)
     runner: Any = engine._decoder.runner
     heard, broken, after = Heard(), Heard(), Heard()
-    engine.submit([5], greedy(400), heard)
-    engine.submit([6], greedy(400), broken)
+    engine.submit([5], greedy(200), heard)
+    engine.submit([6], greedy(200), broken)
     wait_for(lambda: len(broken.ids) > 2)
     for state in runner._kv if kind == "mixtral" else [runner._ssm[0], runner._ssm[1]]:
         state[1] = torch.nan
     assert broken.finished().error == "the model's logits are not finite"
     engine.submit([7], greedy(20), after)
     assert after.finished().reason == heard.finished().reason == "length"
-    assert heard.ids == wanted(kind, [5], 400)
+    assert heard.ids == wanted(kind, [5], 200)
     assert after.ids == wanted(kind, [7], 20)
