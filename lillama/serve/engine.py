@@ -65,13 +65,17 @@ class LocalEngine:
             at most 4096 (Mixtral), or 2^20 (Mamba).
         max_queue: requests that wait at most.
 
+    Attributes:
+        tokenizer: the checkpoint's.
+        max_length: as resolved.
+
     Raises:
         InputError: a folder, device or model that cannot be used.
     """
 
     def __init__(
         self,
-        model: Path,
+        model: str | Path,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -83,8 +87,9 @@ class LocalEngine:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1")
-        self.tokenizer = load_tokenizer(model)
-        loaded = load_model(model, choose_device(device), dtype)
+        path = Path(model)
+        self.tokenizer = load_tokenizer(path)
+        loaded = load_model(path, choose_device(device), dtype)
         runner = _runner_of(loaded, max_batch, max_length)
         self.max_length = runner.max_length
         self._vocab_size = runner.vocab_size
@@ -167,6 +172,9 @@ class LocalEngine:
     def _run(self) -> None:
         error = None
         try:
+            device = self._decoder.runner.device
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # of this thread: captures and kernels go there
             while self._wait():
                 self._drop_cancelled()
                 self._admit()
@@ -314,7 +322,7 @@ class LocalEngine:
             self._finish(request, reason, error)
 
 
-def load_engine(path: Path, **options: Any) -> LocalEngine:
+def load_engine(path: str | Path, **options: Any) -> LocalEngine:
     """The engine of a checkpoint folder, not started; options and errors as `LocalEngine`."""
     return LocalEngine(path, **options)
 

@@ -18,7 +18,7 @@ from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 __all__ = ["PREFILL_CHUNK", "Prefilled", "Runner", "lay_out", "projection"]
 
 # Tokens of a prompt computed at once, between two decode steps of the other requests
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 256
 
 
 class Prefilled(NamedTuple):

@@ -46,7 +46,7 @@ def test_mamba_steps_agree_with_those_of_a_gpu(ranks, impl, make_low_rank, make_
     """The GPU's step, by our operations: "triton" is the kernels in the interpreter."""
 
     def made() -> MambaRunner:
-        sizes = {"num_hidden_layers": 1}
+        sizes = {"num_hidden_layers": 1, "time_step_rank": 8}
         model = make_low_rank("mamba", ranks, **sizes) if ranks else make_model("mamba", **sizes)
         return MambaRunner(model, 3, None)
 
