@@ -19,6 +19,16 @@ __all__ = ["Chosen", "Decoder", "buckets_of"]
 
 logger = logging.getLogger(__name__)
 
+# The steps that are captured: each is a graph for every size. What a batch needs is rounded up to
+# one of them, which gives the same tokens.
+_CAPTURED = (
+    Steps(),
+    Steps(draw=True),
+    Steps(draw=True, filters=True),
+    Steps(penalty=True, draw=True, filters=True),
+    Steps(penalty=True, draw=True, filters=True, logprobs=True),
+)
+
 
 class Chosen(NamedTuple):
     """A row's next token, read back: token_id is -1 where the model's logits are not finite."""
@@ -80,7 +90,8 @@ class Decoder:
     def step(self, live: Sequence[SamplingParams]) -> list[Chosen]:
         """One token for each of the first len(live) slots, which sample like that."""
         batch = next(size for size in self._buckets if size >= len(live))
-        size = _Size(batch, self.runner.shape_of(len(live)), steps_of(live))
+        steps = _covering(steps_of(live)) if self._capture else steps_of(live)
+        size = _Size(batch, self.runner.shape_of(len(live)), steps)
         sampled = self._replayed(size) if self._capture else self._step(size)
         self.runner.advance(len(live))
         return _read(sampled, live)
@@ -116,6 +127,15 @@ class Decoder:
         graph, sampled = self._graphs[size]
         graph.replay()
         return sampled
+
+
+def _covering(steps: Steps) -> Steps:
+    """The first captured steps that do all of these."""
+    return next(
+        more
+        for more in _CAPTURED
+        if all(has >= needs for has, needs in zip(more, steps, strict=True))
+    )
 
 
 def _read(sampled: Sampled, live: Sequence[SamplingParams]) -> list[Chosen]:

@@ -2,6 +2,7 @@
 graphs here are fakes: there is no GPU."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -133,6 +134,24 @@ def test_decoder_steps_at_fixed_batch_sizes():
     for live in range(1, 7):
         decoder.step([SamplingParams()] * live)
     assert runner.batches == [1, 2, 4, 4, 6, 6]
+
+
+def test_decoder_captures_a_few_kinds_of_steps(fakes):
+    """Whatever requests ask for, so that graphs do not fill the memory."""
+    decoder = Decoder(CountingRunner(1), 1, capture=True)  # type: ignore[arg-type]
+    FakeGraph.decoder = decoder
+    for bits in itertools.product((False, True), repeat=4):
+        penalty, draw, filters, logprobs = bits
+        params = SamplingParams(
+            repetition_penalty=1.0 + penalty,
+            temperature=float(draw),
+            min_p=0.1 * filters,
+            logprobs=1 if logprobs else None,
+        )
+        for _ in range(3):
+            (chosen,) = decoder.step([params])
+            assert (chosen.logprob is not None) == logprobs
+    assert FakeGraph.captures == 5
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,8 @@ def test_mixtral_slot_that_is_not_live_stays_inside(make_model):
         *_, done = runner.prefill(PROMPT)
         assert done is not None
         runner.place(0, done.state)
-        for _ in range(2):
-            for _ in range(20):
-                logits = runner.step(torch.tensor([3, 4]), 8)
-            runner.place(0, done.state)
-    assert logits.isfinite().all()
+        for _ in range(40):
+            assert runner.step(torch.tensor([3, 4]), 8).isfinite().all()
 
 
 # Refusals
