@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 SUITES = [
     *("low_rank_linear", "low_rank_linears", "distill_loss"),
     *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block", "compress"),
+    "decode",
 ]
 # suites with no more rows are printed whole
 FEW = 12

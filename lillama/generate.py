@@ -53,6 +53,8 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=config.max_new_tokens,
+            # a generation_config.json may turn it off, and every token then costs the whole text
+            use_cache=True,
             pad_token_id=tokenizer.eos_token_id if pad is None else pad,
             **sampling,
         )
