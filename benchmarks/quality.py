@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,27 +33,28 @@ from lillama.data import evaluation_blocks
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import load_model, load_tokenizer
 
-DEFAULT, PAPER = PRESETS["default"], PRESETS["paper"]
-# Each is a recipe, with options besides
+DEFAULT, FAST, PAPER = PRESETS["default"], PRESETS["fast"], PRESETS["paper"]
+# without embeddings and head; then also in the plain gauge
+BLOCKS_ONLY: dict[str, Any] = {"vocabulary": False}
+PLAIN: dict[str, Any] = {"vocabulary": False, "gauge": "plain"}
 METHODS: dict[str, Recipe] = {
     "svd": dataclasses.replace(PAPER, strategy="uniform", train=False),
     "whitened svd": dataclasses.replace(PRESETS["whitened"], train=False),
     "paper": PAPER,
     "paper, rate 1e-3": dataclasses.replace(PAPER, learning_rate=1e-3),
     "whitened": PRESETS["whitened"],
-    "fast": PRESETS["fast"],
+    "fast, plain gauge, blocks only": dataclasses.replace(FAST, **PLAIN),
+    "fast, blocks only": dataclasses.replace(FAST, **BLOCKS_ONLY),
+    "fast": FAST,
+    "default, uniform ranks": dataclasses.replace(DEFAULT, **PLAIN, strategy="uniform"),
+    "default, whitened init": dataclasses.replace(DEFAULT, **PLAIN, init="whitened"),
+    "default, plain gauge, blocks only": dataclasses.replace(DEFAULT, **PLAIN),
+    "default, blocks only": dataclasses.replace(DEFAULT, **BLOCKS_ONLY),
     "default": DEFAULT,
-    "default, uniform ranks": dataclasses.replace(DEFAULT, strategy="uniform"),
-    "default, whitened init": dataclasses.replace(DEFAULT, init="whitened"),
-    "default, rate 1e-3": dataclasses.replace(DEFAULT, learning_rate=1e-3),
-    "default, rate 5e-4": dataclasses.replace(DEFAULT, learning_rate=5e-4),
-    "fast, pivot gauge": PRESETS["fast"],
-    "default, pivot gauge": DEFAULT,
+    "fast, then finetune": FAST,
+    "default, then finetune": DEFAULT,
 }
-OPTIONS: dict[str, dict[str, Any]] = {
-    "fast, pivot gauge": {"gauge": "pivot"},
-    "default, pivot gauge": {"gauge": "pivot"},
-}
+FINETUNED = {"fast, then finetune", "default, then finetune"}
 # evenly spaced over each held-out text
 BLOCKS = 200
 
@@ -84,8 +86,7 @@ def measure(
 
 
 def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {"tokens": arguments.tokens, "seq_len": arguments.seq_len,
-                               **OPTIONS.get(cell["method"], {})}  # fmt: skip
+    options: dict[str, Any] = {"tokens": arguments.tokens, "seq_len": arguments.seq_len}
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
@@ -97,6 +98,15 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, A
             )  # fmt: skip
         finally:
             del PRESETS["cell"]
+        if cell["method"] in FINETUNED:
+            better = Path(folder) / "better"
+            started = time.monotonic()
+            lillama.finetune(
+                out, better, base=arguments.teacher, text=arguments.text, seed=cell["seed"],
+                **options,
+            )  # fmt: skip
+            report["seconds"] += round(time.monotonic() - started, 2)
+            out = better
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
         texts = {
             file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))

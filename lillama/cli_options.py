@@ -30,6 +30,7 @@ __all__ = [
     "Texts",
     "TokensOption",
     "TrainOption",
+    "TrainingTokens",
 ]
 
 Model = Annotated[
@@ -63,9 +64,11 @@ StrategyOption = Annotated[
     ),
 ]
 GaugeOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="How factors are stored: plain, or pivot (linear layers only): more rank at one size."
+        help="How factors are stored: plain, or pivot (linear layers only): more rank at one "
+        "size; the preset's choice when left out.",
+        show_default=False,
     ),
 ]
 TargetsOption = Annotated[
@@ -94,7 +97,14 @@ EventsOption = Annotated[
     Path | None, typer.Option(help="File to append JSON lines to: losses, blocks, the end.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")]
-TokensOption = Annotated[int, typer.Option(help="Calibration tokens.")]
+TokensOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Calibration tokens; when left out 2,000,000, with preset fast 262,144.",
+        show_default=False,
+    ),
+]
+TrainingTokens = Annotated[int, typer.Option(help="Training tokens.")]
 TrainOption = Annotated[
     bool, typer.Option(help="Train the factors, or stop at the initialisation.")
 ]

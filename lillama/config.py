@@ -72,6 +72,10 @@ class Recipe:
     evaluations: int = 6
     # False: the factors stay as they were initialised
     train: bool = True
+    # calibration tokens where the caller names no number; moments alone need few
+    tokens: int = 2_000_000
+    # where the caller names none; pivot only where every target is a linear layer, else plain
+    gauge: Gauge = "pivot"
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         if self.learning_rate_width is None:
@@ -91,9 +95,14 @@ _DEFAULT = Recipe(
 )
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
-    "fast": dataclasses.replace(_DEFAULT, train=False),
+    "fast": dataclasses.replace(_DEFAULT, train=False, tokens=262_144),
     "whitened": dataclasses.replace(
-        _DEFAULT, init="whitened", strategy="uniform", shrinkage=3.0, vocabulary=False
+        _DEFAULT,
+        init="whitened",
+        strategy="uniform",
+        shrinkage=3.0,
+        vocabulary=False,
+        gauge="plain",
     ),
     "paper": Recipe(
         init="svd",
@@ -105,6 +114,7 @@ PRESETS: dict[str, Recipe] = {
         weight_decay=0.01,
         gradient_clip=None,
         vocabulary=False,
+        gauge="plain",
     ),
 }
 
@@ -146,8 +156,9 @@ class PlanConfig:
     preset: Preset = "default"
     strategy: Strategy | None = None
     targets: tuple[str, ...] | None = None
-    gauge: Gauge = "plain"
-    tokens: int = 2_000_000
+    # None: the preset's
+    gauge: Gauge | None = None
+    tokens: int | None = None
     seq_len: int = 512
     train: bool = True
     # host bytes for the streams between two blocks; what does not fit goes to files beside OUT
@@ -161,8 +172,8 @@ class PlanConfig:
             )
         _choice("--preset", self.preset, tuple(PRESETS))
         _choice("--strategy", self.strategy, get_args(Strategy), optional=True)
-        _choice("--gauge", self.gauge, get_args(Gauge))
-        _at_least("--tokens", self.tokens, 1)
+        _choice("--gauge", self.gauge, get_args(Gauge), optional=True)
+        _at_least("--tokens", self.num_tokens, 1)
         _at_least("--seq-len", self.seq_len, 2)
         _at_least("--activation-memory", self.activation_memory, 0)
         object.__setattr__(self, "train", self.train and self.recipe.train)
@@ -170,6 +181,11 @@ class PlanConfig:
     @property
     def recipe(self) -> Recipe:
         return PRESETS[self.preset]
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens."""
+        return self.recipe.tokens if self.tokens is None else self.tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +232,7 @@ class CompressConfig(PlanConfig):
         plain["model"] = str(self.model)
         plain["text"] = [str(path) for path in self.text]
         plain["targets"] = None if self.targets is None else list(self.targets)
+        plain["tokens"] = self.num_tokens
         return {**plain, "preset_values": dataclasses.asdict(self.recipe)}
 
 

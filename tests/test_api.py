@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
 import lillama
 from lillama.config import (
+    PRESETS,
     CompressConfig,
     EvalConfig,
     FinetuneConfig,
@@ -62,6 +64,18 @@ def test_api_kernels_impl_is_exported_and_checks_its_name():
         pass
 
 
+def test_presets_say_how_many_tokens_and_which_gauge():
+    found = {name: (recipe.tokens, recipe.gauge) for name, recipe in PRESETS.items()}
+    assert found == {
+        "default": (2_000_000, "pivot"),
+        "fast": (262_144, "pivot"),
+        "whitened": (2_000_000, "plain"),
+        "paper": (2_000_000, "plain"),
+    }
+    assert PlanConfig(model=Path("m"), reduction=0.2, preset="fast").num_tokens == 262_144
+    assert PlanConfig(model=Path("m"), reduction=0.2, tokens=7).num_tokens == 7
+
+
 def test_api_errors_have_the_exit_codes():
     assert (InputError.exit_code, RunError.exit_code) == (2, 1)
     assert issubclass(InputError, LillamaError) and issubclass(RunError, LillamaError)
@@ -74,8 +88,8 @@ DEFAULTS = {
         "preset": "default",
         "strategy": None,
         "targets": None,
-        "gauge": "plain",
-        "tokens": 2_000_000,
+        "gauge": None,
+        "tokens": None,
         "seq_len": 512,
         "loss": "joint",
         "packing": True,
@@ -92,8 +106,8 @@ DEFAULTS = {
         "preset": "default",
         "strategy": None,
         "targets": None,
-        "gauge": "plain",
-        "tokens": 2_000_000,
+        "gauge": None,
+        "tokens": None,
         "seq_len": 512,
         "train": True,
         "activation_memory": 4 * 2**30,

@@ -36,6 +36,7 @@ def recipe_json(
         "command": "compress",
         "options": options.recorded(),
         "strategy": plan.strategy,
+        "gauge": plan.gauge,
         "model_sha256": digest.hexdigest(),
         "data_sha256": {"train": blocks[0].sha256, "held_out": blocks[1].sha256},
         "versions": {
@@ -109,7 +110,7 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
         "base_model": str(options.model),
         "base_revision": None,
         "recipe": options.preset,
-        "tokens": options.tokens,
+        "tokens": options.num_tokens,
         "producer": f"lillama {__version__}",
     }
     return values

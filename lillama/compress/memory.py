@@ -139,7 +139,9 @@ def _sensitivity_bytes(
     config, blocks = plan.config, plan.config.num_hidden_layers
     first = 0 if plan.strategy == "global" else min(plan.blocks, default=blocks)
     recipe = options.recipe
-    rows = -(-min(recipe.sensitivity_tokens, options.tokens) // options.seq_len) * options.seq_len
+    rows = (
+        -(-min(recipe.sensitivity_tokens, options.num_tokens) // options.seq_len) * options.seq_len
+    )
     one = rows * config.hidden_size * FP32
     streams = min((blocks + 2) * one, options.activation_memory // one * one)
     width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
@@ -173,7 +175,9 @@ def peak_memory(
     base_bytes is what the process holds before it starts (`resident_bytes`).
     """
     prefix = f"{plan.family.embedding.partition('.')[0]}.layers"
-    count = -(-options.tokens // options.seq_len) + held_out_blocks(options.tokens, options.seq_len)
+    count = -(-options.num_tokens // options.seq_len) + held_out_blocks(
+        options.num_tokens, options.seq_len
+    )
     one = count * options.seq_len * plan.config.hidden_size * FP32
     streams = min(3 * one, options.activation_memory // one * one if one else 0)
     embeddings = plan.config.vocab_size * plan.config.hidden_size

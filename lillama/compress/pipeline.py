@@ -48,9 +48,9 @@ def _calibration(options: CompressConfig, plan: Plan) -> tuple[TokenBlocks, Toke
     blocks = calibration_blocks(
         options.text,
         tokenizer,
-        tokens=options.tokens,
+        tokens=options.num_tokens,
         seq_len=options.seq_len,
-        held_out_blocks=held_out_blocks(options.tokens, options.seq_len),
+        held_out_blocks=held_out_blocks(options.num_tokens, options.seq_len),
         seed=options.seed,
         packing=options.packing,
     )

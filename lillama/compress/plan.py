@@ -211,6 +211,13 @@ def _bytes_before(path: Path, config: PretrainedConfig, params: int, needs_weigh
     return params * dtype_of(config).itemsize
 
 
+def _gauge(options: PlanConfig, family: Family) -> Gauge:
+    """The preset's, where it fits every target in the blocks."""
+    targets = set(options.targets or family.default_targets) - set(family.vocabulary)
+    fits = targets <= set(family.targets)
+    return options.recipe.gauge if fits else "plain"
+
+
 def _check_vocabulary_targets(options: PlanConfig) -> None:
     if options.recipe.init != "fisher":
         raise InputError(
@@ -234,7 +241,8 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     model = skeleton(config)
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     vocabulary = options.recipe.vocabulary and strategy == "global"
-    matrices = find_matrices(model, family, options.targets, options.gauge, vocabulary=vocabulary)
+    gauge = options.gauge or _gauge(options, family)
+    matrices = find_matrices(model, family, options.targets, gauge, vocabulary=vocabulary)
     if any(m.name in family.vocabulary.values() for m in matrices):
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -251,7 +259,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         item_bytes=bytes_before / params,
         max_reduction=max_removable(matrices, strategy, rules) / params,
         ranks_are_final=strategy != "global",
-        gauge=options.gauge,
+        gauge=gauge,
     )
 
 
@@ -262,7 +270,7 @@ def plan(
     preset: Preset = "default",
     strategy: Strategy | None = None,
     targets: tuple[str, ...] | None = None,
-    gauge: Gauge = "plain",
+    gauge: Gauge | None = None,
     **options: Any,
 ) -> dict:
     """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.

@@ -82,7 +82,7 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def wait_for(holds: Callable[[], Any], what: str, seconds: float = 10) -> None:
+def wait_for(holds: Callable[[], Any], what: str, seconds: float = 60) -> None:
     deadline_s = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline_s, f"not within {seconds} s: {what}"
