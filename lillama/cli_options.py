@@ -13,6 +13,7 @@ __all__ = [
     "DeviceOption",
     "DtypeOption",
     "EventsOption",
+    "FormatOption",
     "GaugeOption",
     "Json",
     "LearningRate",
@@ -66,6 +67,12 @@ GaugeOption = Annotated[
     str,
     typer.Option(
         help="How factors are stored: plain, or pivot (linear layers only): more rank at one size."
+    ),
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        help="dense: factors multiplied out; plain or pivot: the other gauge (linear layers only)."
     ),
 ]
 TargetsOption = Annotated[

@@ -7,7 +7,14 @@ import inspect
 import pytest
 
 import lillama
-from lillama.config import CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig, PlanConfig
+from lillama.config import (
+    CompressConfig,
+    EvalConfig,
+    ExportConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PlanConfig,
+)
 from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
@@ -16,12 +23,13 @@ SUBMODULES = [
     "lillama.compress.plan",
     "lillama.compress.pipeline",
     "lillama.evaluate",
+    "lillama.export",
     "lillama.generate",
     "lillama.cli",
 ]
 
 
-@pytest.mark.parametrize("name", ["compress", "plan", "eval", "generate"])
+@pytest.mark.parametrize("name", ["compress", "plan", "eval", "export", "generate"])
 def test_api_names_stay_functions_after_importing_submodules(name):
     for module in SUBMODULES:
         importlib.import_module(module)
@@ -98,6 +106,7 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
+    ExportConfig: {"format": "dense"},
     FinetuneConfig: {
         "tokens": 2_000_000,
         "seq_len": 512,

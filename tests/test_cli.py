@@ -210,7 +210,9 @@ def test_cli_version(lillama_command):
 
 def test_cli_without_a_command_is_one_line(lillama_command):
     assert_one_line(
-        lillama_command(), 2, "no command given; use compress, finetune, plan, eval or generate"
+        lillama_command(),
+        2,
+        "no command given; use compress, finetune, plan, eval, generate or export",
     )
     assert_one_line(lillama_command("--verbose"), 2, "no command given")
 

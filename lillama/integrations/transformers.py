@@ -40,7 +40,14 @@ from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
 
-__all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "dense_shapes", "register"]
+__all__ = [
+    "LillamaConfig",
+    "LillamaQuantizer",
+    "attach_quantizer",
+    "dense_shapes",
+    "kept_dense",
+    "register",
+]
 
 # where torch places the tensors it allocates itself
 ALIGNMENT_BYTES = 64
@@ -172,7 +179,7 @@ def dense_shapes(
     return shapes
 
 
-def _kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> list[str]:
+def kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> list[str]:
     """Hub names of the matrices without a rank in experts modules that have one elsewhere."""
     naming, ranked = family.experts, set(ranks)
     if naming is None:
@@ -209,7 +216,7 @@ class LillamaQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         ranks: dict[str, int] = self.quantization_config.ranks
         gauge = self.quantization_config.gauge
-        shapes = dense_shapes(model, family, [*ranks, *_kept_dense(model, family, ranks)])
+        shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files and all(file.suffix == ".safetensors" for file in files):
             present = {
