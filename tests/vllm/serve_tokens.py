@@ -1,4 +1,4 @@
-"""python serve_tokens.py FOLDER JSON: greedy tokens of vLLM as the last line of stdout.
+"""python serve_tokens.py FOLDER JSON: greedy tokens of vLLM, as a line TOKENS [[..]] of stdout.
 
 A process of its own: vLLM reads its environment once, and forks.
 """
@@ -30,7 +30,8 @@ def main() -> None:
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    sys.stdout.write("\n" + json.dumps([list(o.outputs[0].token_ids) for o in outputs]) + "\n")
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    sys.stdout.write(f"\nTOKENS {json.dumps(tokens)}\n")
 
 
 if __name__ == "__main__":
