@@ -206,6 +206,7 @@ def _run_vllm(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).parent),  # mamba_on_cpu, for the workers
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # one core each; on one NUMA node vLLM asks for this
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(processes))),

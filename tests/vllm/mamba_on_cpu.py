@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-__all__ = ["install"]
+__all__ = ["MambaOnCpu", "install"]
 
 
 def _step(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
@@ -86,3 +86,10 @@ def install() -> None:
     ops.selective_scan_fwd = _scan
     ops.selective_state_update_cpu = update
     ops.onednn_mm = lambda handler, x, bias: product(handler, x.contiguous(), bias)
+
+
+class MambaOnCpu:
+    """What vLLM imports in each of its workers (`worker_extension_cls`), and with it the rest."""
+
+
+install()

@@ -10,14 +10,11 @@ from pathlib import Path
 
 def main() -> None:
     folder, request = sys.argv[1], json.loads(sys.argv[2])
-    sys.path.insert(0, str(Path(__file__).parent))
     from vllm import LLM, SamplingParams
 
-    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "mamba":
-        import mamba_on_cpu
-
-        mamba_on_cpu.install()
     options = {"dtype": "float32", "enforce_eager": True, **request["options"]}
+    if json.loads((Path(folder) / "config.json").read_text())["model_type"] == "mamba":
+        options["worker_extension_cls"] = "mamba_on_cpu.MambaOnCpu"
     llm = LLM(
         folder,
         skip_tokenizer_init=True,
