@@ -58,14 +58,15 @@ def test_multiplied_out_is_rounded_once():
 
 def test_not_loaded_names_what_is_not_finite_or_no_permutation():
     good = {"a": torch.ones(3), "o": torch.tensor([2, 0, 1], dtype=torch.int32)}
-    assert not_loaded(good) == ""
+    assert not_loaded(good) == []
     bad = {
         "nan": torch.tensor([1.0, torch.nan]),
         "inf": torch.tensor([torch.inf]),
         "twice": torch.tensor([0, 1, 1], dtype=torch.int32),
         "unset": torch.tensor([-1, -1]),
+        "": torch.tensor([torch.nan]),
     }
-    assert not_loaded({**good, **bad}) == "nan, inf, twice, unset"
+    assert not_loaded({**good, **bad}) == ["nan", "inf", "twice", "unset", ""]
 
 
 @pytest.mark.parametrize(

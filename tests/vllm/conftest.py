@@ -83,12 +83,14 @@ def mamba_ranks() -> dict[str, int]:
 def dense_model(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if kind == "mamba":
-        model = MambaForCausalLM(MambaConfig(**COMMON, state_size=16, time_step_rank=8))
+        # with tied embeddings each token only repeats itself
+        config = MambaConfig(**COMMON, state_size=16, time_step_rank=8, tie_word_embeddings=False)
+        model = MambaForCausalLM(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "proj.weight" in name:
                     parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
-                elif "embeddings" in name:
+                elif "embeddings" in name or "lm_head" in name:
                     parameter.normal_()
         return model
     if kind == "mixtral":

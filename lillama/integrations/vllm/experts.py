@@ -193,8 +193,7 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
                 delattr(layer, f"{name}_lr_{suffix}")
         for name in PROJECTIONS:
             for suffix in "ABW":
-                tensor = getattr(layer, f"{name}_{suffix}")
-                if tensor.numel() and not_loaded({"": tensor.data}) != "":
+                if not_loaded({"it": getattr(layer, f"{name}_{suffix}").data}):
                     raise ValueError(self._damaged(layer, name, suffix))
         self._check_device(layer)
         self.flat_ranks = [_padded(rank) for name in PROJECTIONS for rank in self.ranks[name]]

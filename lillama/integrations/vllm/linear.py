@@ -194,7 +194,7 @@ class LowRankLinearMethod(LinearMethodBase):
             for name in ("lr_A", "lr_B", "lr_C", "lr_order", "weight")
             if hasattr(layer, name) and self._slices(layer, name)[index][1]
         }
-        bad = not_loaded(found)
+        bad = ", ".join(not_loaded(found))
         if bad:
             raise ValueError(
                 f"the checkpoint lacks {bad}, or holds NaN or infinity there; it is damaged"

@@ -66,9 +66,9 @@ def multiplied_out(A: Tensor, B: Tensor) -> Tensor:
     return (B.float() @ A.float()).to(A.dtype)
 
 
-def not_loaded(tensors: dict[str, Tensor]) -> str:
-    """Names of tensors, filled with NaN before loading, that are not finite after it; "" if none.
-    An integer one must be a permutation."""
+def not_loaded(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of tensors, filled with NaN before loading, that are not finite after it. An integer
+    one must be a permutation."""
     bad = []
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
@@ -77,4 +77,4 @@ def not_loaded(tensors: dict[str, Tensor]) -> str:
             fine = torch.equal(tensor.sort().values, torch.arange(len(tensor)).to(tensor))
         if not fine:
             bad.append(name)
-    return ", ".join(bad)
+    return bad
