@@ -235,7 +235,7 @@ def _config_json(source: _Source, format: str, reduction: float) -> dict[str, An
         values["quantization_config"] |= {
             "gauge": format,
             "reduction": reduction,
-            "producer": f"lillama {__version__}",
+            "producer": {"name": "lillama", "version": __version__},
         }
     return values
 

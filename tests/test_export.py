@@ -161,8 +161,12 @@ def test_export_changes_the_gauge_there_and_back(dtype, make_source, tmp_path):
     assert values["reduction"] == pytest.approx(1 - report["params"] / params)
 
 
-def test_export_pivot_to_plain_and_without_the_plugin_still_refused(pivot, tmp_path):
+def test_export_pivot_to_plain_keeps_the_sentinel_and_says_who_wrote_it(pivot, tmp_path):
     export(pivot, tmp_path / "plain", format="plain")
+    for folder in (pivot, tmp_path / "plain"):
+        values = json.loads((folder / "config.json").read_text())["quantization_config"]
+        # vLLM asks every quantization_config for producer.name
+        assert values["producer"] == {"name": "lillama", "version": lillama.__version__}
     assert_close(logits_of(tmp_path / "plain"), logits_of(pivot))
     assert not any(n.endswith((".lr_C", ".lr_order")) for n in read_headers(tmp_path / "plain"))
     # the sentinel went along

@@ -61,7 +61,8 @@ class LillamaConfig(QuantizationConfigMixin):
         format_version: of the on-disk format.
         gauge: "plain" or "pivot".
         reduction: share of the whole model's parameters removed.
-        base_model, base_revision, recipe, tokens, producer: where the model comes from.
+        base_model, base_revision, recipe, tokens, producer: where the model comes from; producer
+            is {"name", "version"}, or "name version" as it once was.
 
     Raises:
         InputError: unknown keys, another format version or gauge, or no ranks.
@@ -79,7 +80,7 @@ class LillamaConfig(QuantizationConfigMixin):
         base_revision: str | None = None,
         recipe: str | None = None,
         tokens: int | None = None,
-        producer: str | None = None,
+        producer: dict[str, str] | str | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -104,7 +105,10 @@ class LillamaConfig(QuantizationConfigMixin):
         self.base_revision = base_revision
         self.recipe = recipe
         self.tokens = tokens
-        self.producer = producer
+        # an object in any case: vLLM reads its "name", whoever made the checkpoint
+        name, _, version = (producer if isinstance(producer, str) else "").partition(" ")
+        named = {"name": name, "version": version} if name else {}
+        self.producer = producer if isinstance(producer, dict) else named
 
 
 class _StackFactors(ConversionOps):

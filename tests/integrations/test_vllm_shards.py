@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lillama.integrations import vllm
+from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.shards import (
     Part,
     local_rows,
@@ -67,6 +68,12 @@ def test_not_loaded_names_what_is_not_finite_or_no_permutation():
         "": torch.tensor([torch.nan]),
     }
     assert not_loaded({**good, **bad}) == ["nan", "inf", "twice", "unset", ""]
+
+
+@pytest.mark.parametrize("producer", [None, "lillama 0.1.0", {"name": "lillama"}], ids=str)
+def test_every_config_names_its_producer_as_vllm_asks_for_it(producer):
+    values = LillamaConfig(ranks={"a": 1}, producer=producer).to_dict()
+    assert values["producer"].get("name") == (producer and "lillama")
 
 
 @pytest.mark.parametrize(

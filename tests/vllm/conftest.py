@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from lillama.compress.gauge import rounded, to_pivot
+from lillama.integrations.transformers import LillamaConfig
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -160,12 +161,7 @@ def make_served(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
         write_sentinel(stored, min(ranks), as_saved)
         if edit is not None:
             edit(stored)
-        config["quantization_config"] = {
-            "quant_method": "lillama",
-            "format_version": 1,
-            "ranks": ranks,
-            "gauge": gauge,
-        }
+        config["quantization_config"] = LillamaConfig(ranks=ranks, gauge=gauge).to_dict()
         (root / "served").mkdir()
         (root / "served" / "config.json").write_text(json.dumps(config))
         for folder, content in (("served", stored), ("dense", dense)):

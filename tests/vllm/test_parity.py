@@ -4,6 +4,10 @@ fp32, 3 prompts, 16 greedy tokens each; every one must be the same.
 """
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lillama
 
 TP = {"tensor_parallel_size": 2}
 EP = {**TP, "enable_expert_parallel": True}
@@ -49,3 +53,27 @@ def test_vllm_takes_the_sentinel_as_save_pretrained_writes_it(
     served, dense = make_served("mixtral", as_saved=True)
     found, output = run_vllm(served)
     assert found == transformers_tokens(dense), output[-6000:]
+
+
+@torch.no_grad()
+def far_from_uniform(model: torch.nn.Module) -> None:
+    """So that rounding does not change the largest logit."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.2)
+
+
+def test_vllm_serves_what_compress_and_save_pretrained_write(
+    make_checkpoint, text_file, tmp_path, transformers_tokens, run_vllm
+):
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
+    base = make_checkpoint("mixtral", edit=far_from_uniform, **sizes)
+    options = {"tokens": 300, "seq_len": 32, "preset": "whitened", "device": "cpu"}
+    lillama.compress(base, tmp_path / "out", reduction=0.2, text=text_file, **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    wanted = transformers_tokens(tmp_path / "out")
+    assert len({token for tokens in wanted for token in tokens}) > 10, "says nothing"
+    for folder in ("out", "again"):
+        found, output = run_vllm(tmp_path / folder)
+        assert found == wanted, output[-6000:]
