@@ -1,7 +1,10 @@
 """export: the same model in other files, all of it or nothing."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -226,6 +229,31 @@ def test_export_takes_over_what_a_kill_left_and_nothing_else(sources, tmp_path):
     assert_close(logits_of(tmp_path / "new"), logits_of(sources["mamba"]))
 
 
+KILLED = """
+import os, signal, sys
+import lillama
+module = sys.modules["lillama.export"]
+write = module.write_shard
+def killed(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+module.write_shard = killed
+lillama.export(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_export_killed_leaves_no_new_folder_and_can_be_run_again(sources, tmp_path):
+    new = tmp_path / "new"
+    command = [sys.executable, "-c", KILLED, str(sources["mamba"]), str(new)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths})
+    assert result.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["new.unfinished"]
+    assert list((tmp_path / "new.unfinished").glob("*.safetensors"))
+    export(sources["mamba"], new)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def broken(source: Path, out: Path, edit) -> Path:
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")
@@ -294,6 +322,16 @@ def test_export_refuses_what_it_cannot_do(mamba, sources, pivot, tmp_path):
     with pytest.raises(InputError, match="new exists; choose another NEW"):
         export(pivot, new)
     assert list(tmp_path.iterdir()) == [new]
+
+
+@pytest.mark.parametrize("format", ["dense", "pivot", "plain"])
+def test_export_knows_the_space_it_will_need(format, sources, pivot, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(module, "check_space", lambda out, num_bytes: needed.append(num_bytes))
+    report = export(
+        pivot if format == "plain" else sources["mamba"], tmp_path / "new", format=format
+    )
+    assert needed == [report["bytes_after"]]
 
 
 def test_export_without_space_starts_nothing(sources, tmp_path, monkeypatch):
