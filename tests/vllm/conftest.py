@@ -98,7 +98,12 @@ def dense_model(kind: str) -> torch.nn.Module:
         return MixtralForCausalLM(
             MixtralConfig(**ATTENTION, num_local_experts=4, num_experts_per_tok=2)
         )
-    return LlamaForCausalLM(LlamaConfig(**ATTENTION))
+    model = LlamaForCausalLM(LlamaConfig(**ATTENTION, attention_bias=True, mlp_bias=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    return model
 
 
 def factorised(

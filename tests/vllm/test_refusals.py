@@ -19,6 +19,11 @@ def no_linear_factor(tensors: dict[str, Tensor]) -> None:
     del tensors[f"{LINEAR}.lr_B"]
 
 
+def too_many_rows(tensors: dict[str, Tensor]) -> None:
+    """More than wanted could be cut down to what one process holds."""
+    tensors[f"{LINEAR}.lr_B"] = tensors[f"{LINEAR}.lr_B"].repeat(2, 1)
+
+
 def not_a_number(tensors: dict[str, Tensor]) -> None:
     tensors[f"{LINEAR}.lr_C"][3, 2] = float("nan")
 
@@ -33,6 +38,7 @@ def no_permutation(tensors: dict[str, Tensor]) -> None:
         ("mixtral", "plain", no_expert_factor, "the checkpoint lacks lr_B of model.layers.1."),
         ("mixtral", "plain", expert_of_another_rank, "it does not fit its config.json"),
         ("mamba", "plain", no_linear_factor, f"the checkpoint lacks {LINEAR}.lr_B, or"),
+        ("mamba", "plain", too_many_rows, f"{LINEAR}.lr_B is [1024, 45], wanted [512, 45]"),
         ("mamba", "pivot", not_a_number, f"the checkpoint lacks {LINEAR}.lr_C, or holds NaN"),
         ("mamba", "pivot", no_permutation, f"the checkpoint lacks {LINEAR}.lr_order, or"),
     ],

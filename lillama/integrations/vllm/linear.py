@@ -99,6 +99,12 @@ class LowRankLinearMethod(LinearMethodBase):
         """N of a matrix, of all processes."""
         return part.rows * self._place(layer, part)[1]
 
+    def _whole_shape(self, layer: Any, part: Part, name: str) -> tuple[int, ...]:
+        """Of a tensor as the checkpoint has it."""
+        N, K, R = self._whole_rows(layer, part), layer.input_size, part.rank
+        shapes = {"lr_A": (R, K), "lr_B": (N, R), "lr_C": (N - R, R), "weight": (N, K)}
+        return shapes.get(name, (N,))
+
     def _shapes(
         self, layer: Any, dtype: torch.dtype
     ) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -165,19 +171,19 @@ class LowRankLinearMethod(LinearMethodBase):
                         f"{part.name} has a rank in config.json and a .weight in the checkpoint"
                     )
                 return
-            _, shape = self._slices(layer, name)[index]
-            if not shape:
+            if not self._slices(layer, name)[index][1]:
                 raise ValueError(f"{part.name}.{name} is in the checkpoint, not in config.json")
-            value = loaded
-            if name in ("lr_A", "weight") and self.row and layer.tp_size > 1:
-                value = value.narrow(1, layer.tp_rank * self.in_features, self.in_features)
-            if name in ("lr_B", "weight") and not self.row and layer.tp_size > 1:
-                value = value[self._rows(layer, part, value.device)]
-            if tuple(value.shape) != shape:
+            wanted = self._whole_shape(layer, part, name)
+            if tuple(loaded.shape) != wanted:
                 raise ValueError(
-                    f"{part.name}.{name} is {list(loaded.shape)}, {list(value.shape)} of it for "
-                    f"this process, wanted {list(shape)}: it does not fit its config.json"
+                    f"{part.name}.{name} is {list(loaded.shape)}, wanted {list(wanted)}: it does "
+                    "not fit its config.json"
                 )
+            value = loaded
+            if name in ("lr_A", "weight") and self.row:
+                value = value.narrow(1, layer.tp_rank * self.in_features, self.in_features)
+            elif name in ("lr_B", "weight"):
+                value = value[self._rows(layer, part, value.device)]
             self._view(layer, name, index).copy_(value)
 
         parameter.weight_loader = load  # type: ignore[attr-defined]
@@ -199,7 +205,7 @@ class LowRankLinearMethod(LinearMethodBase):
             raise ValueError(
                 f"the checkpoint lacks {bad}, or holds NaN or infinity there; it is damaged"
             )
-        parts = [self._settled(layer, i, part, found) for i, part in enumerate(self.parts)]
+        parts = [self._settled(layer, part, found) for part in self.parts]
         factors = [tensors for tensors in parts if "B" in tensors or "C" in tensors]
         for name in ("lr_A", "lr_B", "lr_C", "lr_order", "weight"):
             if hasattr(layer, name):
@@ -219,9 +225,7 @@ class LowRankLinearMethod(LinearMethodBase):
     def _keep(layer: Any, name: str, tensor: Tensor) -> None:
         layer.register_parameter(name, Parameter(tensor.contiguous(), requires_grad=False))
 
-    def _settled(
-        self, layer: Any, index: int, part: Part, found: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _settled(self, layer: Any, part: Part, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"W"} of a dense part, {"A", "B"}, or {"A", "C", "order"}, each a tensor of its own."""
         if not part.rank:
             return {"W": found[f"{part.name}.weight"].clone()}
