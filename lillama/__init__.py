@@ -5,6 +5,7 @@
     lillama.eval(OUT, "held_out.txt", against=MODEL)
     lillama.finetune(OUT, BETTER, base=MODEL, text="calibration.txt")
     lillama.generate(OUT, "Once upon")
+    lillama.export(OUT, DENSE, format="dense")
     with lillama.kernels_impl("reference"): ...
 
 Importing this package registers the checkpoint format with transformers, so that
@@ -18,6 +19,7 @@ from lillama.compress.pipeline import compress
 from lillama.compress.plan import plan
 from lillama.errors import InputError, LillamaError, RunError
 from lillama.evaluate import evaluate as eval
+from lillama.export import export
 from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
 from lillama.version import __version__
@@ -29,6 +31,7 @@ __all__ = [
     "__version__",
     "compress",
     "eval",
+    "export",
     "finetune",
     "generate",
     "kernels_impl",

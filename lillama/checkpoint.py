@@ -38,6 +38,7 @@ __all__ = [
     "read_shard_headers",
     "sentinel",
     "sentinel_names",
+    "sentinel_pattern",
     "tensor_bytes",
 ]
 
@@ -212,21 +213,25 @@ def sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, 
     return f"{parsed[0]}.down_proj", (1, 1, 1)
 
 
-def sentinel_names(names: Iterable[str], family: Family, ranks: Mapping[str, int]) -> list[str]:
-    """The sentinel among a checkpoint's tensors, however it was written.
+def sentinel_pattern(family: Family, ranks: Mapping[str, int]) -> re.Pattern[str]:
+    """What the sentinel may be called, however the checkpoint was written; whole names.
 
     save_pretrained of transformers renames an experts module's sentinel, or splits it into one
     tensor an expert.
     """
     first = _first(family, ranks)
-    parsed = None if family.experts is None else family.experts.parse(first)
-    own = sentinel(family, ranks)[0]
-    if parsed is None or family.experts is None:
-        return [name for name in names if name == own]
+    own = re.escape(sentinel(family, ranks)[0])
+    if family.experts is None or family.experts.parse(first) is None:
+        return re.compile(f"^{own}$")
     block = first.partition(f".{family.experts.hub}.")[0]
     inside = rf"{re.escape(block)}\.{re.escape(family.experts.hub)}"
-    saved = re.compile(rf"{inside}\.(\d+\.[^.]+\.weight|down_proj)")
-    return [name for name in names if name == own or saved.fullmatch(name)]
+    return re.compile(rf"^({own}|{inside}\.(\d+\.[^.]+\.weight|down_proj))$")
+
+
+def sentinel_names(names: Iterable[str], family: Family, ranks: Mapping[str, int]) -> list[str]:
+    """The sentinel among a checkpoint's tensors (see `sentinel_pattern`)."""
+    pattern = sentinel_pattern(family, ranks)
+    return [name for name in names if pattern.fullmatch(name)]
 
 
 def check_factors(

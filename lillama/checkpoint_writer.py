@@ -14,11 +14,11 @@ from lillama.errors import InputError, RunError
 from lillama.journal import Journal, locked
 from lillama.shard_file import Entry, file_sha256, write_shard
 
-__all__ = ["CheckpointWriter", "check_space", "differences"]
+__all__ = ["CheckpointWriter", "check_space", "differences", "disk_errors", "sync"]
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {path}: {error}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,7 +104,7 @@ class CheckpointWriter:
                     f"{out} is not a model compressed by lillama; --overwrite does not replace it"
                 )
         try:
-            with _disk_errors(self.staging):
+            with disk_errors(self.staging):
                 resumed = self._enter_staging()
                 self.journal = Journal(self.staging)
             if resumed:
@@ -119,7 +119,7 @@ class CheckpointWriter:
     def _check_holder(self) -> None:
         """Refuse a folder that another process is writing, before anything in it is looked at."""
         if (self.staging / ".lock").exists():
-            with _disk_errors(self.staging), locked(self.staging, self.out):
+            with disk_errors(self.staging), locked(self.staging, self.out):
                 pass
 
     def _enter_staging(self) -> bool:
@@ -134,7 +134,7 @@ class CheckpointWriter:
             # at once or not at all: a kill leaves nothing that is taken for a recipe
             half = self.staging / ".recipe"
             half.write_text(json.dumps(self.recipe, indent=2) + "\n", "utf-8")
-            _sync(half)
+            sync(half)
             half.rename(self.staging / "recipe.json")
         return there
 
@@ -146,7 +146,7 @@ class CheckpointWriter:
     def _put_back(self) -> None:
         """Undo the first half of an exchange that was cut short."""
         if self._replaced.is_dir() and not self.staging.is_symlink() and not self.out.exists():
-            with _disk_errors(self.out):
+            with disk_errors(self.out):
                 self._replaced.rename(self.out)
 
     def _discard(self) -> None:
@@ -194,7 +194,7 @@ class CheckpointWriter:
             if record["kind"] != "shard" and self.done(record["piece"]) is not None:
                 continue
             named.add(record["file"])
-            with _disk_errors(file):
+            with disk_errors(file):
                 found = file_sha256(file) if file.is_file() else "nothing"
             if found != record["sha256"]:
                 state = "is missing" if found == "nothing" else "does not have its checksum"
@@ -204,7 +204,7 @@ class CheckpointWriter:
                 )
         for entry in self.staging.iterdir():
             if entry.name not in named and not entry.name.startswith("journal-"):
-                with _disk_errors(entry):
+                with disk_errors(entry):
                     entry.unlink()
 
     def __enter__(self) -> "CheckpointWriter":
@@ -254,7 +254,7 @@ class CheckpointWriter:
 
     def note(self, kind: str, **record: object) -> None:
         """Enter something that is no file into the journal."""
-        with _disk_errors(self.staging):
+        with disk_errors(self.staging):
             self.journal.append({"kind": kind, **record})
 
     def step_of(self, piece: str) -> dict[str, Any] | None:
@@ -277,9 +277,9 @@ class CheckpointWriter:
         entries: Iterable[Entry],
         record: Mapping[str, object],
     ) -> None:
-        with _disk_errors(file):
+        with disk_errors(file):
             digest = write_shard(file, entries)
-            _sync(self.staging)
+            sync(self.staging)
             entry = {"kind": kind, "piece": piece, "file": file.name, "sha256": digest}
             self.journal.append({**record, **entry})
         if kind == "shard":
@@ -297,7 +297,7 @@ class CheckpointWriter:
         return found
 
     def _write_json(self, name: str, value: object) -> None:
-        with _disk_errors(self.staging / name):
+        with disk_errors(self.staging / name):
             (self.staging / name).write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
     def finish(
@@ -311,7 +311,7 @@ class CheckpointWriter:
         """Write the JSON files and the card, copy `copies`, and put OUT in place."""
         headers = self.headers
         total = sum(header.num_bytes for header in headers.values())
-        with _disk_errors(self.staging):
+        with disk_errors(self.staging):
             for file in copies:
                 shutil.copyfile(file, self.staging / file.name)
             (self.staging / "README.md").write_text(model_card, "utf-8")
@@ -320,10 +320,10 @@ class CheckpointWriter:
         self._write_json("model.safetensors.index.json", index)
         self._write_json("report.json", report)
         self._write_json("config.json", config)
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             for file in self.staging.iterdir():
-                _sync(file)
-            _sync(self.staging)
+                sync(file)
+            sync(self.staging)
             self._put_in_place()
 
     def _put_in_place(self) -> None:
@@ -334,7 +334,7 @@ class CheckpointWriter:
         except BaseException:
             self._put_back()
             raise
-        _sync(self.out.parent)
+        sync(self.out.parent)
         shutil.rmtree(self.out / self._replaced.name, ignore_errors=True)
         for file in (*self.out.glob("journal-*.jsonl"), self.out / ".lock"):
             file.unlink(missing_ok=True)

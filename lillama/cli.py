@@ -2,21 +2,16 @@
 stdout."""
 
 import dataclasses
-import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from lillama.cli_options import (
     ActivationMemory,
@@ -25,6 +20,7 @@ from lillama.cli_options import (
     DeviceOption,
     DtypeOption,
     EventsOption,
+    FormatOption,
     GaugeOption,
     Json,
     LearningRate,
@@ -44,8 +40,16 @@ from lillama.cli_options import (
     TrainingTokens,
     TrainOption,
 )
+from lillama.cli_output import errors, print_json, print_rows, progress_bar
 from lillama.cli_serve import serve
-from lillama.config import CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig, parse_bytes
+from lillama.config import (
+    CompressConfig,
+    EvalConfig,
+    ExportConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    parse_bytes,
+)
 from lillama.errors import InputError, LillamaError
 from lillama.version import __version__
 
@@ -57,8 +61,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_errors = Console(stderr=True)
-
 # BadParameter < UsageError < ClickException: typer exports the first only, and may vendor click.
 _CommandError: Any = typer.BadParameter.__mro__[2]
 
@@ -68,8 +70,8 @@ def _defaults(config: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
-_COMPRESS, _EVAL, _FINETUNE, _GENERATE = map(
-    _defaults, (CompressConfig, EvalConfig, FinetuneConfig, GenerateConfig)
+_COMPRESS, _EVAL, _EXPORT, _FINETUNE, _GENERATE = map(
+    _defaults, (CompressConfig, EvalConfig, ExportConfig, FinetuneConfig, GenerateConfig)
 )
 ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
 
@@ -80,46 +82,6 @@ def _names(values: str | None) -> tuple[str, ...] | None:
         if values is None
         else tuple(part.strip() for part in values.split(",") if part.strip())
     )
-
-
-class _Rate(ProgressColumn):
-    """Tokens a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if not task.speed else f"{task.speed:,.0f} tok/s")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with stage, rate and time left; silent where stderr is no terminal."""
-    columns = (
-        TextColumn("{task.description:<20}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        _Rate(),
-        TimeRemainingColumn(),
-    )
-    # on a file or pipe rich would still write an empty line
-    with Progress(
-        *columns, console=_errors, transient=True, disable=not _errors.is_terminal
-    ) as bar:
-        task = bar.add_task("start", total=None)
-
-        def update(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
-
-        yield update
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document), flush=True)
-
-
-def _print_rows(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
-    for key, value in rows.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
-    Console().print(table)
 
 
 @app.command()
@@ -149,7 +111,7 @@ def compress(
     """Make MODEL smaller: factorise its weights and train the factors block by block."""
     from lillama.compress.pipeline import compress as run
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(
             model,
             out,
@@ -176,10 +138,10 @@ def compress(
     if report.pop("rank", 0):
         return  # under torchrun the first one speaks
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     blocks = report.pop("blocks")
-    _print_rows(f"{out}: {len(blocks)} blocks compressed", report)
+    print_rows(f"{out}: {len(blocks)} blocks compressed", report)
 
 
 @app.command()
@@ -212,7 +174,7 @@ def plan(
         activation_memory=parse_bytes("--activation-memory", activation_memory),
     )
     if as_json:
-        _print_json(document)
+        print_json(document)
         return
     table = Table(title=f"{model}, --reduction {reduction}")
     for column in ("matrix", "shape", "rank", "break-even", "params before", "params after"):
@@ -222,7 +184,7 @@ def plan(
         numbers = (row["rank"], row["break_even_rank"], row["params_before"], row["params_after"])
         table.add_row(row["name"], shape, *(f"{number:,}" for number in numbers))
     Console().print(table)
-    _print_rows("whole model", document)
+    print_rows("whole model", document)
 
 
 @app.command("eval")
@@ -241,7 +203,7 @@ def evaluate(
     """Perplexity and bits per byte on held-out text; with --against also what was retained."""
     from lillama.evaluate import evaluate as run
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(
             model,
             tuple(text),
@@ -253,9 +215,9 @@ def evaluate(
             device=device,
         )
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_rows(str(model), report)
+        print_rows(str(model), report)
 
 
 @app.command()
@@ -275,7 +237,7 @@ def finetune(
     """Train a compressed MODEL end to end on its base model's predictions."""
     from lillama.compress.finetune import finetune as run
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(
             model,
             out,
@@ -290,9 +252,9 @@ def finetune(
             device=device,
         )
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_rows(str(out), report)
+        print_rows(str(out), report)
 
 
 @app.command()
@@ -320,6 +282,23 @@ def generate(
     print(prompt + text, flush=True)
 
 
+@app.command()
+def export(
+    model: Model,
+    out: Out,
+    format: FormatOption = _EXPORT["format"],
+    as_json: Json = False,
+) -> None:
+    """Write a compressed MODEL in another format: dense, for tools that know nothing of lillama."""
+    from lillama.export import export as run
+
+    report = run(model, out, format=format)
+    if as_json:
+        print_json(report)
+    else:
+        print_rows(str(out), report)
+
+
 app.command()(serve)
 
 
@@ -339,14 +318,15 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    handler = RichHandler(console=_errors, show_path=False)
+    handler = RichHandler(console=errors, show_path=False)
     package = logging.getLogger("lillama")
     package.handlers = [handler]
     package.setLevel(logging.INFO if verbose else logging.WARNING)
     package.propagate = False
     if context.invoked_subcommand is None:
         raise InputError(
-            "no command given; use compress, finetune, plan, eval, generate or serve (see --help)"
+            "no command given; use compress, finetune, plan, eval, generate, export or serve (see "
+            "--help)"
         )
 
 

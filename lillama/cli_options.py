@@ -13,6 +13,7 @@ __all__ = [
     "DeviceOption",
     "DtypeOption",
     "EventsOption",
+    "FormatOption",
     "GaugeOption",
     "Json",
     "LearningRate",
@@ -69,6 +70,12 @@ GaugeOption = Annotated[
         help="How factors are stored: plain, or pivot (linear layers only): more rank at one "
         "size; the preset's choice when left out.",
         show_default=False,
+    ),
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        help="dense: factors multiplied out; plain or pivot: the other gauge (linear layers only)."
     ),
 ]
 TargetsOption = Annotated[

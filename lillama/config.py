@@ -14,6 +14,8 @@ __all__ = [
     "RANK_MULTIPLE",
     "CompressConfig",
     "EvalConfig",
+    "ExportConfig",
+    "ExportFormat",
     "FinetuneConfig",
     "Gauge",
     "GenerateConfig",
@@ -30,6 +32,7 @@ Preset = Literal["default", "fast", "whitened", "paper"]
 Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
 Gauge = Literal["plain", "pivot"]
+ExportFormat = Literal["dense", "plain", "pivot"]
 
 # Ranks are multiples of this: grouped matrix products need rows of 16 bytes (8 bf16 numbers).
 RANK_MULTIPLE = 8
@@ -292,6 +295,18 @@ class FinetuneConfig:
         plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
         texts = {"text": [str(path) for path in self.text]}
         return {**plain, "model": str(self.model), "base": str(self.base), **texts}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportConfig:
+    """Options of `lillama export`."""
+
+    model: Path
+    out: Path
+    format: ExportFormat = "dense"
+
+    def __post_init__(self) -> None:
+        _choice("--format", self.format, get_args(ExportFormat))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -40,6 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", choices=["cpu", "cuda"], help="where the tests compute"
     )
+
+
+def pytest_report_header() -> list[str]:
+    if importlib.util.find_spec("vllm") is None:
+        return ["not collected: tests/vllm, which needs vLLM (make test-vllm)"]
+    return []
 
 
 @pytest.fixture(scope="session")

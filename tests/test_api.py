@@ -12,6 +12,7 @@ from lillama.config import (
     PRESETS,
     CompressConfig,
     EvalConfig,
+    ExportConfig,
     FinetuneConfig,
     GenerateConfig,
     PlanConfig,
@@ -25,12 +26,13 @@ SUBMODULES = [
     "lillama.compress.plan",
     "lillama.compress.pipeline",
     "lillama.evaluate",
+    "lillama.export",
     "lillama.generate",
     "lillama.cli",
 ]
 
 
-@pytest.mark.parametrize("name", ["compress", "plan", "eval", "generate"])
+@pytest.mark.parametrize("name", ["compress", "plan", "eval", "export", "generate"])
 def test_api_names_stay_functions_after_importing_submodules(name):
     for module in SUBMODULES:
         importlib.import_module(module)
@@ -119,6 +121,7 @@ DEFAULTS = {
         "dtype": "auto",
         "device": "auto",
     },
+    ExportConfig: {"format": "dense"},
     FinetuneConfig: {
         "tokens": 2_000_000,
         "seq_len": 512,

@@ -115,7 +115,7 @@ def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
 def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
     tmp_path, monkeypatch, start
 ):
-    monkeypatch.setattr(checkpoint_writer, "_sync", lambda path: None)
+    monkeypatch.setattr(checkpoint_writer, "sync", lambda path: None)
     overwrite = start == "old"
     write(tmp_path / "old", fill=1)
     CheckpointWriter(tmp_path / "new", RECIPE, list(SHARDS)).add_shard(

@@ -111,6 +111,6 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
         "base_revision": None,
         "recipe": options.preset,
         "tokens": options.num_tokens,
-        "producer": f"lillama {__version__}",
+        "producer": {"name": "lillama", "version": __version__},
     }
     return values

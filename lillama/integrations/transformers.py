@@ -41,7 +41,14 @@ from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
 
-__all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "dense_shapes", "register"]
+__all__ = [
+    "LillamaConfig",
+    "LillamaQuantizer",
+    "attach_quantizer",
+    "dense_shapes",
+    "kept_dense",
+    "register",
+]
 
 # where torch places the tensors it allocates itself
 ALIGNMENT_BYTES = 64
@@ -55,7 +62,8 @@ class LillamaConfig(QuantizationConfigMixin):
         format_version: of the on-disk format.
         gauge: "plain" or "pivot".
         reduction: share of the whole model's parameters removed.
-        base_model, base_revision, recipe, tokens, producer: where the model comes from.
+        base_model, base_revision, recipe, tokens, producer: where the model comes from; producer
+            is {"name", "version"}, or "name version" as it once was.
 
     Raises:
         InputError: unknown keys, another format version or gauge, or no ranks.
@@ -73,7 +81,7 @@ class LillamaConfig(QuantizationConfigMixin):
         base_revision: str | None = None,
         recipe: str | None = None,
         tokens: int | None = None,
-        producer: str | None = None,
+        producer: dict[str, str] | str | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
     ) -> None:
@@ -98,7 +106,10 @@ class LillamaConfig(QuantizationConfigMixin):
         self.base_revision = base_revision
         self.recipe = recipe
         self.tokens = tokens
-        self.producer = producer
+        # an object in any case: vLLM reads its "name", whoever made the checkpoint
+        name, _, version = (producer if isinstance(producer, str) else "").partition(" ")
+        named = {"name": name, "version": version} if name else {}
+        self.producer = producer if isinstance(producer, dict) else named
 
 
 class _StackFactors(ConversionOps):
@@ -173,7 +184,7 @@ def dense_shapes(
     return shapes
 
 
-def _kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> list[str]:
+def kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> list[str]:
     """Hub names of the matrices without a rank in experts modules that have one elsewhere."""
     naming, ranked = family.experts, set(ranks)
     if naming is None:
@@ -217,7 +228,7 @@ class LillamaQuantizer(HfQuantizer):
         family = family_of(model.config.model_type)
         ranks = self._ranks(model, family)
         gauge = self.quantization_config.gauge
-        shapes = dense_shapes(model, family, [*ranks, *_kept_dense(model, family, ranks)])
+        shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files and all(file.suffix == ".safetensors" for file in files):
             dropped = f"{family.head}." if len(ranks) < len(self.quantization_config.ranks) else ()

@@ -1,0 +1,372 @@
+"""A compressed checkpoint for tools that do not know its format, or in the other gauge.
+
+Format "dense" multiplies the factors out: W = B A, or cat([A, C A])[order] in the pivot gauge; in
+fp32, rounded once to the dtype of the factors. The result is an ordinary checkpoint of the base
+model's size. Formats "plain" and "pivot" change the gauge and keep the product.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lillama.checkpoint import (
+    TensorHeader,
+    check_factors,
+    compression_of,
+    is_pivot,
+    read_config,
+    read_headers,
+    read_shard_headers,
+    sentinel,
+    sentinel_names,
+)
+from lillama.checkpoint_writer import check_space, disk_errors, sync
+from lillama.compress.gauge import plain_of, rounded, to_pivot
+from lillama.config import ExportConfig
+from lillama.errors import InputError, RunError
+from lillama.families import Family, family_of
+from lillama.integrations.transformers import dense_shapes, kept_dense
+from lillama.journal import locked
+from lillama.loading import count_params, skeleton
+from lillama.shard_file import DTYPES, Entry, entries_of, write_shard
+from lillama.version import __version__
+
+__all__ = ["export"]
+
+INDEX = "model.safetensors.index.json"
+# in the staging folder: what a kill left over is known to be ours
+MARK = ".export"
+
+
+@dataclass
+class _Source:
+    """What is read: `shapes` {matrix: (N, K)} of every factorised matrix and every `lr_W`."""
+
+    path: Path
+    family: Family
+    ranks: dict[str, int]
+    gauge: str
+    headers: dict[str, TensorHeader]
+    shapes: dict[str, tuple[int, int]]
+    sentinels: set[str]
+    _open: dict[Path, Any] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        file = self.headers[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(file, "pt", backend="pread")
+        return self._open[file].get_tensor(name)
+
+    def copy(self, name: str, new_name: str | None = None) -> Entry:
+        header = self.headers[name]
+        dtype = DTYPES[header.dtype]
+        return Entry(new_name or name, dtype, header.shape, lambda: self.read(name))
+
+    def is_pivot(self, matrix: str) -> bool:
+        return is_pivot(self.family, self.gauge, matrix)
+
+    def factors(self, matrix: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [R, K] and B [N, R], in whichever gauge they are stored."""
+        A = self.read(f"{matrix}.lr_A").to(dtype)
+        if not self.is_pivot(matrix):
+            return A, self.read(f"{matrix}.lr_B").to(dtype)
+        return plain_of(A, self.read(f"{matrix}.lr_C").to(dtype), self.order(matrix))
+
+    def order(self, matrix: str) -> Tensor:
+        order = self.read(f"{matrix}.lr_order")
+        if not torch.equal(order.sort().values, torch.arange(len(order)).to(order)):
+            raise InputError(f"{matrix}.lr_order is no permutation; the checkpoint is damaged")
+        return order
+
+    def product(self, matrix: str) -> Tensor:
+        """B A [N, K] from fp32 products, in the dtype of A."""
+        A = self.read(f"{matrix}.lr_A")
+        if self.is_pivot(matrix):
+            # the rows that A holds come out as they are
+            C, order = self.read(f"{matrix}.lr_C").float(), self.order(matrix)
+            dense = torch.cat([A.float(), C @ A.float()])[order.long()]
+        else:
+            dense = self.read(f"{matrix}.lr_B").float() @ A.float()
+        return _finite(matrix, dense.to(A.dtype))
+
+
+def _finite(matrix: str, value: Tensor) -> Tensor:
+    if not bool(torch.isfinite(value).all()):
+        raise RunError(
+            f"{matrix} becomes NaN or infinite in {str(value.dtype).removeprefix('torch.')}; its "
+            "factors are damaged or too large for it"
+        )
+    return value
+
+
+def _open_source(path: Path, format: str) -> _Source:
+    config = read_config(path)
+    values = compression_of(config)
+    if values is None:
+        raise InputError(f"{path} is not compressed by lillama; there is nothing to export")
+    family, ranks = family_of(config.model_type), values["ranks"]
+    gauge = values.get("gauge", "plain")
+    if format == gauge:
+        raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
+    if format == "pivot":
+        experts = [n for n in ranks if not is_pivot(family, "pivot", n)]
+        if experts:
+            raise InputError(
+                f"--format pivot is for linear layers; {path} has factorised experts; use "
+                "--format dense, or keep it as it is"
+            )
+    headers = read_headers(path)
+    model = skeleton(config)
+    shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
+    check_factors(
+        {name: header.shape for name, header in headers.items()},
+        ranks,
+        shapes,
+        {name for name in ranks if is_pivot(family, gauge, name)},
+    )
+    sentinels = set(sentinel_names(headers, family, ranks))
+    return _Source(path, family, ranks, gauge, headers, shapes, sentinels)
+
+
+def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
+    """Factors in the pivot gauge wait in the file `part`: made once, although a shard's tensors are
+    not written in the order they are made in."""
+    found = to_pivot(*source.factors(matrix, torch.float64))
+    found = rounded(found, DTYPES[source.headers[f"{matrix}.lr_A"].dtype])
+    tensors = {"lr_A": _finite(matrix, found.A), "lr_C": _finite(matrix, found.C)}
+    write_shard(part, entries_of({**tensors, "lr_order": found.order}))
+    shapes = {key: (DTYPES[h.dtype], h.shape) for key, h in read_shard_headers(part).items()}
+
+    def read(key: str) -> Tensor:
+        with safe_open(part, "pt", backend="pread") as file:
+            return file.get_tensor(key)
+
+    return [
+        Entry(f"{matrix}.{key}", dtype, shape, lambda key=key: read(key))
+        for key, (dtype, shape) in shapes.items()
+    ]
+
+
+def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[Entry]:
+    """What takes the place of a matrix's factors."""
+    dtype, (N, K) = DTYPES[source.headers[f"{matrix}.lr_A"].dtype], source.shapes[matrix]
+    if format == "dense":
+        return [Entry(f"{matrix}.weight", dtype, (N, K), lambda: source.product(matrix))]
+    if format == "pivot":
+        return _pivot_entries(source, matrix, part)
+    B = Entry(
+        f"{matrix}.lr_B", dtype, (N, source.ranks[matrix]), lambda: source.factors(matrix, dtype)[1]
+    )
+    return [source.copy(f"{matrix}.lr_A"), B]
+
+
+def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entry]:
+    """The tensors of a new shard: what the old one `file` held, a matrix where its `lr_A` was."""
+    entries = []
+    for name, header in source.headers.items():
+        if header.file != file or name in source.sentinels:
+            continue
+        matrix, _, suffix = name.rpartition(".")
+        factorised = matrix in source.ranks and suffix in ("lr_A", "lr_B", "lr_C", "lr_order")
+        if suffix == "lr_W" and format == "dense":
+            entries.append(source.copy(name, f"{matrix}.weight"))
+        elif not factorised:
+            entries.append(source.copy(name))
+        elif suffix == "lr_A":
+            part = parts / f".part-{len(entries)}.safetensors"
+            entries += _converted(source, matrix, format, part)
+    return entries
+
+
+def _new_bytes(source: _Source, format: str) -> int:
+    """Bytes of the result's tensors."""
+    total = 0
+    for name, header in source.headers.items():
+        matrix, _, suffix = name.rpartition(".")
+        if matrix in source.ranks and suffix == "lr_A":
+            (N, K), R = source.shapes[matrix], source.ranks[matrix]
+            numbers = {"dense": N * K, "plain": R * (N + K), "pivot": R * (N + K - R)}[format]
+            total += numbers * DTYPES[header.dtype].itemsize + (4 * N if format == "pivot" else 0)
+        elif matrix not in source.ranks and name not in source.sentinels:
+            total += header.num_bytes
+        elif suffix == "bias":
+            total += header.num_bytes
+    return total
+
+
+def _write_shards(source: _Source, staging: Path, format: str) -> int:
+    """Write every shard and their index; returns the bytes of the tensors without the sentinel."""
+    names: dict[str, str] = {}
+    num_bytes = 0
+    files = sorted({header.file for header in source.headers.values()})
+    for file in files:
+        entries = _entries(source, file, format, staging)
+        num_bytes += sum(entry.num_bytes for entry in entries)
+        if format != "dense" and file == files[0]:
+            name, shape = sentinel(source.family, source.ranks)
+            entries.append(
+                Entry(name, torch.float32, shape, lambda shape=shape: torch.zeros(shape))
+            )
+        if not entries:
+            continue  # held nothing but parts of matrices that another shard begins
+        write_shard(staging / file.name, entries)
+        names.update({entry.name: file.name for entry in entries})
+        for part in staging.glob(".part-*"):
+            part.unlink()
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(names.items()))}
+    if list(staging.glob("*.safetensors")) != [staging / "model.safetensors"]:
+        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return num_bytes
+
+
+def _config_json(source: _Source, format: str, reduction: float) -> dict[str, Any]:
+    values = json.loads((source.path / "config.json").read_text("utf-8"))
+    if format == "dense":
+        del values["quantization_config"]
+    else:
+        values["quantization_config"] |= {
+            "gauge": format,
+            "reduction": reduction,
+            "producer": {"name": "lillama", "version": __version__},
+        }
+    return values
+
+
+def _card(source: _Source, format: str, base: str) -> str:
+    if format == "dense":
+        return f"""---
+base_model: {base}
+library_name: transformers
+tags:
+- low-rank
+---
+# {source.path.name}, multiplied out
+
+{base} was compressed with lillama: weight matrices became low-rank factors. `lillama export`
+({__version__}) multiplied these out again, so this is an ordinary checkpoint of the size of
+{base}; it computes what the compressed model does, up to rounding. `recipe.json` says how the
+compressed model was made.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+```
+"""
+    old = source.path / "README.md"
+    text = old.read_text("utf-8").rstrip() + "\n" if old.is_file() else f"# {source.path.name}\n"
+    return (
+        f"{text}\nConverted to the {format} gauge by `lillama export` ({__version__}): the same "
+        "products, other\nfactors; the sizes above are those before it.\n"
+    )
+
+
+def _copies(path: Path) -> Iterable[Path]:
+    """Tokenizer, generation_config.json, recipe.json and whatever else lies beside the weights."""
+    written = {"config.json", "README.md", INDEX}
+    for file in sorted(path.iterdir()):
+        hidden = file.name.startswith(".")
+        if file.is_file() and file.suffix != ".safetensors" and not hidden:
+            if file.name not in written:
+                yield file
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder beside OUT that becomes OUT at the end, and is removed when something fails."""
+    staging = out.with_name(out.name + ".unfinished")
+    if staging.is_symlink() or staging.exists():
+        ours = staging.is_dir() and not staging.is_symlink()
+        if not ours or (any(staging.iterdir()) and not (staging / MARK).is_file()):
+            raise InputError(f"{staging} is in the way and is no unfinished export; move it away")
+        with locked(staging, out):  # not while another process is at it
+            shutil.rmtree(staging)
+    staging.mkdir()
+    try:
+        (staging / MARK).touch()
+        with locked(staging, out):
+            yield staging
+            for name in (MARK, ".lock"):
+                (staging / name).unlink()
+            for file in (*staging.iterdir(), staging):
+                sync(file)
+            staging.rename(out)
+        sync(out.parent)
+    finally:
+        if staging.is_dir():
+            shutil.rmtree(staging)
+
+
+def _check_out(out: Path) -> None:
+    if out.name in ("", ".."):
+        raise InputError(f"{out} is not the name of a new folder; choose another NEW")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists; choose another NEW")
+    if not out.parent.is_dir():
+        raise InputError(f"the folder {out.parent} does not exist; create it first")
+
+
+@torch.no_grad()
+def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Write a compressed checkpoint in another format. Same as `lillama export`.
+
+    One tensor at a time is in memory (in fp32, or fp64 for "pivot"), whatever the model's size.
+
+    Args:
+        model: folder of a model compressed by lillama.
+        out: folder to create; it appears when all is done.
+        options: `format`: "dense" multiplies the factors out, into a checkpoint in the base model's
+            hub names that needs no lillama; "plain" and "pivot" change the gauge (linear layers
+            only).
+
+    Returns:
+        `format`, `matrices` (how many were converted), `params, bytes_before, bytes_after`.
+
+    Raises:
+        InputError: arguments or a checkpoint that cannot be used. RunError: the run failed (disk
+            full, a product that overflows); nothing was written.
+    """
+    config = ExportConfig(model=Path(model), out=Path(out), **options)
+    source = _open_source(config.model, config.format)
+    _check_out(config.out)
+    check_space(config.out, _new_bytes(source, config.format))
+    return _export(source, config)
+
+
+def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
+    model_config = read_config(source.path)
+    values: Mapping[str, Any] = compression_of(model_config) or {}
+    before = count_params(model_config)
+    params = before
+    if config.format != "dense":
+        params = count_params(model_config, source.ranks, config.format)
+    base = Path(str(values.get("base_model") or "the base model")).name
+    with disk_errors(config.out), _staging(config.out) as staging:
+        num_bytes = _write_shards(source, staging, config.format)
+        for file in _copies(source.path):
+            shutil.copyfile(file, staging / file.name)
+        texts = {
+            "README.md": _card(source, config.format, base),
+            "config.json": json.dumps(
+                _config_json(source, config.format, 1 - params / before), indent=2
+            )
+            + "\n",
+        }
+        for name, text in texts.items():
+            (staging / name).write_text(text, "utf-8")
+    skipped = source.sentinels
+    return {
+        "format": config.format,
+        "matrices": len(source.ranks),
+        "params": params,
+        "bytes_before": sum(h.num_bytes for n, h in source.headers.items() if n not in skipped),
+        "bytes_after": num_bytes,
+    }

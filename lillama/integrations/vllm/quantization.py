@@ -1,0 +1,98 @@
+"""vLLM's QuantizationConfig of our checkpoints: which layer gets which of our methods."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from lillama.checkpoint import QUANT_METHOD, sentinel, sentinel_pattern
+from lillama.families import FAMILIES, Family
+from lillama.integrations.transformers import LillamaConfig
+from lillama.integrations.vllm.experts import LowRankExpertsMethod
+from lillama.integrations.vllm.linear import LowRankLinearMethod
+
+__all__ = ["LillamaVllmConfig"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class LillamaVllmConfig(QuantizationConfig):
+    """Ranks by matrix name from `quantization_config` of config.json; what has none is dense.
+
+    Raises:
+        InputError: unknown keys, another format version or gauge, or no ranks.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__()
+        checked = LillamaConfig(**values)
+        self.ranks = checked.ranks
+        self.pivot = checked.gauge == "pivot"
+        self.sentinel = sentinel(self._family(), self.ranks)[0]
+
+    def _family(self) -> Family:
+        """Of the experts that are factorised first by name: what decides the sentinel's name."""
+        for family in FAMILIES.values():
+            if family.experts is not None and family.experts.parse(min(self.ranks)):
+                return family
+        return next(family for family in FAMILIES.values() if family.experts is None)
+
+    def get_name(self) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LillamaVllmConfig":
+        return cls(config)
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Drops the sentinel of experts. That of a linear layer is taken by the layer itself:
+        vLLM's Mamba never asks here."""
+        pattern = sentinel_pattern(self._family(), self.ranks)
+        return WeightsMapper(orig_to_new_regex={pattern: None})
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            names = self._matrices(prefix)
+            if not any(name in self.ranks for name in names):
+                return UnquantizedLinearMethod()
+            return LowRankLinearMethod(names, self.ranks, self.pivot, self.sentinel)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        return None
+
+    def _matrices(self, prefix: str) -> list[str]:
+        """Checkpoint names of the matrices that vLLM has made one layer of."""
+        parent, _, leaf = prefix.rpartition(".")
+        leaves = self.packed_modules_mapping.get(leaf, [leaf])
+        return [f"{parent}.{name}" if parent else name for name in leaves]
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> LowRankExpertsMethod | None:
+        shorts = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        ranks = [
+            [
+                self.ranks.get(f"{prefix}.{expert}.{short}", 0)
+                for expert in range(layer.moe_config.num_logical_experts)
+            ]
+            for short in shorts
+        ]
+        if not any(map(any, ranks)):
+            return None  # vLLM's own for dense experts
+        gate, up, down = ranks
+        return LowRankExpertsMethod(layer.moe_config, prefix, gate, up, down)
