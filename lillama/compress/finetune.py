@@ -144,8 +144,8 @@ def finetune(
     """Train a compressed model end to end on its base model's predictions. Same as `lillama
     finetune`.
 
-    Factors, norms, routers and whatever else is in the blocks learn; embeddings and head stay. The
-    best step by held-out text is kept, the start included.
+    Factors, norms, routers and whatever else is in the blocks learn; embeddings and head stay where
+    they are not factorised. The best step by held-out text is kept, the start included.
 
     Args:
         model: compressed checkpoint folder. out: folder to create; it appears when all is done.

@@ -299,9 +299,8 @@ class Run:
         """Every block in order, then the rest; returns the report's rows."""
         compressed = self.plan.blocks
         last = max(compressed, default=-1)
-        if self.ranks.is_first and writer.done(REST) is None:
-            # first, as the student's stream begins with its embeddings
-            writer.add_shard(REST, self.rest(writer))
+        if self.plan.embedding is not None:
+            self._add_rest(writer)  # first: the student's stream begins with its embeddings
         unfinished = [i for i in range(last + 1) if writer.done(f"block-{i}") is None]
         if unfinished:
             streams = Streams(
@@ -323,10 +322,15 @@ class Run:
             # nothing above `last` is compressed: its tensors pass through, nothing is computed
             self._add(writer, index, None)
             self.stop.check()
+        self._add_rest(writer)
         self.ranks.barrier()
         writer.reload()  # what the other ranks wrote
         records = [writer.done(f"block-{index}") for index in compressed]
         return [record["report"] for record in records if record is not None]
+
+    def _add_rest(self, writer: CheckpointWriter) -> None:
+        if self.ranks.is_first and writer.done(REST) is None:
+            writer.add_shard(REST, self.rest(writer))
 
     def rest(self, writer: CheckpointWriter) -> list[Entry]:
         """Embeddings, final norm, head: everything outside the blocks, factorised or as it is, and

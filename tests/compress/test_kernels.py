@@ -28,7 +28,8 @@ def both(mamba: Path, text_file: Path, tmp_path: Path, device: torch.device):
     def run(**options: Any) -> list[tuple[dict, Path]]:
         results = []
         for impl in ("reference", "triton"):
-            given = {"reduction": 0.1, "text": text_file, "tokens": 400, "seq_len": 32, **options}
+            given = {"reduction": 0.1, "text": text_file, "tokens": 400, "seq_len": 32,
+                     "gauge": "plain", **options}  # fmt: skip
             with kernels_impl(impl, ops=OPS):
                 report = lillama.compress(mamba, tmp_path / impl, device=str(device), **given)
             results.append((report, tmp_path / impl))

@@ -37,11 +37,12 @@ REPORT_KEYS = {
 
 @pytest.fixture
 def small(text_file: Path, tmp_path: Path, device: torch.device):
-    """small(model, name="out", **options) -> (report, OUT), few tokens, "uniform" unless told."""
+    """small(model, name="out", **options) -> (report, OUT), few tokens; "uniform" and "plain"
+    unless told."""
 
     def run(model: Path, name: str = "out", **options: Any) -> tuple[dict, Path]:
         values: dict[str, Any] = {"reduction": 0.2, "text": text_file, "tokens": 400, "seq_len": 32}
-        values["strategy"] = "uniform"  # which ranks and blocks is known
+        values |= {"strategy": "uniform", "gauge": "plain"}  # which ranks and blocks is known
         out = tmp_path / name
         return lillama.compress(model, out, **{"device": str(device), **values, **options}), out
 
@@ -70,16 +71,12 @@ def ranks_of(out: Path) -> dict[str, int]:
 def test_compress_reports_what_it_did(kind, dtype, small, make_checkpoint):
     path = make_checkpoint(kind, dtype, **({"use_bias": True} if kind == "mamba" else {}))
     report, out = small(path)
-    plan = lillama.plan(path, 0.2)
+    plan = lillama.plan(path, 0.2, strategy="uniform", gauge="plain")
     assert report.keys() >= REPORT_KEYS
-    for key in ("params_before", "bytes_before"):
+    for key in ("params_before", "params_after", "bytes_before", "bytes_after", "reduction"):
         assert report[key] == plan[key], key
     assert report["target_reduction"] == 0.2 <= report["reduction"]
-    # a plan of global ranks shows uniform ones of the same size, up to a step
     step = max(8 * sum(row["shape"]) for row in plan["matrices"])
-    assert abs(report["params_after"] - plan["params_after"]) < step
-    item = report["bytes_before"] / report["params_before"]
-    assert report["bytes_after"] == pytest.approx(report["params_after"] * item)
     assert report["params_before"] * (report["reduction"] - 0.2) < step
     assert report["tokens"] == 13 * 32
     assert report["seconds"] > 0 and report["peak_memory_bytes"] > 0
@@ -87,11 +84,7 @@ def test_compress_reports_what_it_did(kind, dtype, small, make_checkpoint):
     before, after = (
         sum(row[f"params_{when}"] for row in report["blocks"]) for when in ("before", "after")
     )
-    V, K = 300, 32
-    outside = sum(
-        V * K - rank * (V + K) for name, rank in ranks_of(out).items() if ".layers." not in name
-    )
-    assert before - after + outside == report["params_before"] - report["params_after"]
+    assert before - after == report["params_before"] - report["params_after"]
     assert all(
         row["held_out_loss_after"] <= row["held_out_loss_before"] for row in report["blocks"]
     )
