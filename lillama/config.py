@@ -64,9 +64,6 @@ class Recipe:
     gradient_damping: float = 1.0
     # calibration tokens that gradients are taken from
     sensitivity_tokens: int = 65_536
-    # outputs are compared in the metric of the loss's gradients there, mixed with this share of the
-    # plain one; None: plain
-    metric_floor: float | None = None
     # whether embeddings and head may be factorised too where strategy "global" chooses the ranks
     vocabulary: bool = True
     # share of tokens, at the embeddings and as labels at the head, that count as drawn evenly from

@@ -27,7 +27,6 @@ __all__ = [
     "TrainState",
     "held_out_loss",
     "learning_rate_at",
-    "output_metric",
     "train_block",
 ]
 
@@ -38,8 +37,7 @@ class Stream:
 
     teacher, student, target: stores of [n, T, H]; `student` is the same object as `teacher` until a
     block was compressed. mask [n, T] bool or None. `kwargs(rows)` gives the block's keyword
-    arguments for a list of rows. metric [H, H] fp32: outputs and targets are multiplied by
-    it before they are compared.
+    arguments for a list of rows.
     """
 
     teacher: ActivationStore
@@ -47,7 +45,6 @@ class Stream:
     target: ActivationStore
     mask: Tensor | None
     kwargs: Callable[[Tensor], dict[str, Any]]
-    metric: Tensor | None = None
 
     @property
     def diverged(self) -> bool:
@@ -115,27 +112,12 @@ def batch_loss(
     mask = None if stream.mask is None else stream.mask[rows].to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         output = block_output(student, inputs, stream.kwargs(rows.repeat(len(passes))))
-    if stream.metric is not None:
-        output, target = output.float() @ stream.metric, target @ stream.metric
     parts = output.chunk(len(passes))
     terms = [
         weight * distill_loss(part, target, mask)
         for part, (_, weight) in zip(parts, passes, strict=True)
     ]
     return torch.stack(terms).sum()
-
-
-def output_metric(moment: Tensor, floor: float) -> Tensor:
-    """M [H, H] fp32, symmetric, so that |M e|^2 is what an error e of a block's output costs the
-    model's loss, up to a constant: the root of `moment` E g g^T, mixed with `floor` parts of the
-    identity of the same trace and scaled to a mean eigenvalue of 1 before the root is taken."""
-    G = moment.double()
-    power = G.diagonal().mean()
-    eye = torch.eye(len(G), dtype=G.dtype, device=G.device)
-    if not float(power) > 0:
-        return eye.float()
-    values, vectors = torch.linalg.eigh((1 - floor) * G / power + floor * eye)
-    return ((vectors * values.clamp_min(0).sqrt()) @ vectors.mT).float()
 
 
 @torch.no_grad()

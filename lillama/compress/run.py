@@ -18,14 +18,7 @@ from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.calibrate import MomentCollector
-from lillama.compress.distill import (
-    Stream,
-    TrainResult,
-    TrainState,
-    held_out_loss,
-    output_metric,
-    train_block,
-)
+from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
 from lillama.compress.events import Events
 from lillama.compress.memory import peak_memory_bytes
 from lillama.compress.plan import Plan
@@ -48,15 +41,13 @@ from lillama.config import CompressConfig, Loss
 from lillama.data import TokenBlocks
 from lillama.shard_file import DTYPES, Entry, entries_of
 
-__all__ = ["OUTPUT", "REST", "Progress", "Run", "pieces_of"]
+__all__ = ["REST", "Progress", "Run", "pieces_of"]
 
 logger = logging.getLogger(__name__)
 
 # progress(stage, done, total): units are tokens run through a block
 Progress = Callable[[str, int, int], None]
 REST = "rest"
-# of a block's gradients: the moment at its output
-OUTPUT = "output"
 
 
 def pieces_of(num_blocks: int) -> list[str]:
@@ -169,11 +160,7 @@ class Run:
         writer: CheckpointWriter,
     ) -> None:
         """Train a student block and write it with its row of the report."""
-        sets = streams.of_block(index)
-        metric = self._metric(index, writer)
-        for data in sets:
-            data.metric = metric
-        result = self._distill(index, student, sets, row, writer)
+        result = self._distill(index, student, streams.of_block(index), row, writer)
         dtype = self.save_dtype or dtype_of(self.plan.config)
         largest = fix_gauge(student, self.teacher, index, self.plan, dtype)
         round_parameters(student, dtype)
@@ -230,13 +217,6 @@ class Run:
             result.loss_before, result.loss_after, result.best_step, result.steps,
         )  # fmt: skip
         return result
-
-    def _metric(self, index: int, writer: CheckpointWriter) -> Tensor | None:
-        """What outputs are multiplied by before they are compared; None for as they are."""
-        if self.recipe.metric_floor is None or self.recipe.init != "fisher":
-            return None
-        moment = _reader(writer.gradients_of(f"block-{index}"))(OUTPUT)
-        return output_metric(moment.to(self.device), self.recipe.metric_floor)
 
     def _notes(
         self, moments: MomentCollector, index: int, writer: CheckpointWriter

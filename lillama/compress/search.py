@@ -5,8 +5,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from lillama.checkpoint_writer import CheckpointWriter
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import Matrix, allocate_globally
@@ -14,7 +12,7 @@ from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.gradients import MatrixSensitivity
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import Ranks
-from lillama.compress.run import OUTPUT, REST
+from lillama.compress.run import REST
 from lillama.compress.sensitivity import measure_sensitivity, sample_of
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig
@@ -45,12 +43,10 @@ def _measure(
     """The journal's record: ranks and the loss they cost."""
     losses: dict[str, list[float]] = {}
 
-    def on_block(index: int, found: dict[str, MatrixSensitivity], output: Tensor | None) -> None:
+    def on_block(index: int, found: dict[str, MatrixSensitivity]) -> None:
         losses.update({name: value.losses for name, value in found.items()})
         if options.recipe.init == "fisher":
             kept = {name: value.gradient.cpu() for name, value in found.items()}
-            if output is not None:
-                kept[OUTPUT] = output.cpu()
             if index < 0:
                 kept = {f"{name}.gradient": value for name, value in kept.items()}
                 moments = {name: value.moment for name, value in found.items()}

@@ -159,12 +159,10 @@ class _Pass:
         weight = self.teacher.read(f"{matrix.name}.weight").to(self.device)
         return embedding_sensitivity(matrix, weight, counts.to(self.device), gram, self.recipe)
 
-    def backward(self, index: int, collector: GradientCollector, block: nn.Module) -> Tensor:
-        """Move the gradient down through a block; borders must end before it. Returns the mean
-        second moment [H, H] fp32 of the gradient at the block's output."""
+    def backward(self, index: int, collector: GradientCollector, block: nn.Module) -> None:
+        """Move the gradient down through a block; borders must end before it."""
         source = self.borders[-1]
-        size = self.teacher.model.config.hidden_size
-        moment, count = torch.zeros(size, size, device=self.device), 0
+
         background = source.background or self.gradient.background
 
         def read(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,14 +175,10 @@ class _Pass:
                 out = block_output(block, hidden, self.kwargs(index, rows))
                 out.backward(gradient.to(self.device, out.dtype))
             assert hidden.grad is not None
-            seen = gradient.to(self.device, torch.float32)
-            seen = seen.flatten(0, 1) if collector.mask is None else seen[collector.mask]
-            moment, count = moment.addmm_(seen.mT, seen), count + len(seen)
             self.gradient.write(rows, hidden.grad)
             self.tick(f"block {index} sensitivity", rows.numel() * self.seq_len)
         self.gradient.flush()
         self.borders.pop().close()
-        return moment / max(count, 1)
 
 
 def _of_matrix(
@@ -219,12 +213,11 @@ def measure_sensitivity(
     memory: ActivationMemory,
     tick: Tick,
     seed: int,
-    on_block: Callable[[int, dict[str, MatrixSensitivity], Tensor | None], None],
+    on_block: Callable[[int, dict[str, MatrixSensitivity]], None],
 ) -> None:
-    """Call `on_block(index, {matrix name: its sensitivity}, moment)` for every block with target
-    matrices, from the last to the first, with the mean second moment [H, H] of the gradient at its
-    output; and at the end with index -1 and None for embeddings and head, if they are among the
-    matrices.
+    """Call `on_block(index, {matrix name: its sensitivity})` for every block with target matrices,
+    from the last to the first, and at the end with index -1 for embeddings and head, if they are
+    among the matrices.
 
     Args:
         matrices: those that may be factorised. blocks: training tokens, of which
@@ -256,14 +249,13 @@ def measure_sensitivity(
                 linears = [key for key in keys.values() if isinstance(key, str)]
                 with_experts = len(linears) < len(keys)
                 collector = GradientCollector(block, teacher.family, linears, with_experts)
-                output = run.backward(index, collector, block)
+                run.backward(index, collector, block)
             if targets:
-                found = _of_block(teacher, targets, keys, collector, sample, recipe)
-                on_block(index, found, output)
+                on_block(index, _of_block(teacher, targets, keys, collector, sample, recipe))
         for matrix in embeddings:
             outside[matrix.name] = run.at_embeddings(matrix)
         if outside:
-            on_block(-1, outside, None)
+            on_block(-1, outside)
     finally:
         run.close()
 

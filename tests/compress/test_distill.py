@@ -18,7 +18,6 @@ from lillama.compress.distill import (
     _learning_rate,
     batch_loss,
     held_out_loss,
-    output_metric,
     train_block,
 )
 from lillama.config import PRESETS, Loss
@@ -376,33 +375,3 @@ def test_train_block_saves_by_the_clock(device):
             save_every_s=every,
         )  # fmt: skip
         assert states == wanted, "the last step is followed by the shard itself"
-
-
-def test_output_metric_measures_what_an_error_costs():
-    generator = torch.Generator().manual_seed(0)
-    g = torch.randn(50, H, generator=generator, dtype=torch.float64)
-    moment = g.mT @ g / 50
-    error = torch.randn(7, H, generator=generator, dtype=torch.float64)
-    metric = output_metric(moment.float(), 0.0).double()
-    costs = (g @ error.mT).square().mean(0) / moment.diagonal().mean()
-    torch.testing.assert_close((error @ metric).square().sum(-1), costs, rtol=1e-4, atol=1e-5)
-    half = output_metric(moment.float(), 0.5).double()
-    mixed = (costs + error.square().sum(-1)) / 2
-    torch.testing.assert_close((error @ half).square().sum(-1), mixed, rtol=1e-4, atol=1e-5)
-    assert torch.equal(output_metric(torch.zeros(H, H), 0.1), torch.eye(H))
-
-
-@pytest.mark.parametrize("loss", ["teacher", "joint"])
-def test_the_metric_decides_what_is_compared(loss, device):
-    """A direction that costs nothing is not seen; the mean of the others is as it was."""
-    stream = make_stream(device, noise=0.1)
-    block = damaged_block(device)
-    plain = held_out_loss(block, stream, loss, 4, device)
-    stream.metric = torch.eye(H, device=device)
-    assert held_out_loss(block, stream, loss, 4, device) == pytest.approx(plain, rel=1e-5)
-    stream.metric[0, 0] = 0.0
-    before = held_out_loss(block, stream, loss, 4, device)
-    with torch.no_grad():
-        block.bias[0] += 100.0
-    assert held_out_loss(block, stream, loss, 4, device) == pytest.approx(before, rel=1e-4)
-    assert before != pytest.approx(plain, rel=1e-3)

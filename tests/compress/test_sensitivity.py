@@ -31,8 +31,7 @@ SEED = 5
 RECIPE = dataclasses.replace(PRESETS["default"], sensitivity_tokens=66, batch_size=4)
 
 
-def measured(path, tmp_path, device, mask, recipe=RECIPE, host_bytes=2**30, on_tick=None,
-             on_output=None):  # fmt: skip
+def measured(path, tmp_path, device, mask, recipe=RECIPE, host_bytes=2**30, on_tick=None):
     """{matrix name: sensitivity} and the matrices by name."""
     config = read_config(path)
     teacher = TeacherBlocks(path, config, family_of(config.model_type), device, torch.float32)
@@ -40,11 +39,9 @@ def measured(path, tmp_path, device, mask, recipe=RECIPE, host_bytes=2**30, on_t
     found: dict[str, MatrixSensitivity] = {}
     blocks: list[int] = []
 
-    def on_block(index: int, values: dict, output: Tensor | None) -> None:
+    def on_block(index: int, values: dict[str, MatrixSensitivity]) -> None:
         blocks.append(index)
         found.update(values)
-        if on_output is not None:
-            on_output(index, output)
 
     memory = ActivationMemory(device, host_bytes, tmp_path)
     tick = on_tick or (lambda stage, tokens: None)
@@ -120,18 +117,6 @@ def test_gradients_are_those_of_the_whole_model(mask, mamba, tmp_path):
         square = torch.linalg.eigvals(H @ W @ C @ W.mT).real.clamp_min(0).sort(descending=True)[0]
         left = [float(square[rank:].sum()) / 2 for rank in matrix.ranks]
         assert found[name].losses == pytest.approx(left, rel=2e-2, abs=1e-3 * max(left))
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_moments_at_the_outputs_are_those_of_the_whole_model(mask, mamba, tmp_path):
-    outputs = {}
-    measured(mamba, tmp_path, torch.device("cpu"), mask,
-             on_output=lambda index, moment: outputs.update({index: moment}))  # fmt: skip
-    names = ["backbone.layers.0", "backbone.layers.1"]
-    for index, (_, g) in enumerate(expected(mamba, mask, names)[name] for name in names):
-        want = g.mT @ g / len(g)
-        scale = float(want.abs().max())
-        torch.testing.assert_close(outputs[index].double(), want, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("mask", MASKS)
