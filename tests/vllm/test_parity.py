@@ -27,6 +27,10 @@ COMPILED = {"enforce_eager": False}
         ("mamba", "plain", {}),
         ("mamba", "pivot", {}),
         ("mamba", "pivot", TP),
+        ("mixtral+vocabulary", "plain", {}),
+        ("mixtral+vocabulary", "plain", TP),
+        ("mamba+vocabulary", "plain", {}),
+        ("mamba+vocabulary", "pivot", TP),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "one-process",
 )
@@ -42,7 +46,13 @@ def test_vllm_gives_the_tokens_of_transformers(
 
 
 def test_transformers_with_lillama_gives_them_too(make_served, transformers_tokens):
-    for kind, gauge in (("mixtral", "plain"), ("mamba", "plain"), ("mamba", "pivot")):
+    for kind, gauge in (
+        ("mixtral", "plain"),
+        ("mamba", "plain"),
+        ("mamba", "pivot"),
+        ("mixtral+vocabulary", "plain"),
+        ("mamba+vocabulary", "pivot"),
+    ):
         served, dense = make_served(kind, gauge)
         assert transformers_tokens(served) == transformers_tokens(dense)
 
