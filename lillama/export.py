@@ -121,7 +121,7 @@ def _open_source(path: Path, format: str) -> _Source:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
     if format == "pivot":
         others = [n for n in ranks if not is_pivot(family, "pivot", n)]
-        # embeddings and head stay as they are; half a model in another gauge helps no one
+        # embeddings and head are copied, whatever the gauge
         experts = [n for n in others if n not in family.vocabulary.values()]
         if experts or len(others) == len(ranks):
             found = "factorised experts" if experts else "no factorised ones"
