@@ -1,6 +1,7 @@
 """Embeddings and head in vLLM without its engine: which rows each process has, and what is
 refused. test_parity.py has the tokens."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lillama.integrations.transformers import LillamaConfig
-from lillama.integrations.vllm import quantization, vocabulary
+
+with warnings.catch_warnings():
+    # those of vLLM and PyTorch about themselves, while they are imported
+    warnings.simplefilter("ignore")
+    from lillama.integrations.vllm import quantization, vocabulary
 
 NAME = "model.embed_tokens"
 # 20 tokens, padded to 24, in 3 parts of 8: the last has 4 of its own
