@@ -181,7 +181,7 @@ def make_low_rank(make_model):
                 stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
             else:
                 stored = [dict(new.named_parameters())]
-                if new.bias is not None:
+                if getattr(new, "bias", None) is not None:
                     new.bias.copy_(old.bias)
             for tensors in stored:
                 for key in tensors.keys() & {"lr_A", "lr_B"}:

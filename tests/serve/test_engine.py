@@ -85,13 +85,16 @@ def checkpoints(
         for i, e, w in ((0, 0, "w1"), (0, 0, "w3"), (0, 2, "w2"), (1, 1, "w1"), (1, 1, "w2"))
     }
     paths = {"mamba": mamba, "mixtral": mixtral}
-    for name, changed in (
-        ("mamba-low-rank", ranks),
-        ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}),
-        ("mixtral-low-rank", experts),
+    untied = {"tie_word_embeddings": False}
+    for name, changed, options in (
+        ("mamba-low-rank", ranks, {}),
+        ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}, {}),
+        ("mixtral-low-rank", experts, {}),
+        ("mamba-vocabulary", ranks | {"backbone.embeddings": 8, "lm_head": 12}, untied),
+        ("mixtral-vocabulary", experts | {"model.embed_tokens": 8, "lm_head": 12}, untied),
     ):
         paths[name] = tmp_path_factory.mktemp(name)
-        make_low_rank(name.partition("-")[0], changed).save_pretrained(paths[name])
+        make_low_rank(name.partition("-")[0], changed, **options).save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
     paths["mamba-pivot"] = tmp_path_factory.mktemp("pivot")
     pivoted(make_model("mamba"), ranks).save_pretrained(paths["mamba-pivot"])
@@ -112,6 +115,8 @@ def pivoted(model: Any, ranks: dict[str, int]) -> Any:
 
 
 KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj", "mamba-pivot", "mixtral", "mixtral-low-rank"]
+# embeddings and head as factors too
+KINDS += ["mamba-vocabulary", "mixtral-vocabulary"]
 FAMILIES = ["mamba", "mixtral"]
 
 
