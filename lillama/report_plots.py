@@ -1,0 +1,390 @@
+"""The report's plots: matplotlib figures, as SVG inside a page or as PNG files.
+
+On the page a plot takes the page's text colour and font, its styles are classes of the page's one
+style sheet (a policy without 'unsafe-inline' then allows them), and it has no identifier that
+another plot has. Bars, lines and cells are of a middling lightness: they show on white and on
+black.
+"""
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lillama.errors import InputError
+from lillama.report_data import Facts
+
+__all__ = ["Plot", "Stylesheet", "as_png", "as_svg", "check_matplotlib", "plots_of"]
+
+WIDTH = 5.4  # inches; 389 units of SVG, near a phone's width, so that letters keep their size there
+BEFORE, AFTER = "#8b8f98", "#3f83f0"
+# stands for the page's text colour, and for black in a PNG
+INK = "#010203"
+MAX_CELL_TEXTS = 12  # columns
+
+
+def check_matplotlib() -> None:
+    """Raises InputError where the extra is not installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            "the report's plots need matplotlib, which is not installed: "
+            "pip install 'lillama[report]'"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A figure with what a reader who does not see it is told. `key` names it in files and ids."""
+
+    key: str
+    title: str
+    description: str
+    figure: Any
+
+
+@dataclass(slots=True)
+class Stylesheet:
+    """The styles of all plots of a page, each a class."""
+
+    classes: dict[str, str] = field(default_factory=dict)
+
+    def name(self, style: str) -> str:
+        """The class of a `style` attribute; fonts are the page's, black is its text colour."""
+        style = re.sub(r"font: (?:[a-z]+ )*([\d.]+px)[^;]*", r"font-size: \1", style)
+        style = style.replace(INK, "currentColor").strip("; ")
+        return self.classes.setdefault(style, f"p{len(self.classes)}")
+
+    @property
+    def css(self) -> str:
+        rules = [f".{name}{{{style}}}" for style, name in self.classes.items()]
+        return "\n".join(["svg *{stroke-linejoin:round;stroke-linecap:butt}", *rules])
+
+
+def _style() -> dict[str, Any]:
+    """matplotlib's settings, for drawing and for saving."""
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(ink, INK),
+        "font.size": 9.0,
+        "axes.titlesize": 9.0,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid.axis": "y",
+        "grid.color": INK,
+        "grid.alpha": 0.15,
+        "legend.frameon": False,
+        "legend.fontsize": 8.0,
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lillama",
+        "figure.constrained_layout.use": True,
+    }
+
+
+def as_svg(plot: Plot, styles: Stylesheet) -> str:
+    """An <svg> element to stand in a page, named by its title and description."""
+    from matplotlib import rc_context
+
+    stream = io.StringIO()
+    with rc_context(_style()):
+        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        plot.figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
+    opening = re.search(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', text)
+    assert opening is not None
+    body = text[opening.end() :].replace("xlink:href", "href")
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', body))
+    names = {name for pair in used for name in pair if name}
+
+    def identifier(match: re.Match[str]) -> str:
+        return f' id="{plot.key}-{match[1]}"' if match[1] in names else ""
+
+    body = re.sub(r' id="([^"]*)"', identifier, body)
+    body = re.sub(r'(href="#|url\(#)', rf"\1{plot.key}-", body)
+    body = re.sub(
+        r' style="([^"]*)"', lambda m: f' class="{styles.name(html.unescape(m[1]))}"', body
+    )
+    ids = f"{plot.key}-title", f"{plot.key}-desc"
+    return (
+        f'<svg role="img" aria-labelledby="{ids[0]} {ids[1]}" viewBox="{opening[1]}">'
+        f'<title id="{ids[0]}">{html.escape(plot.title)}</title>'
+        f'<desc id="{ids[1]}">{html.escape(plot.description)}</desc>{body.strip()}'
+    )
+
+
+def as_png(plot: Plot) -> bytes:
+    from matplotlib import rc_context
+
+    stream = io.BytesIO()
+    with rc_context(_style()):
+        plot.figure.savefig(stream, format="png", dpi=200, facecolor="white")
+    return stream.getvalue()
+
+
+def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes, one or a list of them under each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height))
+    return figure, figure.subplots(rows, 1)
+
+
+def _index_ticks(axes: Any, labels: Sequence[str]) -> None:
+    """Labels below 0, 1, ...; every second or fourth where they would run into each other."""
+    step = max(1, math.ceil(len(labels) / 20))
+    axes.set_xticks(range(0, len(labels), step), list(labels)[::step])
+
+
+def _pair_bars(axes: Any, before: Sequence[float], after: Sequence[float]) -> None:
+    places = range(len(before))
+    axes.bar([p - 0.2 for p in places], before, 0.4, color=BEFORE, label="before")
+    axes.bar([p + 0.2 for p in places], after, 0.4, color=AFTER, label="after")
+    axes.grid(True)
+    axes.set_axisbelow(True)
+
+
+def _legend_above(axes: Any, columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
+
+
+def _sizes(facts: Facts) -> Plot:
+    figure, axes = _figure(2.6)
+    layers = facts.layers
+    _pair_bars(
+        axes, [x.params_before / 1e6 for x in layers], [x.params_after / 1e6 for x in layers]
+    )
+    _index_ticks(axes, [layer.short for layer in layers])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("million parameters")
+    _legend_above(axes, 2)
+    most = max(layers, key=lambda layer: layer.params_before - layer.params_after)
+    return Plot(
+        "sizes",
+        "Parameters by layer, before and after",
+        f"Grouped bars over {len(layers)} layers. The whole model goes from "
+        f"{facts.report['params_before']:,} to {facts.report['params_after']:,} parameters; most "
+        f"are taken from {most.label}: {most.params_before:,} to {most.params_after:,}.",
+        figure,
+    )
+
+
+def _cell(axes: Any, x: int, y: int, colour: Any, text: str, hatch: str | None = None) -> None:
+    from matplotlib.patches import Rectangle
+
+    box = (x + 0.03, y + 0.05)
+    if hatch is None:
+        axes.add_patch(Rectangle(box, 0.94, 0.9, facecolor=colour, edgecolor="none"))
+    else:
+        axes.add_patch(Rectangle(box, 0.94, 0.9, facecolor="none", edgecolor=BEFORE, linewidth=0.8))
+    if text:
+        light = colour is not None and sum(colour[:3]) > 1.35
+        ink = INK if colour is None else "#101010" if light else "#ffffff"
+        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=7.5)
+
+
+def _heat_map(columns: Sequence[str], rows: Sequence[str], x_label: str) -> tuple[Any, Any]:
+    figure, axes = _figure(min(9.0, 1.1 + 0.24 * len(rows)))
+    axes.set_xlim(0, len(columns))
+    axes.set_ylim(len(rows), 0)
+    every = max(1, math.ceil(len(columns) / 32))
+    shown = range(0, len(columns), every)
+    turned = {"rotation": 90, "fontsize": 7.0} if sum(map(len, columns)) > 45 else {}
+    axes.set_xticks([x + 0.5 for x in shown], [columns[x] for x in shown], **turned)
+    every = max(1, math.ceil(len(rows) / 32))
+    axes.set_yticks([y + 0.5 for y in range(0, len(rows), every)], list(rows)[::every])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("block")
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure, axes
+
+
+def _scale(axes: Any, entries: Sequence[tuple[float, str]], extra: str | None = None) -> Any:
+    """A colour map and, above the plot, what its colours mean; `extra`: an empty box."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    colours = colormaps["viridis"]
+    handles = [Patch(facecolor=colours(value), label=label) for value, label in entries]
+    if extra is not None:
+        handles.append(Patch(facecolor="none", edgecolor=BEFORE, label=extra))
+    options = {
+        "columnspacing": 1.0,
+        "handlelength": 1.1,
+        "handletextpad": 0.4,
+        "borderaxespad": 0.3,
+    }
+    axes.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), **options
+    )
+    return colours
+
+
+def _ranks(facts: Facts) -> Plot | None:
+    inside = [row for row in facts.matrices if row.block is not None]
+    if not inside:
+        return None
+    columns = list(dict.fromkeys(row.label for row in inside))
+    blocks = sorted({row.block for row in inside if row.block is not None})
+    is_moe = any("." in column for column in columns)
+    figure, axes = _heat_map(
+        columns, [str(block) for block in blocks], "expert.matrix" if is_moe else "matrix"
+    )
+    colours = _scale(axes, [(0.25, "25%"), (0.5, "50%"), (0.75, "75%"), (1.0, "100%")], "dense")
+    dense = 0
+    shares: list[tuple[float, str]] = []
+    for row in inside:
+        assert row.block is not None
+        x, y = columns.index(row.label), blocks.index(row.block)
+        if row.rank is None:
+            dense += 1
+            _cell(axes, x, y, None, "", hatch="dense")
+            continue
+        share = row.rank / max(1, row.matrix.break_even_rank)
+        shares.append((share, f"{row.label} of block {row.block}"))
+        text = str(row.rank) if len(columns) <= MAX_CELL_TEXTS else ""
+        _cell(axes, x, y, colours(min(1.0, share)), text)
+    said = f"Heat map of {len(inside)} matrices in {len(blocks)} blocks, {dense} of them dense."
+    if shares:
+        low, high = min(shares), max(shares)
+        said += (
+            f" Rank as a share of the break-even rank: lowest {low[0]:.0%} ({low[1]}), highest "
+            f"{high[0]:.0%} ({high[1]})."
+        )
+    return Plot("ranks", "Rank of each matrix, as a share of its break-even rank", said, figure)
+
+
+def _losses(facts: Facts) -> Plot | None:
+    rows = facts.blocks
+    if not rows:
+        return None
+    figure, axes = _figure(2.5)
+    before = [row["held_out_loss_before"] for row in rows]
+    after = [row["held_out_loss_after"] for row in rows]
+    for place, pair in enumerate(zip(before, after, strict=True)):
+        axes.plot([place, place], pair, color=BEFORE, linewidth=1.2, zorder=1)
+    size = max(10, min(36, 700 / len(rows)))
+    axes.scatter(range(len(rows)), before, size, color=BEFORE, label="as initialised", zorder=2)
+    axes.scatter(range(len(rows)), after, size, color=AFTER, label="as written", zorder=3)
+    low, high = min(*before, *after), max(*before, *after)
+    if low > 0 and high > 30 * low:
+        axes.set_yscale("log")
+    axes.grid(True)
+    _index_ticks(axes, [str(row["index"]) for row in rows])
+    axes.set_xlabel("block")
+    axes.set_ylabel("held-out loss")
+    _legend_above(axes, 2)
+    fell = sum(b > a for b, a in zip(before, after, strict=True))
+    return Plot(
+        "held-out-loss",
+        "Held-out loss of each block, as initialised and as written",
+        f"Two points a block, {len(rows)} blocks: training lowered the loss of {fell}. As written "
+        f"the lowest is {min(after):.6g}, the highest {max(after):.6g}.",
+        figure,
+    )
+
+
+def _curves(facts: Facts) -> Plot | None:
+    if not facts.curves:
+        return None
+    from matplotlib import colormaps
+
+    figure, axes = _figure(2.9)
+    count = len(facts.curves)
+    colours = colormaps["viridis"]
+    for place, (block, points) in enumerate(facts.curves.items()):
+        steps, losses = zip(*points, strict=True)
+        colour = colours(0.25 + 0.6 * place / max(1, count - 1))
+        axes.plot(steps, losses, color=colour, marker="o", markersize=2.5, linewidth=1.2)
+        if count <= 16:
+            axes.annotate(
+                str(block), (steps[-1], losses[-1]), xytext=(4, 0), textcoords="offset points",
+                va="center", fontsize=7.5, annotation_clip=False,
+            )  # fmt: skip
+    values = [loss for points in facts.curves.values() for _, loss in points]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+    axes.grid(True)
+    axes.set_xlabel("training step" + (", curves end at their block's number" * (count <= 16)))
+    axes.set_ylabel("held-out loss")
+    first, last = next(iter(facts.curves)), list(facts.curves)[-1]
+    return Plot(
+        "loss-curves",
+        "Held-out loss while each block trains",
+        f"One curve a block, {count} blocks. Block {first} goes from "
+        f"{facts.curves[first][0][1]:.6g} to {facts.curves[first][-1][1]:.6g}, block {last} from "
+        f"{facts.curves[last][0][1]:.6g} to {facts.curves[last][-1][1]:.6g}.",
+        figure,
+    )
+
+
+def _experts(facts: Facts) -> Plot | None:
+    rows = [row for row in facts.blocks if row.get("expert_tokens")]
+    if not rows:
+        return None
+    experts = max(len(row["expert_tokens"]) for row in rows)
+    figure, axes = _heat_map(
+        [str(expert) for expert in range(experts)], [str(row["index"]) for row in rows], "expert"
+    )
+    entries = [(0.0, "none"), (0.5, "an even share"), (1.0, "twice that or more")]
+    colours = _scale(axes, entries)
+    starved = 0
+    for y, row in enumerate(rows):
+        even = sum(row["expert_tokens"]) / len(row["expert_tokens"])
+        for x, tokens in enumerate(row["expert_tokens"]):
+            is_starved = x in row.get("starved_experts", [])
+            starved += is_starved
+            text = f"{tokens:,}" if experts <= MAX_CELL_TEXTS else ""
+            value = min(1.0, tokens / (2 * even)) if even else 0.0
+            _cell(axes, x, y, colours(value), f"{text}!" if is_starved else text)
+    fewest = min((min(row["expert_tokens"]), row["index"]) for row in rows)
+    return Plot(
+        "experts",
+        "Calibration tokens that reached each expert",
+        f"Heat map of {experts} experts in {len(rows)} blocks. {starved} experts are starved "
+        f"(marked with an exclamation mark); the fewest tokens are {fewest[0]:,}, in block "
+        f"{fewest[1]}.",
+        figure,
+    )
+
+
+def _costs(facts: Facts) -> Plot | None:
+    rows = facts.blocks
+    if not rows:
+        return None
+    figure, (time, memory) = _figure(3.4, rows=2)
+    places = range(len(rows))
+    time.bar(places, [row["seconds"] for row in rows], 0.6, color=AFTER)
+    time.set_ylabel("seconds")
+    memory.bar(places, [row["peak_memory_bytes"] / 2**30 for row in rows], 0.6, color=BEFORE)
+    memory.set_ylabel("peak GiB")
+    for axes in (time, memory):
+        axes.grid(True)
+        axes.set_axisbelow(True)
+        _index_ticks(axes, [str(row["index"]) for row in rows])
+    memory.set_xlabel("block")
+    slowest = max(rows, key=lambda row: row["seconds"])
+    return Plot(
+        "time-memory",
+        "Time and peak memory of each block",
+        f"Two rows of bars over {len(rows)} blocks. The slowest is block {slowest['index']} with "
+        f"{slowest['seconds']:,.2f} seconds; the peak is "
+        f"{max(row['peak_memory_bytes'] for row in rows) / 2**30:.2f} GiB.",
+        figure,
+    )
+
+
+def plots_of(facts: Facts) -> dict[str, Plot]:
+    """{key: plot} of what there is to plot."""
+    from matplotlib import rc_context
+
+    with rc_context(_style()):
+        made = [draw(facts) for draw in (_sizes, _ranks, _losses, _curves, _experts, _costs)]
+    return {plot.key: plot for plot in made if plot is not None}
