@@ -61,7 +61,5 @@ def report(out: str | Path, **options: Any) -> list[Path]:
             _write(file, as_png(plot))
             written.append(file)
     if config.open and not webbrowser.open(written[0].resolve().as_uri()):
-        raise RunError(
-            f"no browser was found; {written[0]} is written, open it yourself"
-        )
+        raise RunError(f"no browser was found; {written[0]} is written, open it yourself")
     return written

@@ -309,7 +309,7 @@ def read_facts(options: ReportConfig) -> Facts:
     if after != report["params_after"]:
         raise InputError(
             f"report.json of {out} counts {report['params_after']:,} parameters, its config.json "
-            f"{after:,}; they are not of the same run"
+            f"{after:,}; they are not of the same run (or `lillama export` changed the gauge since)"
         )
     return Facts(
         out=out,

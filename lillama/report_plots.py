@@ -24,6 +24,7 @@ BEFORE, AFTER = "#8b8f98", "#3f83f0"
 # stands for the page's text colour, and for black in a PNG
 INK = "#010203"
 MAX_CELL_TEXTS = 12  # columns
+MAX_NAMED_CURVES = 14
 
 
 def check_matplotlib() -> None:
@@ -70,15 +71,13 @@ def _style() -> dict[str, Any]:
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     return {
         **dict.fromkeys(ink, INK),
-        "font.size": 9.0,
-        "axes.titlesize": 9.0,
+        "font.size": 10.0,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.grid.axis": "y",
         "grid.color": INK,
         "grid.alpha": 0.15,
         "legend.frameon": False,
-        "legend.fontsize": 8.0,
+        "legend.fontsize": 9.0,
         "text.parse_math": False,
         "svg.fonttype": "none",
         "svg.hashsalt": "lillama",
@@ -145,7 +144,7 @@ def _pair_bars(axes: Any, before: Sequence[float], after: Sequence[float]) -> No
     places = range(len(before))
     axes.bar([p - 0.2 for p in places], before, 0.4, color=BEFORE, label="before")
     axes.bar([p + 0.2 for p in places], after, 0.4, color=AFTER, label="after")
-    axes.grid(True)
+    axes.grid(True, axis="y")
     axes.set_axisbelow(True)
 
 
@@ -174,18 +173,20 @@ def _sizes(facts: Facts) -> Plot:
     )
 
 
-def _cell(axes: Any, x: int, y: int, colour: Any, text: str, hatch: str | None = None) -> None:
+def _cell(axes: Any, x: int, y: int, colour: Any, text: str) -> None:
+    """One cell of a heat map; `colour` None leaves it empty."""
     from matplotlib.patches import Rectangle
 
-    box = (x + 0.03, y + 0.05)
-    if hatch is None:
-        axes.add_patch(Rectangle(box, 0.94, 0.9, facecolor=colour, edgecolor="none"))
-    else:
-        axes.add_patch(Rectangle(box, 0.94, 0.9, facecolor="none", edgecolor=BEFORE, linewidth=0.8))
-    if text:
-        light = colour is not None and sum(colour[:3]) > 1.35
-        ink = INK if colour is None else "#101010" if light else "#ffffff"
-        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=7.5)
+    face = "none" if colour is None else colour
+    axes.add_patch(
+        Rectangle((x + 0.04, y + 0.06), 0.92, 0.88, facecolor=face, edgecolor=BEFORE, linewidth=0.5)
+    )
+    if text and colour is not None:
+        # relative luminance (WCAG 2); above this black has more contrast than white
+        weights = (0.2126, 0.7152, 0.0722)
+        light = sum(w * c**2.2 for w, c in zip(weights, colour[:3], strict=True)) > 0.18
+        ink = "#101010" if light else "#ffffff"
+        axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", color=ink, fontsize=8.0)
 
 
 def _heat_map(columns: Sequence[str], rows: Sequence[str], x_label: str) -> tuple[Any, Any]:
@@ -206,25 +207,24 @@ def _heat_map(columns: Sequence[str], rows: Sequence[str], x_label: str) -> tupl
     return figure, axes
 
 
-def _scale(axes: Any, entries: Sequence[tuple[float, str]], extra: str | None = None) -> Any:
-    """A colour map and, above the plot, what its colours mean; `extra`: an empty box."""
+def _colour(value: float) -> Any:
+    """0 to 1 as a colour (RGBA) that shows on white and on black."""
     from matplotlib import colormaps
+
+    return colormaps["viridis"](0.15 + 0.8 * min(1.0, value))
+
+
+def _key(axes: Any, entries: Sequence[tuple[float, str]], empty: str | None = None) -> None:
+    """Above a heat map, what its colours mean, and `empty` cells."""
     from matplotlib.patches import Patch
 
-    colours = colormaps["viridis"]
-    handles = [Patch(facecolor=colours(value), label=label) for value, label in entries]
-    if extra is not None:
-        handles.append(Patch(facecolor="none", edgecolor=BEFORE, label=extra))
-    options = {
-        "columnspacing": 1.0,
-        "handlelength": 1.1,
-        "handletextpad": 0.4,
-        "borderaxespad": 0.3,
-    }
+    handles = [Patch(facecolor=_colour(value), label=label) for value, label in entries]
+    if empty is not None:
+        handles.append(Patch(facecolor="none", edgecolor=BEFORE, label=empty))
     axes.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), **options
-    )
-    return colours
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles),
+        columnspacing=1.0, handlelength=1.1, handletextpad=0.4, borderaxespad=0.3,
+    )  # fmt: skip
 
 
 def _ranks(facts: Facts) -> Plot | None:
@@ -237,7 +237,7 @@ def _ranks(facts: Facts) -> Plot | None:
     figure, axes = _heat_map(
         columns, [str(block) for block in blocks], "expert.matrix" if is_moe else "matrix"
     )
-    colours = _scale(axes, [(0.25, "25%"), (0.5, "50%"), (0.75, "75%"), (1.0, "100%")], "dense")
+    _key(axes, [(0.25, "25%"), (0.5, "50%"), (0.75, "75%"), (1.0, "100%")], "dense")
     dense = 0
     shares: list[tuple[float, str]] = []
     for row in inside:
@@ -245,12 +245,12 @@ def _ranks(facts: Facts) -> Plot | None:
         x, y = columns.index(row.label), blocks.index(row.block)
         if row.rank is None:
             dense += 1
-            _cell(axes, x, y, None, "", hatch="dense")
+            _cell(axes, x, y, None, "")
             continue
         share = row.rank / max(1, row.matrix.break_even_rank)
         shares.append((share, f"{row.label} of block {row.block}"))
         text = str(row.rank) if len(columns) <= MAX_CELL_TEXTS else ""
-        _cell(axes, x, y, colours(min(1.0, share)), text)
+        _cell(axes, x, y, _colour(share), text)
     said = f"Heat map of {len(inside)} matrices in {len(blocks)} blocks, {dense} of them dense."
     if shares:
         low, high = min(shares), max(shares)
@@ -271,12 +271,13 @@ def _losses(facts: Facts) -> Plot | None:
     for place, pair in enumerate(zip(before, after, strict=True)):
         axes.plot([place, place], pair, color=BEFORE, linewidth=1.2, zorder=1)
     size = max(10, min(36, 700 / len(rows)))
-    axes.scatter(range(len(rows)), before, size, color=BEFORE, label="as initialised", zorder=2)
+    ring = {"facecolors": "none", "edgecolors": BEFORE, "linewidths": 1.5}
+    axes.scatter(range(len(rows)), before, 2.2 * size, label="as initialised", **ring)
     axes.scatter(range(len(rows)), after, size, color=AFTER, label="as written", zorder=3)
     low, high = min(*before, *after), max(*before, *after)
     if low > 0 and high > 30 * low:
         axes.set_yscale("log")
-    axes.grid(True)
+    axes.grid(True, axis="y")
     _index_ticks(axes, [str(row["index"]) for row in rows])
     axes.set_xlabel("block")
     axes.set_ylabel("held-out loss")
@@ -291,34 +292,43 @@ def _losses(facts: Facts) -> Plot | None:
     )
 
 
+def _name_curves(axes: Any, curves: dict[int, list[tuple[int, float]]]) -> None:
+    """Each curve's block at its end, moved apart where ends meet."""
+    axes.get_ylim()  # settles the scale
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = sorted((to_axes.transform(points[-1])[1], block) for block, points in curves.items())
+    places: list[float] = []
+    for height, _ in ends:
+        places.append(max(height, places[-1] + 0.06) if places else height)
+    shift = sum(height - place for (height, _), place in zip(ends, places, strict=True)) / len(ends)
+    for (_, block), place in zip(ends, places, strict=True):
+        where = {"transform": axes.transAxes, "va": "center", "fontsize": 8.5}
+        axes.text(1.01, place + shift, str(block), **where)
+
+
 def _curves(facts: Facts) -> Plot | None:
     if not facts.curves:
         return None
-    from matplotlib import colormaps
-
     figure, axes = _figure(2.9)
     count = len(facts.curves)
-    colours = colormaps["viridis"]
-    for place, (block, points) in enumerate(facts.curves.items()):
+    for place, points in enumerate(facts.curves.values()):
         steps, losses = zip(*points, strict=True)
-        colour = colours(0.25 + 0.6 * place / max(1, count - 1))
+        colour = _colour(0.1 + 0.7 * place / max(1, count - 1))
         axes.plot(steps, losses, color=colour, marker="o", markersize=2.5, linewidth=1.2)
-        if count <= 16:
-            axes.annotate(
-                str(block), (steps[-1], losses[-1]), xytext=(4, 0), textcoords="offset points",
-                va="center", fontsize=7.5, annotation_clip=False,
-            )  # fmt: skip
     values = [loss for points in facts.curves.values() for _, loss in points]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
-    axes.grid(True)
-    axes.set_xlabel("training step" + (", curves end at their block's number" * (count <= 16)))
+    named = count <= MAX_NAMED_CURVES
+    if named:
+        _name_curves(axes, facts.curves)
+    axes.grid(True, axis="y")
+    axes.set_xlabel("training step" + ("; at the right the block" if named else ""))
     axes.set_ylabel("held-out loss")
     first, last = next(iter(facts.curves)), list(facts.curves)[-1]
     return Plot(
         "loss-curves",
         "Held-out loss while each block trains",
-        f"One curve a block, {count} blocks. Block {first} goes from "
+        f"One curve a block, {count} blocks, the last ones lighter. Block {first} goes from "
         f"{facts.curves[first][0][1]:.6g} to {facts.curves[first][-1][1]:.6g}, block {last} from "
         f"{facts.curves[last][0][1]:.6g} to {facts.curves[last][-1][1]:.6g}.",
         figure,
@@ -334,7 +344,7 @@ def _experts(facts: Facts) -> Plot | None:
         [str(expert) for expert in range(experts)], [str(row["index"]) for row in rows], "expert"
     )
     entries = [(0.0, "none"), (0.5, "an even share"), (1.0, "twice that or more")]
-    colours = _scale(axes, entries)
+    _key(axes, entries)
     starved = 0
     for y, row in enumerate(rows):
         even = sum(row["expert_tokens"]) / len(row["expert_tokens"])
@@ -342,8 +352,8 @@ def _experts(facts: Facts) -> Plot | None:
             is_starved = x in row.get("starved_experts", [])
             starved += is_starved
             text = f"{tokens:,}" if experts <= MAX_CELL_TEXTS else ""
-            value = min(1.0, tokens / (2 * even)) if even else 0.0
-            _cell(axes, x, y, colours(value), f"{text}!" if is_starved else text)
+            value = tokens / (2 * even) if even else 0.0
+            _cell(axes, x, y, _colour(value), f"{text}!" if is_starved else text)
     fewest = min((min(row["expert_tokens"]), row["index"]) for row in rows)
     return Plot(
         "experts",
@@ -366,7 +376,7 @@ def _costs(facts: Facts) -> Plot | None:
     memory.bar(places, [row["peak_memory_bytes"] / 2**30 for row in rows], 0.6, color=BEFORE)
     memory.set_ylabel("peak GiB")
     for axes in (time, memory):
-        axes.grid(True)
+        axes.grid(True, axis="y")
         axes.set_axisbelow(True)
         _index_ticks(axes, [str(row["index"]) for row in rows])
     memory.set_xlabel("block")

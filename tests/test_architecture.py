@@ -28,6 +28,7 @@ LAYERS = (
     {"compress", "serve"},
     {"evaluate", "export", "generate", "report_data"},
     {"report_plots"},
+    {"report_sections"},
     {"report_page"},
     {"report"},
     {"cli_options", "cli_output"},
