@@ -9,7 +9,8 @@ from lillama.config import ReportConfig
 from lillama.errors import RunError
 from lillama.report_data import read_facts
 from lillama.report_page import page_of
-from lillama.report_plots import as_png, check_matplotlib, plots_of
+from lillama.report_plots import plots_of
+from lillama.report_svg import as_png, check_matplotlib
 
 __all__ = ["PAGE", "report"]
 

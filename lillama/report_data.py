@@ -7,9 +7,13 @@ otherwise an error says which file and which entry.
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from lillama.checkpoint import compression_of, read_config, read_headers, sentinel_names
 from lillama.compress.allocate import Matrix
@@ -109,9 +113,8 @@ def _check_numbers(values: Any, names: tuple[str, ...], place: str) -> None:
     if not isinstance(values, dict):
         raise InputError(f"{place} must be an object, got {type(values).__name__}")
     for name in names:
-        found = values.get(name)
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        if not number or not math.isfinite(found):
+        found: Any = values.get(name)
+        if type(found) not in (int, float) or not math.isfinite(found):
             raise InputError(f"{place}: {name} must be a finite number, got {found!r}")
 
 
@@ -228,33 +231,73 @@ def _label(matrix: Matrix, family: Family) -> str:
     return f"{parsed[1]}.{family.experts.hub_projection(parsed[2])}"
 
 
-def _sizes(
-    params: dict[str | int, int],
-    stored: dict[str | int, int],
-    matrices: tuple[RankedMatrix, ...],
-    item_bytes: float,
+def _matrices(
+    model: PreTrainedModel, family: Family, compression: dict[str, Any], recipe: dict[str, Any]
+) -> tuple[RankedMatrix, ...]:
+    """The run's target matrices, with the ranks that config.json has."""
+    ranks = compression["ranks"]
+    chosen = recipe["options"].get("targets")
+    everywhere = recipe["options"]["preset_values"].get("vocabulary", False)
+    found = find_matrices(
+        model,
+        family,
+        None if chosen is None else tuple(map(str, chosen)),
+        compression.get("gauge", "plain"),
+        vocabulary=bool(everywhere) and recipe.get("strategy") == "global",
+    )
+    unknown = sorted(ranks.keys() - {matrix.name for matrix in found})
+    if unknown:
+        raise InputError(
+            f"config.json has a rank of {unknown[0]}, which is no target of the run in recipe.json"
+        )
+    blocks = range(model.config.num_hidden_layers)
+    return tuple(
+        RankedMatrix(
+            matrix,
+            _label(matrix, family),
+            matrix.block if matrix.block in blocks else None,
+            ranks.get(matrix.name),
+        )
+        for matrix in found
+    )
+
+
+def _layers(
+    model: PreTrainedModel,
     family: Family,
+    matrices: tuple[RankedMatrix, ...],
+    stored: Mapping[str, int],
+    item_bytes: float,
 ) -> tuple[Layer, ...]:
-    saved: dict[str | int, int] = {}
+    """stored: {tensor: its bytes}; item_bytes: of the base's parameters on average."""
+    before: Counter[str | int] = Counter()
+    saved: Counter[str | int] = Counter()
+    bytes_after: Counter[str | int] = Counter()
+    for name, parameter in model.named_parameters():
+        before[_part_of(name, family)] += parameter.numel()
     for row in matrices:
-        part = _part_of(f"{row.matrix.name}.weight", family)
-        saved[part] = saved.get(part, 0) + row.matrix.N * row.matrix.K - row.params_after
+        numbers = row.matrix.N * row.matrix.K - row.params_after
+        saved[_part_of(f"{row.matrix.name}.weight", family)] += numbers
+    for name, num_bytes in stored.items():
+        bytes_after[_part_of(name, family)] += num_bytes
     names = {
         "embeddings": ("token embeddings", "emb"),
         "rest": ("final norm", "norm"),
         "head": ("output head", "head"),
     }
-    blocks = sorted(part for part in params if isinstance(part, int))
+    blocks = sorted(part for part in before if isinstance(part, int))
     order: list[str | int] = ["embeddings", *blocks, "rest", "head"]
-    layers = []
-    for part in order:
-        if part in params:
-            label, short = names[part] if isinstance(part, str) else (f"block {part}", str(part))
-            before = params[part]
-            after = before - saved.get(part, 0)
-            mean = round(before * item_bytes)
-            layers.append(Layer(label, short, before, after, mean, stored.get(part, 0)))
-    return tuple(layers)
+    return tuple(
+        Layer(
+            *(names[part] if isinstance(part, str) else (f"block {part}", str(part))),
+            params_before=before[part],
+            params_after=before[part] - saved[part],
+            bytes_before=round(before[part] * item_bytes),
+            bytes_after=bytes_after[part],
+        )
+        for part in order
+        if before[part]
+    )
 
 
 def read_facts(options: ReportConfig) -> Facts:
@@ -269,42 +312,13 @@ def read_facts(options: ReportConfig) -> Facts:
     if compression is None:
         raise InputError(f"{out} is a dense model; report is about what `lillama compress` wrote")
     report, recipe = _read_report(out), _read_recipe(out)
-    family, ranks = family_of(config.model_type), compression["ranks"]
-    gauge = compression.get("gauge", "plain")
-    model = skeleton(config)
-    chosen = recipe["options"].get("targets")
-    everywhere = recipe["options"]["preset_values"].get("vocabulary", False)
-    found = find_matrices(
-        model,
-        family,
-        None if chosen is None else tuple(map(str, chosen)),
-        gauge,
-        vocabulary=bool(everywhere) and recipe.get("strategy") == "global",
-    )
-    unknown = sorted(ranks.keys() - {matrix.name for matrix in found})
-    if unknown:
-        raise InputError(f"{out} has ranks of {unknown[0]}, which recipe.json does not factorise")
-    matrices = tuple(
-        RankedMatrix(
-            matrix,
-            _label(matrix, family),
-            matrix.block if 0 <= matrix.block < config.num_hidden_layers else None,
-            ranks.get(matrix.name),
-        )
-        for matrix in found
-    )
-    params: dict[str | int, int] = {}
-    for name, parameter in model.named_parameters():
-        part = _part_of(name, family)
-        params[part] = params.get(part, 0) + parameter.numel()
+    family, model = family_of(config.model_type), skeleton(config)
+    matrices = _matrices(model, family, compression, recipe)
     headers = read_headers(out)
-    skipped = set(sentinel_names(headers, family, ranks))
-    stored: dict[str | int, int] = {}
-    for name, header in headers.items():
-        part = _part_of(name, family)
-        stored[part] = stored.get(part, 0) + (0 if name in skipped else header.num_bytes)
-    item_bytes = report["bytes_before"] / report["params_before"]
-    layers = _sizes(params, stored, matrices, item_bytes, family)
+    skipped = set(sentinel_names(headers, family, compression["ranks"]))
+    stored = {name: h.num_bytes for name, h in headers.items() if name not in skipped}
+    item_bytes = report["bytes_before"] / max(1, report["params_before"])
+    layers = _layers(model, family, matrices, stored, item_bytes)
     after = sum(layer.params_after for layer in layers)
     if after != report["params_after"]:
         raise InputError(
@@ -314,7 +328,7 @@ def read_facts(options: ReportConfig) -> Facts:
     return Facts(
         out=out,
         base=str(recipe["options"].get("model", "")),
-        gauge=gauge,
+        gauge=compression.get("gauge", "plain"),
         report=report,
         recipe=recipe,
         layers=layers,

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from lillama.report_data import Facts
-from lillama.report_plots import Plot, Stylesheet
 from lillama.report_sections import escape, format_number, sections_of
+from lillama.report_svg import Plot, Stylesheet
 from lillama.version import __version__
 
 __all__ = ["page_of"]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from lillama.report_data import Facts
-from lillama.report_plots import Plot, Stylesheet, as_svg
+from lillama.report_svg import Plot, Stylesheet, as_svg
 
 __all__ = ["Section", "command_of", "escape", "format_number", "sections_of"]
 

@@ -9,7 +9,6 @@ import shutil
 import sys
 import webbrowser
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ import lillama  # noqa: E402
 from lillama import cli  # noqa: E402
 from lillama.errors import InputError, RunError  # noqa: E402
 from lillama.report_sections import format_number  # noqa: E402
+from tests.html_page import Page  # noqa: E402
 from tests.webdriver import CHROMEDRIVER, CHROMIUM, Browser  # noqa: E402
 
 KINDS = ["mixtral", "mamba"]
 SCRIPT = "<script>alert(1)</script>"
-VOID = {"meta", "link", "br", "hr", "img", "input"}
 PLOTS = {"sizes", "ranks", "held-out-loss", "loss-curves", "time-memory"}
 
 
@@ -89,47 +88,6 @@ def run(request, runs) -> Run:
     return runs[request.param]
 
 
-class Page(HTMLParser):
-    """The page's elements, its tables and its text; elements that do not close are found."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.texts: dict[str, list[str]] = {}
-        self.rows: list[list[str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.rows = []
-        elif tag == "tr":
-            self.rows.append([])
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        if tag == "table":
-            self.tables[self.texts["caption"][-1]] = self.rows
-
-    def handle_data(self, data: str) -> None:
-        tag = self.open[-1] if self.open else ""
-        self.texts.setdefault(tag, []).append(data)
-        if tag in ("th", "td"):
-            self.rows[-1].append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.elements if name == tag]
-
-
 def cells(table: list[list[str]]) -> set[str]:
     return {cell for row in table for cell in row}
 
@@ -173,12 +131,9 @@ def test_report_lists_every_rank_with_its_break_even(run):
             assert after == before
             continue
         assert int(rank) <= int(break_even)
-        saved = N * K - int(after.replace(",", ""))
-        R, in_pivot = (
-            int(rank),
-            config["gauge"] == "pivot" and name.endswith(("in_proj", "out_proj")),
-        )
-        assert after == f"{R * (N + K - R * in_pivot):,}" and R * (N + K - R * in_pivot) < N * K
+        in_pivot = config["gauge"] == "pivot" and name.endswith(("in_proj", "out_proj"))
+        numbers = int(rank) * (N + K - int(rank) * in_pivot)
+        assert after == f"{numbers:,}" and numbers < N * K
 
 
 def test_report_draws_the_losses_of_the_events(run):
