@@ -25,8 +25,8 @@ def _figure(height: float, rows: int = 1) -> tuple[Any, Any]:
 
 
 def _index_ticks(axes: Any, labels: Sequence[str]) -> None:
-    """Labels below 0, 1, ...; every second or fourth where they would run into each other."""
-    step = max(1, math.ceil(len(labels) / 20))
+    """Labels below 0, 1, ...; every second or so where they would run into each other."""
+    step = max(1, math.ceil(len(labels) / 14))
     axes.set_xticks(range(0, len(labels), step), list(labels)[::step])
 
 
@@ -212,6 +212,7 @@ def _curves(facts: Facts) -> Plot | None:
     if named:
         _name_curves(axes, facts.curves)
     axes.grid(True, axis="y")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("training step" + ("; at the right the block" if named else ""))
     axes.set_ylabel("held-out loss")
     first, last = next(iter(facts.curves)), list(facts.curves)[-1]

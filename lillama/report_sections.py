@@ -226,8 +226,8 @@ def _cost_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -
         "Time and memory by block",
         _figure(plots.get("time-memory"), styles),
         _paragraph(
-            "The peak is the process's up to the end of the block. A run that was interrupted and "
-            f"went on counts the time since then.{said}"
+            "The peak is the process's up to the end of the block, on a GPU that of its memory. A "
+            f"run that was interrupted and went on counts the time since then.{said}"
         ),
         _table("Time and peak memory", ("block", "seconds", "peak bytes"), rows),
     )
@@ -236,8 +236,11 @@ def _cost_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -
 def _quality_section(facts: Facts) -> Section:
     quality = facts.quality
     if quality is None:
-        text = "Not given: `lillama eval OUT --text FILE --against MODEL --json > eval.json`, then "
-        return _section("quality", "Quality", _paragraph(text + "--eval eval.json."))
+        text = (
+            "Not given. <code>lillama eval OUT --text FILE --against MODEL --json &gt; eval.json"
+            "</code> measures it, <code>--eval eval.json</code> then shows it here."
+        )
+        return _section("quality", "Quality", f"<p>{text}</p>")
     base = "base_perplexity" in quality
     rows = [
         (

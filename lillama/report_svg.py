@@ -61,10 +61,13 @@ class Stylesheet:
 
 def plot_style() -> AbstractContextManager[None]:
     """matplotlib's settings, for drawing and for saving."""
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcParamsDefault
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    # a matplotlibrc of the user changes nothing
+    defaults = {k: v for k, v in rcParamsDefault.items() if not k.startswith("backend")}
     settings: dict[Any, Any] = {
+        **defaults,
         **dict.fromkeys(ink, INK),
         "font.size": 10.0,
         "axes.spines.top": False,

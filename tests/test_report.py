@@ -159,8 +159,8 @@ def test_report_tells_of_experts(runs):
 def test_report_without_events_and_eval_says_how_to_get_them(run):
     lillama.report(run.out)
     page = Page(run.page)
-    text = " ".join(page.texts["p"])
-    assert "--events" in text and "--eval eval.json" in text
+    assert "give the events file of the run with --events" in " ".join(page.texts["p"])
+    assert "--eval eval.json" in page.texts["code"]
     assert "Held-out loss while training" not in page.tables
 
 
