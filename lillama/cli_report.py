@@ -7,9 +7,7 @@ import typer
 
 __all__ = ["report"]
 
-Folder = Annotated[
-    Path, typer.Argument(help="Folder that compress wrote.", metavar="OUT", show_default=False)
-]
+Folder = Annotated[Path, typer.Argument(help="Folder that compress wrote.", show_default=False)]
 Events = Annotated[
     Path | None,
     typer.Option(help="What compress --events wrote: loss curves.", show_default=False),
