@@ -282,7 +282,7 @@ def _layers(
         bytes_after[_part_of(name, family)] += num_bytes
     names = {
         "embeddings": ("token embeddings", "emb"),
-        "rest": ("final norm", "norm"),
+        "rest": ("final norm and other", "rest"),
         "head": ("output head", "head"),
     }
     blocks = sorted(part for part in before if isinstance(part, int))
