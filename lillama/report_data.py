@@ -273,8 +273,12 @@ def _layers(
     before: Counter[str | int] = Counter()
     saved: Counter[str | int] = Counter()
     bytes_after: Counter[str | int] = Counter()
+    # a model may call its head otherwise than its checkpoint does
+    head: Any = model.get_output_embeddings()
+    ends = {id(head.weight): "head"}
+    ends[id(model.get_input_embeddings().weight)] = "embeddings"  # tied ones count here
     for name, parameter in model.named_parameters():
-        before[_part_of(name, family)] += parameter.numel()
+        before[ends.get(id(parameter), _part_of(name, family))] += parameter.numel()
     for row in matrices:
         numbers = row.matrix.N * row.matrix.K - row.params_after
         saved[_part_of(f"{row.matrix.name}.weight", family)] += numbers
