@@ -6,6 +6,7 @@
     lillama.finetune(OUT, BETTER, base=MODEL, text="calibration.txt")
     lillama.generate(OUT, "Once upon")
     lillama.export(OUT, DENSE, format="dense")
+    lillama.report(OUT)
     with lillama.kernels_impl("reference"): ...
 
 Importing this package registers the checkpoint format with transformers, so that
@@ -22,6 +23,7 @@ from lillama.evaluate import evaluate as eval
 from lillama.export import export
 from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
+from lillama.report import report
 from lillama.version import __version__
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "generate",
     "kernels_impl",
     "plan",
+    "report",
 ]
 
 _register()

@@ -41,6 +41,7 @@ from lillama.cli_options import (
     TrainOption,
 )
 from lillama.cli_output import errors, print_json, print_rows, progress_bar
+from lillama.cli_report import report
 from lillama.cli_serve import serve
 from lillama.config import (
     CompressConfig,
@@ -299,6 +300,7 @@ def export(
         print_rows(str(out), report)
 
 
+app.command()(report)
 app.command()(serve)
 
 
@@ -325,8 +327,8 @@ def _root(
     package.propagate = False
     if context.invoked_subcommand is None:
         raise InputError(
-            "no command given; use compress, finetune, plan, eval, generate, export or serve (see "
-            "--help)"
+            "no command given; use compress, finetune, plan, eval, generate, export, report or "
+            "serve (see --help)"
         )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "PlanConfig",
     "Preset",
     "Recipe",
+    "ReportConfig",
     "ServeConfig",
     "Strategy",
     "parse_bytes",
@@ -327,6 +328,17 @@ class GenerateConfig:
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"--temperature must be a finite number >= 0, got {self.temperature}")
         _device(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportConfig:
+    """Options of `lillama report`."""
+
+    out: Path
+    events: Path | None = None
+    eval: Path | None = None
+    png: Path | None = None
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from lillama.checkpoint import (
     sentinel_names,
 )
 from lillama.checkpoint_writer import check_space, disk_errors, sync
+from lillama.compress.describe import card_metadata, card_text
 from lillama.compress.gauge import plain_of, rounded, to_pivot
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
@@ -247,15 +248,11 @@ def _config_json(source: _Source, format: str, reduction: float) -> dict[str, An
     return values
 
 
-def _card(source: _Source, format: str, base: str) -> str:
+def _card(source: _Source, format: str, base_path: Path) -> str:
+    base = card_text(base_path.name)
     if format == "dense":
-        return f"""---
-base_model: {base}
-library_name: transformers
-tags:
-- low-rank
----
-# {source.path.name}, multiplied out
+        return f"""{card_metadata(base_path, "low-rank")}
+# {card_text(source.path.name)}, multiplied out
 
 {base} was compressed with lillama: weight matrices became low-rank factors. `lillama export`
 ({__version__}) multiplied these out again, so this is an ordinary checkpoint of the size of
@@ -278,7 +275,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 def _copies(path: Path) -> Iterable[Path]:
     """Tokenizer, generation_config.json, recipe.json and whatever else lies beside the weights."""
-    written = {"config.json", "README.md", INDEX}
+    written = {"config.json", "README.md", "report.html", INDEX}
     for file in sorted(path.iterdir()):
         hidden = file.name.startswith(".")
         if file.is_file() and file.suffix != ".safetensors" and not hidden:
@@ -356,7 +353,7 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
     params = before
     if config.format != "dense":
         params = count_params(model_config, source.ranks, config.format)
-    base = Path(str(values.get("base_model") or "the base model")).name
+    base = Path(str(values.get("base_model") or "the base model"))
     with disk_errors(config.out), _staging(config.out) as staging:
         num_bytes = _write_shards(source, staging, config.format)
         for file in _copies(source.path):

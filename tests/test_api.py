@@ -16,6 +16,7 @@ from lillama.config import (
     FinetuneConfig,
     GenerateConfig,
     PlanConfig,
+    ReportConfig,
     ServeConfig,
 )
 from lillama.errors import InputError, LillamaError, RunError
@@ -28,11 +29,12 @@ SUBMODULES = [
     "lillama.evaluate",
     "lillama.export",
     "lillama.generate",
+    "lillama.report",
     "lillama.cli",
 ]
 
 
-@pytest.mark.parametrize("name", ["compress", "plan", "eval", "export", "generate"])
+@pytest.mark.parametrize("name", ["compress", "plan", "eval", "export", "generate", "report"])
 def test_api_names_stay_functions_after_importing_submodules(name):
     for module in SUBMODULES:
         importlib.import_module(module)
@@ -132,6 +134,7 @@ DEFAULTS = {
         "evaluations": 8,
     },
     GenerateConfig: {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "device": "auto"},
+    ReportConfig: {"events": None, "eval": None, "png": None, "open": False},
     ServeConfig: {
         "host": "127.0.0.1",
         "port": 8000,
@@ -172,7 +175,7 @@ def test_api_plan_defaults_are_those_of_the_config():
     assert found.items() <= DEFAULTS[PlanConfig].items()
 
 
-@pytest.mark.parametrize("name", ["compress", "eval", "finetune", "generate", "plan"])
+@pytest.mark.parametrize("name", ["compress", "eval", "finetune", "generate", "plan", "report"])
 def test_api_unknown_option_is_refused(name, tmp_path):
     arguments = {
         "compress": {"reduction": 0.2, "text": "t"},
@@ -180,6 +183,7 @@ def test_api_unknown_option_is_refused(name, tmp_path):
         "eval": {"text": "t"},
         "generate": {"prompt": "p"},
         "finetune": {"base": "b", "text": "t"},
+        "report": {},
     }[name]
     target = {"out": tmp_path / "out"} if name in ("compress", "finetune") else {}
     with pytest.raises(TypeError, match="rank_step"):

@@ -26,15 +26,20 @@ LAYERS = (
     {"integrations"},
     {"loading"},
     {"compress", "serve"},
-    {"evaluate", "export", "generate"},
+    {"evaluate", "export", "generate", "report_data", "report_svg"},
+    {"report_plots", "report_sections"},
+    {"report_page"},
+    {"report"},
     {"cli_options", "cli_output"},
-    {"cli_serve"},
+    {"cli_report", "cli_serve"},
     {"cli"},
 )
 # Parts that import the extra lillama[serve], and what each of its packages is imported as; jinja2
 # comes with torch, starlette and pydantic with fastapi.
 SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn"}
-TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_serve.py"}
+# Files that import the extra lillama[report], which is matplotlib
+REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
+TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_report.py", "cli_serve.py"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 MAX_FILE_LINES = 400
@@ -53,6 +58,7 @@ OPTIONS = {
     "eval": "--against --batch-size --device --dtype --json --seq-len --text",
     "export": "--format --json",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",
+    "report": "--eval --events --open --png",
     "serve": "--api-key-file --client-timeout-s --device --drain-s --dtype --host --max-batch "
     "--max-body-bytes --max-choices --max-connections --max-length --max-queue --port "
     "--request-timeout-s --served-name",
@@ -167,6 +173,7 @@ def test_lillama_imports_declared_dependencies_only(path: Path) -> None:
     known = declared_dependencies() | sys.stdlib_module_names | {"lillama", "lillama_kernels"}
     names = {top(name) for name in imports_of(path)}
     known |= SERVE_EXTRA if is_http(path) else set()
+    known |= {"matplotlib"} if path.name in REPORT_EXTRA else set()
     known |= {"vllm"} if PLUGIN in path.parents else set()
     assert names <= known
     if path.name not in TERMINAL:
@@ -184,6 +191,8 @@ def test_lillama_imports_declared_dependencies_only(path: Path) -> None:
         ("serve", "compress", False),
         ("cli", "cli_serve", True),
         ("cli_serve", "serve", True),
+        ("report", "report_plots", True),
+        ("report_svg", "report_page", False),
         ("cli_options", "cli_serve", False),
         ("modules", "integrations", False),
         ("checkpoint", "modules", False),

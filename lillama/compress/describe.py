@@ -1,8 +1,10 @@
 """The files beside the weights: config.json, recipe.json and the model card."""
 
 import hashlib
+import html
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from lillama.config import CompressConfig
 from lillama.data import TokenBlocks
 from lillama.version import __version__
 
-__all__ = ["config_json", "model_card", "recipe_json"]
+__all__ = ["card_metadata", "card_text", "config_json", "model_card", "recipe_json"]
 
 
 def recipe_json(
@@ -63,15 +65,38 @@ def _sample(file: Path) -> bytes:
     return b"".join(parts)
 
 
+def _hub_id(model: Path) -> str | None:
+    """The base's id on the Hub: told by a folder of the Hub's cache, else the folder's name, which
+    is one only if it was named so; None where it cannot be one."""
+    folder = model.parent.parent.name if model.parent.name == "snapshots" else ""
+    if folder.startswith("models--"):
+        return folder.removeprefix("models--").replace("--", "/")
+    name = model.name
+    valid = re.fullmatch(r"\w(?:[\w.-]{0,94}\w)?", name, re.ASCII)
+    return name if valid and "--" not in name and ".." not in name else None
+
+
+def card_text(name: str) -> str:
+    """The name of a folder as a word of Markdown on one line."""
+    return html.escape(" ".join(name.split()))
+
+
+def card_metadata(base: Path, *tags: str) -> str:
+    """The YAML block that begins a model card, in the Hub's fields.
+
+    Source: huggingface.co/docs/hub/model-cards. The license is the base model's, which is not
+    known here.
+    """
+    hub_id = _hub_id(base)
+    # JSON is YAML, and a name such as 1e5 or no stays a string
+    lines = [] if hub_id is None else [f"base_model: {json.dumps(hub_id)}"]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+
 def model_card(options: CompressConfig, report: dict[str, Any]) -> str:
-    base = options.model.name
-    return f"""---
-base_model: {base}
-library_name: transformers
-tags:
-- lillama
-- low-rank
----
+    base = card_text(options.model.name)
+    return f"""{card_metadata(options.model, "lillama", "low-rank")}
 # {base}, {report["reduction"]:.1%} smaller
 
 Compressed with lillama {__version__}: weight matrices replaced by low-rank factors, trained block

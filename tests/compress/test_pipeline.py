@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -273,7 +274,12 @@ def test_compress_out_folder_is_complete(kind, small, request, tokenizer):
     assert recipe["options"]["seed"] == 3 and recipe["options"]["tokens"] == 400
     assert recipe["options"]["preset_values"]["init"] == "fisher"
     card = (out / "README.md").read_text()
-    assert card.startswith("---\n") and f"base_model: {path.name}" in card
+    assert ModelCard(card).data.to_dict() == {
+        "base_model": path.name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["lillama", "low-rank"],
+    }
     assert f"| {report['params_before']:,} | {report['params_after']:,} |" in card
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tensors_of(out))

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
 from tests.serve.http_server import running, wait_for  # noqa: E402
-from tests.serve.webdriver import (  # noqa: E402
+from tests.webdriver import (  # noqa: E402
     CHROMEDRIVER,
     CHROMIUM,
     CONTROL,

@@ -1,4 +1,4 @@
-"""The little of the WebDriver protocol that the page's tests need, spoken to chromedriver."""
+"""The little of the WebDriver protocol that tests of pages need, spoken to chromedriver."""
 
 import base64
 import json
