@@ -1,0 +1,288 @@
+"""Every model family: compressed with training, loaded, generated from, saved again."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
+
+import lillama
+from lillama.checkpoint import read_config, sentinel_names
+from lillama.compress.blocks import TeacherBlocks, block_output
+from lillama.compress.plan import make_plan
+from lillama.config import PlanConfig
+from lillama.errors import InputError
+from lillama.families import FAMILIES, family_of
+from lillama.loading import count_params, load_model
+
+KINDS = sorted(FAMILIES)
+TIED = {"gemma", "gemma2", "mamba", "opt"}
+OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
+PROMPT = "the cat sat on"
+each_family = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="session")
+def base(make_checkpoint):
+    """base(kind) -> folder of a tiny random model, made once."""
+    made: dict[str, Path] = {}
+
+    def of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_checkpoint(kind)
+        return made[kind]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def compressed(base, text_file, tmp_path_factory, device):
+    """compressed(kind) -> (folder, report) of the default preset, trained; made once."""
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def of(kind: str) -> tuple[Path, dict[str, Any]]:
+        if kind not in made:
+            out = tmp_path_factory.mktemp("families") / kind
+            report = lillama.compress(
+                base(kind), out, text=text_file, device=str(device), **OPTIONS
+            )
+            made[kind] = out, report
+        return made[kind]
+
+    return of
+
+
+def tokens(masked: bool) -> tuple[Tensor, Tensor | None]:
+    ids = torch.randint(1, 300, (3, 21), generator=torch.Generator().manual_seed(0))
+    if not masked:
+        return ids, None
+    mask = torch.arange(21) < torch.tensor([[21], [14], [2]])
+    return ids.masked_fill(~mask, 0), mask
+
+
+@torch.no_grad()
+def logits(model: Any, masked: bool = False) -> Tensor:
+    ids, mask = tokens(masked)
+    attention_mask = None if mask is None else mask.long().to(model.device)
+    return model(
+        input_ids=ids.to(model.device), attention_mask=attention_mask, use_cache=False
+    ).logits
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors |= load_file(file)
+    family = family_of(read_config(path).model_type)
+    ranks = json.loads((path / "config.json").read_text())["quantization_config"]["ranks"]
+    for name in sentinel_names(tensors, family, ranks):
+        del tensors[name]
+    return tensors
+
+
+def multiplied_out(path: Path) -> dict[str, Tensor]:
+    """The tensors of a compressed checkpoint with a matrix in place of every pair of factors."""
+    found = tensors_of(path)
+    dense = {}
+    for name, tensor in found.items():
+        matrix, _, key = name.rpartition(".")
+        if key == "lr_W":
+            dense[f"{matrix}.weight"] = tensor
+        elif key == "lr_A" and f"{matrix}.lr_B" in found:
+            dense[f"{matrix}.weight"] = found[f"{matrix}.lr_B"] @ tensor
+        elif key == "lr_A":
+            B = torch.cat([torch.eye(len(tensor)), found[f"{matrix}.lr_C"]])
+            dense[f"{matrix}.weight"] = B[found[f"{matrix}.lr_order"].long()] @ tensor
+        elif not key.startswith("lr_"):
+            dense[name] = tensor
+    return dense
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["packed", "padded"])
+@each_family
+@torch.no_grad()
+def test_one_block_at_a_time_equals_the_model(kind, masked, base, device):
+    """Embeddings, each block with its own mask and positions, and what follows the last."""
+    path = base(kind)
+    config = read_config(path)
+    teacher = TeacherBlocks(path, config, family_of(kind), device, torch.float32)
+    ids, mask = tokens(masked)
+    for _ in range(2):  # what was released comes back
+        with teacher.embeddings():
+            hidden, calls = teacher.inputs(ids, mask)
+        assert len(calls) == len(teacher.arguments((3, 21), mask)) == 2
+        for index, kwargs in enumerate(teacher.arguments((3, 21), mask)):
+            with teacher.block(index) as block:
+                hidden = block_output(block, hidden, kwargs)
+        with teacher.head():
+            found = teacher.logits(hidden, mask)
+    wanted = logits(load_model(path, device), masked)
+    kept = slice(None) if mask is None else mask.to(device)
+    torch.testing.assert_close(found[kept], wanted[kept], rtol=1e-4, atol=1e-4)
+
+
+@each_family
+def test_logits_are_those_of_the_product(kind, base, compressed, tmp_path, device):
+    """Everything but the factors, biases among it, comes from the file as it is."""
+    out, _ = compressed(kind)
+    shutil.copy(base(kind) / "config.json", tmp_path)
+    save_file(multiplied_out(out), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    model, info = dense
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    found = logits(load_model(out, device))
+    torch.testing.assert_close(found, logits(model.to(device)), rtol=1e-4, atol=1e-4)
+    before = logits(load_model(base(kind), device))
+    assert (found - before).abs().max() > 1e-2, "the compression changed something"
+
+
+@each_family
+def test_what_is_not_factorised_keeps_its_name(kind, base, compressed):
+    """Biases, norms and routers; tied embeddings stay one matrix."""
+    out, _ = compressed(kind)
+    before, after = load_file(base(kind) / "model.safetensors"), multiplied_out(out)
+    assert {name: t.shape for name, t in after.items()} == {n: t.shape for n, t in before.items()}
+    model = load_model(out, torch.device("cpu"))
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    same = getattr(embeddings, "weight", None) is getattr(head, "weight", 0)
+    assert same == (kind in TIED) == bool(model.config.tie_word_embeddings)
+
+
+@each_family
+def test_saved_again_it_is_the_same(kind, compressed, tmp_path, device):
+    out, _ = compressed(kind)
+    model = load_model(out, device)
+    model.save_pretrained(tmp_path)
+    before, after = tensors_of(out), tensors_of(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(load_model(tmp_path, device)), logits(model))
+
+
+@each_family
+@torch.no_grad()
+def test_auto_model_has_the_same_states(kind, compressed, device):
+    out, _ = compressed(kind)
+    whole: Any = load_model(out, device)
+    alone = AutoModel.from_pretrained(out, dtype=torch.float32).to(device).eval()
+    ids = tokens(masked=False)[0].to(device)
+    wanted = whole.base_model(input_ids=ids).last_hidden_state
+    assert torch.equal(alone(input_ids=ids).last_hidden_state, wanted)
+
+
+@each_family
+@torch.no_grad()
+def test_generate_is_greedy_without_a_cache(kind, compressed, tokenizer, device):
+    out, _ = compressed(kind)
+    model: Any = load_model(out, device)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(device)
+    length = ids.shape[1]
+    for _ in range(12):
+        following = model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], 1)
+        if int(following) == tokenizer.eos_token_id:
+            break
+    wanted = tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+    assert lillama.generate(out, PROMPT, max_new_tokens=12, device=str(device)) == wanted
+
+
+@each_family
+def test_report_counts_what_is_there(kind, base, compressed):
+    out, report = compressed(kind)
+    config = read_config(out)
+    values: Any = config.quantization_config
+    assert report["params_before"] == count_params(read_config(base(kind)))
+    assert report["params_after"] == count_params(config, values["ranks"], values["gauge"])
+    assert 0.2 - 1e-9 <= report["reduction"] < 0.26
+    assert report["bytes_before"] == lillama.plan(base(kind), 0.2)["bytes_before"]
+    stored = sum(t.nbytes for t in tensors_of(out).values())
+    assert report["bytes_after"] == stored
+    pivot_orders = sum(t.nbytes for n, t in tensors_of(out).items() if n.endswith("lr_order"))
+    assert stored - pivot_orders == 4 * report["params_after"]
+
+
+@each_family
+def test_plan_is_what_the_paper_preset_does(kind, base, text_file, tmp_path, device):
+    options = {**OPTIONS, "preset": "paper", "train": False}
+    planned = lillama.plan(base(kind), **options)
+    report = lillama.compress(
+        base(kind), tmp_path / "out", text=text_file, device=str(device), **options
+    )
+    ranks = read_config(tmp_path / "out").quantization_config["ranks"]
+    assert planned["ranks_are_final"]
+    assert {row["name"]: row["rank"] for row in planned["matrices"]} == ranks
+    for key in ("params_before", "params_after", "reduction", "bytes_before", "bytes_after"):
+        assert planned[key] == report[key], key
+    assert planned["strategy"] == FAMILIES[kind].paper_strategy
+
+
+@pytest.mark.parametrize("preset", ["fast", "whitened"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "opt"])
+def test_other_presets(kind, preset, base, text_file, tmp_path, device):
+    report = lillama.compress(
+        base(kind), tmp_path / "out", preset=preset, text=text_file, device=str(device), **OPTIONS
+    )
+    assert 0.2 - 1e-9 <= report["reduction"] < 0.26
+    quality = lillama.eval(tmp_path / "out", text_file, against=base(kind), seq_len=128)
+    assert 0.5 < quality["retained"] < 2
+
+
+@each_family
+def test_targets_are_linear_layers_of_the_blocks(kind, base):
+    """The declaration fits the model: every linear layer in a block is a target, or is a router or
+    what the family leaves out on purpose; no target is anything else."""
+    family = FAMILIES[kind]
+    model = load_model(base(kind), torch.device("cpu"))
+    found = set()
+    for block in model.get_decoder().layers:  # type: ignore[union-attr]
+        found |= {name for name, m in block.named_modules() if type(m) is torch.nn.Linear}
+    left_out = {"mamba": {"mixer.dt_proj"}, "mixtral": {f"self_attn.{n}_proj" for n in "qkvo"}}
+    assert set(family.targets.values()) == found - left_out.get(kind, set())
+    assert set(family.default_targets) <= set(family.target_names)
+
+
+def test_gauge_is_pivot_where_all_targets_are_linear(base):
+    def gauge(kind: str, **options: Any) -> str:
+        return make_plan(PlanConfig(model=base(kind), reduction=0.1, **options)).gauge
+
+    assert gauge("llama") == "pivot" and gauge("mixtral") == "plain"
+    assert gauge("llama", preset="paper") == "plain"
+
+
+def test_docs_list_every_family():
+    """docs/families.md: one row a family, with its targets."""
+    lines = (Path(__file__).parents[1] / "docs" / "families.md").read_text("utf-8").splitlines()
+    rows = [re.match(r"\| `(\w+)` \|([^|]*)\|([^|]*)\|", line) for line in lines]
+    found = {
+        row[1]: tuple(set(re.findall(r"`(\w+)`", row[place])) for place in (2, 3))
+        for row in rows
+        if row is not None
+    }
+    wanted = {}
+    for kind, family in FAMILIES.items():
+        default = set(family.default_targets)
+        wanted[kind] = default, set(family.target_names) - default - set(family.vocabulary)
+    assert found == wanted
+
+
+def test_unknown_family_names_the_known_ones():
+    with pytest.raises(InputError) as caught:
+        family_of("gpt2")
+    assert ", ".join(KINDS) in str(caught.value) and "families.py" in str(caught.value)
+
+
+def test_scaled_embeddings_are_no_target(make_checkpoint):
+    path = make_checkpoint("gemma", tie_word_embeddings=False)
+    options: dict[str, Any] = {"model": path, "reduction": 0.1}
+    names = [m.name for m in make_plan(PlanConfig(**options)).matrices]
+    assert names and not any("embed" in name or "lm_head" in name for name in names)
+    with pytest.raises(InputError, match="lm_head: the embeddings of this model are scaled"):
+        make_plan(PlanConfig(**options, targets=("lm_head",)))
