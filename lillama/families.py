@@ -113,19 +113,44 @@ def _dense(model_type: str, targets: Mapping[str, str], **more: Any) -> Family:
     )
 
 
+def _moe(
+    model_type: str,
+    experts: ExpertsNaming,
+    targets: Mapping[str, str],
+    default: tuple[str, ...] = (),
+    **more: Any,
+) -> Family:
+    """A family with experts: these are the targets, and `default`; attention can be asked for."""
+    return Family(
+        model_type=model_type,
+        targets={**_ATTENTION, **targets},
+        default_targets=(*experts.projections, *default),
+        experts=experts,
+        paper_strategy="bottom",
+        embedding="model.embed_tokens",
+        **more,
+    )
+
+
+_W_EXPERTS = ExpertsNaming(
+    runtime="mlp.experts",
+    hub="block_sparse_moe.experts",
+    gate="w1",
+    up="w3",
+    down="w2",
+    count="num_local_experts",
+)
+_PROJ_EXPERTS = ExpertsNaming(
+    runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
+)
+_SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
+
 # mixtral and mamba first: vLLM's side looks a naming up in this order
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_type="mixtral",
         default_targets=("w1", "w2", "w3"),
-        experts=ExpertsNaming(
-            runtime="mlp.experts",
-            hub="block_sparse_moe.experts",
-            gate="w1",
-            up="w3",
-            down="w2",
-            count="num_local_experts",
-        ),
+        experts=_W_EXPERTS,
         paper_strategy="bottom",
         embedding="model.embed_tokens",
     ),
@@ -188,6 +213,18 @@ FAMILIES: dict[str, Family] = {
         before_blocks=("model.decoder.embed_positions", "model.decoder.project_in"),
         inner_size="ffn_dim",
     ),
+    # some blocks may have one MLP in place of the experts, with the same three projections
+    "qwen2_moe": _moe(
+        "qwen2_moe",
+        _PROJ_EXPERTS,
+        {**_MLP, **_SHARED},
+        default=tuple(_SHARED),
+        inner_size="moe_intermediate_size",
+        shared_size="shared_expert_intermediate_size",
+    ),
+    "qwen3_moe": _moe("qwen3_moe", _PROJ_EXPERTS, _MLP, inner_size="moe_intermediate_size"),
+    "olmoe": _moe("olmoe", _PROJ_EXPERTS, {}),
+    "phimoe": _moe("phimoe", _W_EXPERTS, {}),
 }
 
 

@@ -137,6 +137,17 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    # the first block is dense
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    },
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 32, "head_dim": 8},
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
