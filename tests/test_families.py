@@ -160,8 +160,11 @@ def test_what_is_not_factorised_keeps_its_name(kind, base, compressed):
 
 
 @each_family
-def test_whitened_factorises_every_default_target(kind, compressed):
-    out, _ = compressed(kind, "whitened")
+def test_whitened_factorises_and_trains_every_default_target(kind, compressed):
+    out, report = compressed(kind, "whitened")
+    assert [block["steps"] > 0 for block in report["blocks"]] == [True, True]
+    # two steps may be too few for one of them
+    assert any(b["held_out_loss_after"] < b["held_out_loss_before"] for b in report["blocks"])
     family = FAMILIES[kind]
     found = {name.rpartition(".")[2] for name in read_config(out).quantization_config["ranks"]}
     wanted = {family.targets.get(n, n).rpartition(".")[2] for n in family.default_targets}
