@@ -115,6 +115,7 @@ def test_one_block_at_a_time_equals_the_model(kind, masked, base, device):
     config = read_config(path)
     teacher = TeacherBlocks(path, config, family_of(kind), device, torch.float32)
     ids, mask = tokens(masked)
+    found = torch.zeros(())
     for _ in range(2):  # what was released comes back
         with teacher.embeddings():
             hidden, calls = teacher.inputs(ids, mask)

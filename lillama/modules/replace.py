@@ -71,8 +71,8 @@ def replace_modules(
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():
         path, old = _find(root, family.runtime_name(name), base_prefix)
-        # no subclass: its own forward would be lost
-        if type(old) not in (nn.Linear, nn.Embedding):
+        exact = type(old) in (nn.Linear, nn.Embedding)  # what a subclass does would be lost
+        if not exact or not isinstance(old, nn.Linear | nn.Embedding):
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
