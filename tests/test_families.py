@@ -51,9 +51,11 @@ def compressed(base, text_file, tmp_path_factory, device):
     def of(kind: str, preset: str = "default") -> tuple[Path, dict[str, Any]]:
         if (kind, preset) not in made:
             out = tmp_path_factory.mktemp("families") / kind
-            report = lillama.compress(
-                base(kind), out, text=text_file, device=str(device), preset=preset, **OPTIONS
-            )
+            options = {**OPTIONS, "device": str(device), "preset": preset}
+            if preset == "whitened" and FAMILIES[kind].experts is not None:
+                # random routers decide by so little that the first steps only send tokens elsewhere
+                options["tokens"] = 6000
+            report = lillama.compress(base(kind), out, text=text_file, **options)
             made[kind, preset] = out, report
         return made[kind, preset]
 
@@ -163,9 +165,9 @@ def test_what_is_not_factorised_keeps_its_name(kind, base, compressed):
 @each_family
 def test_whitened_factorises_and_trains_every_default_target(kind, compressed):
     out, report = compressed(kind, "whitened")
-    assert [block["steps"] > 0 for block in report["blocks"]] == [True, True]
-    # two steps may be too few for one of them
-    assert any(b["held_out_loss_after"] < b["held_out_loss_before"] for b in report["blocks"])
+    improved = [b["held_out_loss_after"] < b["held_out_loss_before"] for b in report["blocks"]]
+    assert len(improved) == 2
+    assert any(improved) if FAMILIES[kind].experts is not None else all(improved)
     family = FAMILIES[kind]
     found = {name.rpartition(".")[2] for name in read_config(out).quantization_config["ranks"]}
     wanted = {family.targets.get(n, n).rpartition(".")[2] for n in family.default_targets}
