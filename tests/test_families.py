@@ -241,6 +241,15 @@ def test_plan_is_what_the_paper_preset_does(kind, base, text_file, tmp_path, dev
     for key in ("params_before", "params_after", "reduction", "bytes_before", "bytes_after"):
         assert planned[key] == report[key], key
     assert planned["strategy"] == FAMILIES[kind].paper_strategy
+    # without training everything that is not a factor, biases too, is the teacher's
+    before = load_file(base(kind) / "model.safetensors")
+    kept = {
+        n: v
+        for n, v in multiplied_out(tmp_path / "out").items()
+        if n.removesuffix(".weight") not in ranks
+    }
+    assert kept.keys() == {name for name in before if name.removesuffix(".weight") not in ranks}
+    assert all(torch.equal(value, before[name]) for name, value in kept.items())
 
 
 @each_family
