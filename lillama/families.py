@@ -1,12 +1,19 @@
 """What is factorised in each model family: one declaration a family.
 
+To add one: name the nn.Linear layers inside a block, those to factorise unless told, the stacked
+experts if it has any, and what its checkpoints call embeddings and head. The blocks are found by
+themselves (`compress.plan.block_list`).
+
 Two names meet here. The hub name is how a checkpoint calls a matrix
 (`...block_sparse_moe.experts.3.w1`); the runtime name is where transformers puts it
-(`...mlp.experts`, gate half of `gate_up_proj[3]`). They differ only for stacked experts.
+(`...mlp.experts`, gate half of `gate_up_proj[3]`). They differ for stacked experts and for the head
+of GPT-NeoX.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lillama.config import Strategy
 from lillama.errors import InputError
@@ -19,13 +26,19 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsNaming:
-    """Names of a stacked experts module, relative to the block."""
+    """Names of a stacked experts module, relative to the block; `count` is what the config calls
+    their number. A block without such a module is dense."""
 
     runtime: str
     hub: str
     gate: str
     up: str
     down: str
+    count: str = "num_experts"
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return self.gate, self.down, self.up
 
     def hub_projection(self, projection: str) -> str:
         return {"gate": self.gate, "up": self.up, "down": self.down}[projection]
@@ -43,8 +56,13 @@ class ExpertsNaming:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """`targets` maps a short name to the nn.Linear's path inside the block; experts add theirs.
-    `embedding` and `head` are the hub names of the matrices that the vocabulary has to itself."""
+    """`targets` maps a short name to the nn.Linear's path inside the block, in the blocks that have
+    it; experts add theirs, where the same short name stands for both. `embedding` and `head` are
+    the hub names of the matrices that the vocabulary has to itself, `runtime_head` where
+    transformers puts the head. `before_blocks`: other modules with weights that the model runs
+    before its first block. `inner_size`, `shared_size`: what the config calls the width of the MLP
+    (of one expert where there are experts), and of the MLP that every token sees beside them.
+    """
 
     model_type: str
     targets: dict[str, str] = field(default_factory=dict)
@@ -53,12 +71,29 @@ class Family:
     paper_strategy: Strategy
     embedding: str
     head: str = "lm_head"
+    runtime_head: str = "lm_head"
+    before_blocks: tuple[str, ...] = ()
+    inner_size: str = "intermediate_size"
+    shared_size: str | None = None
 
     @property
     def target_names(self) -> tuple[str, ...]:
-        experts = self.experts
-        inside = () if experts is None else (experts.gate, experts.down, experts.up)
-        return (*self.targets, *inside, *self.vocabulary)
+        inside = () if self.experts is None else self.experts.projections
+        return tuple(dict.fromkeys((*self.targets, *inside, *self.vocabulary)))
+
+    @property
+    def linear_targets(self) -> tuple[str, ...]:
+        """Those that are linear layers in every block."""
+        inside = () if self.experts is None else self.experts.projections
+        return tuple(name for name in self.targets if name not in inside)
+
+    def runtime_name(self, name: str) -> str:
+        """Where transformers puts a linear layer or the embeddings with this hub name."""
+        return self.runtime_head if name == self.head else name
+
+    def num_experts(self, config: Any) -> int:
+        """Experts of a block; 0 for a dense family."""
+        return 0 if self.experts is None else getattr(config, self.experts.count)
 
     @property
     def vocabulary(self) -> dict[str, str]:
@@ -66,13 +101,56 @@ class Family:
         return {name.rpartition(".")[2]: name for name in (self.embedding, self.head)}
 
 
+_ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+_MLP = {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+def _dense(model_type: str, targets: Mapping[str, str], **more: Any) -> Family:
+    """A family without experts: every linear layer of its blocks is a target."""
+    values = {"embedding": "model.embed_tokens", "paper_strategy": "bottom", **more}
+    return Family(
+        model_type=model_type, targets=dict(targets), default_targets=tuple(targets), **values
+    )
+
+
+def _moe(
+    model_type: str,
+    experts: ExpertsNaming,
+    targets: Mapping[str, str],
+    default: tuple[str, ...] = (),
+    **more: Any,
+) -> Family:
+    """A family with experts: these are the targets, and `default`; attention can be asked for."""
+    return Family(
+        model_type=model_type,
+        targets={**_ATTENTION, **targets},
+        default_targets=(*experts.projections, *default),
+        experts=experts,
+        paper_strategy="bottom",
+        embedding="model.embed_tokens",
+        **more,
+    )
+
+
+_W_EXPERTS = ExpertsNaming(
+    runtime="mlp.experts",
+    hub="block_sparse_moe.experts",
+    gate="w1",
+    up="w3",
+    down="w2",
+    count="num_local_experts",
+)
+_PROJ_EXPERTS = ExpertsNaming(
+    runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
+)
+_SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
+
+# mixtral and mamba first: vLLM's side looks a naming up in this order
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_type="mixtral",
         default_targets=("w1", "w2", "w3"),
-        experts=ExpertsNaming(
-            runtime="mlp.experts", hub="block_sparse_moe.experts", gate="w1", up="w3", down="w2"
-        ),
+        experts=_W_EXPERTS,
         paper_strategy="bottom",
         embedding="model.embed_tokens",
     ),
@@ -89,6 +167,64 @@ FAMILIES: dict[str, Family] = {
         paper_strategy="uniform",
         embedding="backbone.embeddings",
     ),
+    "llama": _dense("llama", {**_ATTENTION, **_MLP}),
+    "mistral": _dense("mistral", {**_ATTENTION, **_MLP}),
+    "qwen2": _dense("qwen2", {**_ATTENTION, **_MLP}),
+    "qwen3": _dense("qwen3", {**_ATTENTION, **_MLP}),
+    # q, k, v are one matrix here, gate and up another: one pair of factors each
+    "phi3": _dense(
+        "phi3",
+        {
+            "qkv_proj": "self_attn.qkv_proj",
+            "o_proj": "self_attn.o_proj",
+            "gate_up_proj": "mlp.gate_up_proj",
+            "down_proj": "mlp.down_proj",
+        },
+    ),
+    "phi": _dense(
+        "phi",
+        {
+            **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")},
+            "fc1": "mlp.fc1",
+            "fc2": "mlp.fc2",
+        },
+    ),
+    "gemma": _dense("gemma", {**_ATTENTION, **_MLP}),
+    "gemma2": _dense("gemma2", {**_ATTENTION, **_MLP}),
+    "gpt_neox": _dense(
+        "gpt_neox",
+        {
+            "query_key_value": "attention.query_key_value",
+            "dense": "attention.dense",
+            "dense_h_to_4h": "mlp.dense_h_to_4h",
+            "dense_4h_to_h": "mlp.dense_4h_to_h",
+        },
+        embedding="gpt_neox.embed_in",
+        head="embed_out",
+    ),
+    "opt": _dense(
+        "opt",
+        {
+            **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
+            "fc1": "fc1",
+            "fc2": "fc2",
+        },
+        embedding="model.decoder.embed_tokens",
+        before_blocks=("model.decoder.embed_positions", "model.decoder.project_in"),
+        inner_size="ffn_dim",
+    ),
+    # some blocks may have one MLP in place of the experts, with the same three projections
+    "qwen2_moe": _moe(
+        "qwen2_moe",
+        _PROJ_EXPERTS,
+        {**_MLP, **_SHARED},
+        default=tuple(_SHARED),
+        inner_size="moe_intermediate_size",
+        shared_size="shared_expert_intermediate_size",
+    ),
+    "qwen3_moe": _moe("qwen3_moe", _PROJ_EXPERTS, _MLP, inner_size="moe_intermediate_size"),
+    "olmoe": _moe("olmoe", _PROJ_EXPERTS, {}),
+    "phimoe": _moe("phimoe", _W_EXPERTS, {}),
 }
 
 
@@ -98,6 +234,6 @@ def family_of(model_type: str) -> Family:
     if family is None:
         raise InputError(
             f"unknown architecture: model_type {model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}"
+            f"supported are {', '.join(sorted(FAMILIES))}; lillama/families.py says how to add one"
         )
     return family

@@ -13,10 +13,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     MambaConfig,
-    MambaForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -127,16 +128,60 @@ def mamba_config(**changes: object) -> MambaConfig:
     return MambaConfig(**{**values, **changes})
 
 
-def random_model(
-    config: MixtralConfig | MambaConfig, dtype: torch.dtype, seed: int = 0
-) -> PreTrainedModel:
+# What a tiny model of the other families has that is not in `family_config`
+FAMILY_CHANGES: dict[str, dict[str, object]] = {
+    # a window shorter than the tests' texts
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    # the first block is dense
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    },
+    "qwen3_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 32, "head_dim": 8},
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def family_config(model_type: str, **changes: object) -> PretrainedConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        **FAMILY_CHANGES.get(model_type, {}),
+        **changes,
+    }
+    return AutoConfig.for_model(model_type, **values)
+
+
+def config_of(kind: str, changes: dict[str, object]) -> PretrainedConfig:
+    makers = {"mixtral": mixtral_config, "mamba": mamba_config}
+    return makers[kind](**changes) if kind in makers else family_config(kind, **changes)
+
+
+def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """Random weights, scaled up so that every matrix matters."""
     torch.manual_seed(seed)
-    model_class = MixtralForCausalLM if isinstance(config, MixtralConfig) else MambaForCausalLM
-    model = model_class(config).eval()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "proj" in name and parameter.ndim >= 2:
+            matrices = ("proj", "fc1", "fc2", "dense", "query_key_value")
+            if parameter.ndim >= 2 and any(part in name for part in matrices):
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
             if name.endswith("bias"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -148,13 +193,13 @@ def random_model(
 
 @pytest.fixture(scope="session")
 def make_model():
-    """make_model("mixtral" | "mamba", dtype=..., seed=..., **config changes) -> a tiny random dense
+    """make_model(model type, dtype=..., seed=..., **config changes) -> a tiny random dense
     model in eval mode, on the CPU."""
 
     def make(
         kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object
     ) -> PreTrainedModel:
-        config = {"mixtral": mixtral_config, "mamba": mamba_config}[kind](**changes)
+        config = config_of(kind, changes)
         model = random_model(config, dtype, seed)
         model.config.dtype = dtype
         return model
@@ -164,7 +209,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def make_low_rank(make_model):
-    """make_low_rank("mixtral" | "mamba", {hub name: rank}, dtype=..., **config changes) -> a tiny
+    """make_low_rank(model type, {hub name: rank}, dtype=..., **config changes) -> a tiny
     model compressed in memory: random factors, biases and dense experts kept, fit for
     save_pretrained."""
 
@@ -194,13 +239,13 @@ def make_low_rank(make_model):
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast):
-    """make_checkpoint("mixtral" | "mamba", dtype=..., edit=..., **config changes) -> folder.
+    """make_checkpoint(model type, dtype=..., edit=..., **config changes) -> folder.
 
     `edit(model)` may change the weights before they are saved.
     """
 
     def make(kind: str, dtype: torch.dtype = torch.float32, edit=None, **changes: object) -> Path:
-        config = {"mixtral": mixtral_config, "mamba": mamba_config}[kind](**changes)
+        config = config_of(kind, changes)
         model = random_model(config, dtype)
         if edit is not None:
             edit(model)

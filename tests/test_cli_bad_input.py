@@ -180,7 +180,7 @@ def test_cli_model_of_an_unknown_architecture(fails, copy, mamba):
     (path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     message = fails(2, model=path)
     assert (
-        "unknown architecture: model_type 'gpt2' is not supported; supported are mamba," in message
+        "unknown architecture: model_type 'gpt2' is not supported; supported are gemma," in message
     )
 
 

@@ -3,7 +3,8 @@ prepares them."""
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lillama.checkpoint import TensorHeader, read_headers
-from lillama.compress.calibrate import dense_experts_forward
+from lillama.compress.calibrate import dense_experts_forward, experts_of
 from lillama.compress.plan import block_list
 from lillama.errors import InputError, RunError
 from lillama.families import Family
 from lillama.loading import skeleton
 
 __all__ = ["TeacherBlocks"]
+
+logger = logging.getLogger(__name__)
 
 
 class _Stop(Exception):
@@ -61,11 +64,21 @@ class TeacherBlocks:
         meta = self.model.state_dict()
         # hub tensor name -> runtime parameter it becomes (part of)
         self.runtime = {
-            name: rename_source_key(
-                name, renamings, converters, self.model.base_model_prefix, meta
-            )[0]
+            name: target
             for name in self.headers
+            if (
+                target := rename_source_key(
+                    name, renamings, converters, self.model.base_model_prefix, meta
+                )[0]
+            )
+            in meta
         }
+        if len(self.runtime) < len(self.headers):
+            unknown = sorted(set(self.headers) - set(self.runtime))
+            logger.warning(
+                "%s holds %d tensors that the model does not use; they are left out: %s%s",
+                path, len(unknown), ", ".join(unknown[:3]), ", ..." if len(unknown) > 3 else "",
+            )  # fmt: skip
         tied = set(getattr(self.model, "all_tied_weights_keys", {}) or {})
         missing = sorted(set(meta) - set(self.runtime.values()) - tied)
         if missing:
@@ -79,6 +92,20 @@ class TeacherBlocks:
             for name, module in self.model.named_modules()
             if module is self.model.get_input_embeddings()
         )
+        self._loaded: set[nn.Module] = set()
+        present = dict(self.model.named_modules())
+        for name in filter(present.__contains__, family.before_blocks):
+            # small, and needed for every batch
+            self._loaded.add(self._load(name).to(dtype))
+
+    def check_names(self, matrices: Iterable[str]) -> None:
+        """Raises InputError where the checkpoint calls a matrix otherwise than the family does."""
+        other = [name for name in matrices if f"{name}.weight" not in self.headers]
+        if other:
+            raise InputError(
+                f"the checkpoint has no {other[0]}.weight, it calls its tensors otherwise; load it "
+                "with AutoModelForCausalLM and save it with save_pretrained first"
+            )
 
     def _fill_buffers(self) -> None:
         """Non-persistent buffers (rotary frequencies) are in no checkpoint: let the model
@@ -88,10 +115,10 @@ class TeacherBlocks:
             setattr(
                 self.model.get_submodule(parent), key, torch.empty_like(buffer, device=self.device)
             )
-        for module in self.model.modules():
-            own = any(True for _ in module.buffers(recurse=False))
-            if own and not any(True for _ in module.parameters(recurse=False)):
-                self.model._init_weights(module)
+        owners = {name.rpartition(".")[0] for name, _ in self.model.named_non_persistent_buffers()}
+        for name in owners:
+            self.model._init_weights(self.model.get_submodule(name))
+        self._buffers = dict(self.model.named_non_persistent_buffers())
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
@@ -122,6 +149,14 @@ class TeacherBlocks:
         self._load_names(self.hub_names(prefix), prefix)
         return self.model.get_submodule(prefix).requires_grad_(False)
 
+    def _release(self, prefix: str) -> None:
+        """Give the weights of a runtime module back, not the buffers that are in no checkpoint."""
+        self.model.get_submodule(prefix).to_empty(device="meta")
+        for name, buffer in self._buffers.items():
+            if name.startswith(f"{prefix}."):
+                parent, _, key = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), key, buffer)
+
     def _load_names(self, names: list[str], prefix: str) -> None:
         """Fill the parameters that these tensors become; `prefix` is for messages."""
         mapping: Any = get_model_conversion_mapping(self.model)
@@ -147,8 +182,7 @@ class TeacherBlocks:
     def _widen(self, block: nn.Module) -> None:
         """Everything in the dtype to compute in, but for stacked experts: they are nearly all of a
         block and are widened one by one while they run."""
-        naming = self.family.experts
-        experts = None if naming is None else block.get_submodule(naming.runtime)
+        experts = experts_of(self.family, block)
         stacked = set() if experts is None else {id(p) for p in experts.parameters()}
         for parameter in block.parameters():
             if id(parameter) not in stacked:
@@ -171,9 +205,10 @@ class TeacherBlocks:
         try:
             yield module.eval()
         finally:
-            if self.family.experts is not None:
-                module.get_submodule(self.family.experts.runtime).__dict__.pop("forward", None)
-            module.to_empty(device="meta")
+            experts = experts_of(self.family, module)
+            if experts is not None:
+                experts.__dict__.pop("forward", None)
+            self._release(f"{self.block_path}.{index}")
 
     @contextmanager
     def embeddings(self, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
@@ -190,7 +225,7 @@ class TeacherBlocks:
         try:
             yield
         finally:
-            module.to_empty(device="meta")
+            self._release(self._embeddings)
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -218,19 +253,25 @@ class TeacherBlocks:
 
     def _is_outside(self, name: str, module: nn.Module) -> bool:
         own = any(True for _ in module.parameters(recurse=False))
-        return own and not f"{name}.".startswith(f"{self.block_path}.")
+        inside = f"{name}.".startswith(f"{self.block_path}.")
+        return own and not inside and module not in self._loaded
 
     def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """The model's prediction [b, T, V] from the states [b, T, H] behind its last block. Inside
         `head` only."""
-        with self._blocks_as(lambda states, **kwargs: states):
-            return self._run(mask, inputs_embeds=hidden).logits
+        # what a model makes of its embeddings before the blocks (positions, a scale) is not done
+        # again: every block puts out `hidden`, whatever reaches it
+        with self._blocks_as(lambda states, **kwargs: hidden):
+            return self._run(mask, inputs_embeds=self._nothing(*hidden.shape[:2])).logits
+
+    def _nothing(self, *shape: int) -> Tensor:
+        """Embeddings of no token, for what does not depend on them."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return torch.zeros(*shape, embeddings.embedding_dim, dtype=self.dtype, device=self.device)
 
     def arguments(self, shape: tuple[int, int], mask: Tensor | None) -> list[dict[str, Any]]:
         """The keyword arguments of each block for `shape` = (b, T); see `inputs`."""
-        size = (*shape, self.model.config.hidden_size)
-        hidden = torch.zeros(size, dtype=self.dtype, device=self.device)
-        return self._record(mask, inputs_embeds=hidden)[1]
+        return self._record(mask, inputs_embeds=self._nothing(*shape))[1]
 
     def inputs(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the model would feed its blocks: hidden states of block 0 and the keyword arguments

@@ -19,7 +19,7 @@ from lillama.compress.factorize import Moment, moment_side
 from lillama.families import PROJECTIONS, Family
 from lillama.modules.replace import dense_expert
 
-__all__ = ["Key", "MomentCollector", "dense_experts_forward", "key_of"]
+__all__ = ["Key", "MomentCollector", "dense_experts_forward", "experts_of", "key_of"]
 
 # (runtime path of the experts module, expert, projection), or the path of a linear layer
 Key = tuple[str, int, str] | str
@@ -30,6 +30,13 @@ def key_of(family: Family, prefix: str, name: str) -> Key:
     inside = name.removeprefix(prefix)
     parsed = None if family.experts is None else family.experts.parse(inside)
     return inside if parsed is None else parsed
+
+
+def experts_of(family: Family, block: nn.Module) -> nn.Module | None:
+    """The stacked experts of a block; None where it has none."""
+    if family.experts is None:
+        return None
+    return dict(block.named_modules()).get(family.experts.runtime)
 
 
 def dense_experts_forward(

@@ -55,11 +55,11 @@ class _Block:
     targets: tuple[Matrix, ...]
 
 
-def _block(plan: Plan, headers: Mapping[str, TensorHeader], prefix: str, index: int) -> _Block:
+def _block(plan: Plan, headers: Mapping[str, TensorHeader], index: int) -> _Block:
     experts = plan.family.experts
     stacked = other = numbers = 0
     for name, header in headers.items():
-        if not name.startswith(f"{prefix}.{index}."):
+        if not name.startswith(f"{plan.block_path}.{index}."):
             continue
         if experts is not None and experts.parse(name.removesuffix(".weight")):
             stacked += header.num_bytes
@@ -111,31 +111,51 @@ def _batch_bytes(plan: Plan, options: PlanConfig, passes: int) -> int:
     """Activations of one batch through one block while nothing is kept for a backward pass."""
     config = plan.config
     rows = passes * options.recipe.batch_size * options.seq_len
-    width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
-    share = 1.0
+    width, expert = _widths(plan)
     if plan.family.experts is not None:
         # one expert after the other, the busiest with twice its share
-        share = min(1.0, 2 * config.num_experts_per_tok / config.num_local_experts)
+        experts = plan.family.num_experts(config)
+        width += min(1.0, 2 * config.num_experts_per_tok / experts) * expert
     hidden = rows * config.hidden_size * FP32
-    return round(8 * hidden + share * rows * width * 4 * FP32)
+    return round(8 * hidden + rows * width * 4 * FP32)
+
+
+def _widths(plan: Plan) -> tuple[float, int]:
+    """Numbers inside the MLP of a block for one token: of what every token sees, and of one
+    expert."""
+    config, family = plan.config, plan.family
+    inner = getattr(config, family.inner_size)
+    if family.experts is None:
+        return inner, 0
+    return getattr(config, family.shared_size) if family.shared_size else 0, inner
+
+
+def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:
+    """What autograd keeps of a block for so many tokens: about 12 tensors [rows, H] and 4 of the
+    width inside, 2 more where it is not an expert's (their gradients on the way back); where
+    attention is computed step by step, 5 of its square as well."""
+    config = plan.config
+    width, expert = _widths(plan)
+    numbers = 12 * config.hidden_size + 6 * round(width)
+    if plan.family.experts is not None:
+        numbers += 4 * config.num_experts_per_tok * expert
+    if plan.attention == "eager" and hasattr(config, "num_attention_heads"):
+        numbers += 5 * config.num_attention_heads * seq_len
+    return rows * numbers * FP32
 
 
 def _train_bytes(plan: Plan, options: PlanConfig, block: _Block) -> int:
     """fp32 parameters, gradients, two AdamW moments and the best state; and what autograd keeps of
-    a batch of both inputs: about 12 tensors [rows, H] and 4 of the width inside."""
-    config = plan.config
+    a batch of both inputs."""
     rows = 2 * options.recipe.batch_size * options.seq_len
-    width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
-    per_token = 1 if plan.family.experts is None else config.num_experts_per_tok
-    kept = rows * (12 * config.hidden_size + 4 * per_token * width) * FP32
-    return block.student_numbers * 5 * FP32 + kept
+    return block.student_numbers * 5 * FP32 + _kept_bytes(plan, rows, options.seq_len)
 
 
 def _sensitivity_bytes(
-    plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader], prefix: str
+    plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader]
 ) -> dict[str, int]:
     """Of the pass that weighs the matrices, its own streams among them: a border before each block
-    and one gradient. What autograd keeps of a batch is estimated as in `_train_bytes`."""
+    and one gradient."""
     config, blocks = plan.config, plan.config.num_hidden_layers
     first = 0 if plan.strategy == "global" else min(plan.blocks, default=blocks)
     recipe = options.recipe
@@ -144,15 +164,13 @@ def _sensitivity_bytes(
     )
     one = rows * config.hidden_size * FP32
     streams = min((blocks + 2) * one, options.activation_memory // one * one)
-    width = getattr(config, "intermediate_size", None) or 2 * config.hidden_size
     batch = batch_rows(recipe, options.seq_len, config.hidden_size) * options.seq_len
-    per_token = 1 if plan.family.experts is None else config.num_experts_per_tok
-    kept = batch * (12 * config.hidden_size + 4 * per_token * width) * FP32
+    kept = _kept_bytes(plan, batch, options.seq_len)
     logits = 4 * options.seq_len * config.vocab_size * FP32
     outside = 2 * config.vocab_size * config.hidden_size * FP32
     found = {"sensitivity": streams + outside + logits}
     for index in range(first, blocks):
-        block = _block(plan, headers, prefix, index)
+        block = _block(plan, headers, index)
         widened = block.stacked_bytes + block.other_numbers * FP32
         gradients = sum(min(m.N, m.K) ** 2 for m in block.targets) * FP32
         largest = max((m.N * m.K for m in block.targets), default=0)
@@ -174,7 +192,6 @@ def peak_memory(
     On a GPU the phases' own terms lie there instead, and the host keeps the streams only.
     base_bytes is what the process holds before it starts (`resident_bytes`).
     """
-    prefix = f"{plan.family.embedding.partition('.')[0]}.layers"
     count = -(-options.num_tokens // options.seq_len) + held_out_blocks(
         options.num_tokens, options.seq_len
     )
@@ -183,7 +200,7 @@ def peak_memory(
     embeddings = plan.config.vocab_size * plan.config.hidden_size
     phases = {"embed": embeddings * (FP32 + round(dtype_of(plan.config).itemsize))}
     for index in range(max(plan.blocks, default=-1) + 1):
-        block = _block(plan, headers, prefix, index)
+        block = _block(plan, headers, index)
         stored = block.stacked_bytes + block.other_bytes
         widened = block.stacked_bytes + block.other_numbers * FP32
         compressed = index in plan.blocks
@@ -209,6 +226,6 @@ def peak_memory(
             phases[phase] = max(phases.get(phase, 0), size)
     sized = {phase: base_bytes + streams + size for phase, size in phases.items()}
     if plan.strategy == "global" or options.recipe.init == "fisher":
-        found = _sensitivity_bytes(plan, options, headers, prefix)
+        found = _sensitivity_bytes(plan, options, headers)
         sized |= {phase: base_bytes + size for phase, size in found.items()}
     return {**sized, "peak": max(sized.values())}

@@ -2,6 +2,8 @@
 size."""
 
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ class Plan:
     params_before: int
     bytes_before: int
     item_bytes: float
+    block_path: str
+    attention: str
     max_reduction: float
     ranks_are_final: bool = True
     gauge: Gauge = "plain"
@@ -82,7 +86,7 @@ class Plan:
         """FLOPs of one matrix for one token, experts weighted by the share of tokens they see."""
         share = 1.0
         if self.family.experts is not None and self.family.experts.parse(matrix.name):
-            share = self.config.num_experts_per_tok / self.config.num_local_experts
+            share = self.config.num_experts_per_tok / self.family.num_experts(self.config)
         numbers = matrix.N * matrix.K if rank is None else matrix.numbers(rank)
         return 2 * numbers * share
 
@@ -155,66 +159,94 @@ def find_matrices(
     Raises:
         InputError: a target the family or model does not have, or one that the gauge does not fit.
     """
-    tied = bool(model.config.tie_word_embeddings)
+    path, blocks = block_list(model)
+    problem = _vocabulary_problem(model, family)
+    asked = targets
     if targets is None:
-        both = tuple(family.vocabulary) if vocabulary and not tied else ()
+        both = tuple(family.vocabulary) if vocabulary and problem is None else ()
         targets = (*family.default_targets, *both)
-    elif tied and (found := sorted(set(targets) & set(family.vocabulary))):
-        raise InputError(
-            f"--targets {', '.join(found)}: embeddings and output head of this model share one "
-            "matrix, which cannot be factorised; leave them out"
+    elif problem is not None and (found := sorted(set(targets) & set(family.vocabulary))):
+        raise InputError(f"--targets {', '.join(found)}: {problem}; leave them out")
+    _check_targets(family, targets, gauge)
+    matrices: list[Matrix] = []
+    outside: list[Matrix] = []
+    seen = set(family.vocabulary)
+    for at, (short, name) in zip((-1, len(blocks)), family.vocabulary.items(), strict=True):
+        if short in targets:
+            N, K = model.get_submodule(family.runtime_name(name)).get_parameter("weight").shape
+            outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
+    for index, block in enumerate(blocks):
+        for short, name, N, K in _inside(block, family):
+            if short in targets:
+                seen.add(short)
+                name = f"{path}.{index}.{name}"
+                pivot = is_pivot(family, gauge, name)
+                matrices.append(Matrix(name, index, N, K, pivot=pivot))
+    if asked is not None and (none := sorted(set(asked) - seen)):
+        raise InputError(f"no block of this model has {', '.join(none)}; leave it out of --targets")
+    return tuple(sorted([*outside, *matrices], key=lambda matrix: matrix.block))
+
+
+def _vocabulary_problem(model: PreTrainedModel, family: Family) -> str | None:
+    """Why embeddings and output head cannot be factorised; None where they can."""
+    if model.config.tie_word_embeddings:
+        return (
+            "embeddings and output head of this model share one matrix, which cannot be factorised"
         )
+    embedding = model.get_submodule(family.embedding)
+    if type(embedding) is not nn.Embedding or embedding.embedding_dim != model.config.hidden_size:
+        return "the embeddings of this model are scaled or projected, which factors cannot be"
+    return None
+
+
+def _check_targets(family: Family, targets: tuple[str, ...], gauge: Gauge) -> None:
     unknown = sorted(set(targets) - set(family.target_names))
     if unknown or not targets:
         raise InputError(
             f"--targets must be some of {', '.join(family.target_names)} for {family.model_type}, "
             f"got {', '.join(unknown) or 'none'}"
         )
-    if gauge == "pivot" and not set(targets) <= {*family.targets, *family.vocabulary}:
+    if gauge == "pivot" and not set(targets) <= {*family.linear_targets, *family.vocabulary}:
         raise InputError(
             f"--gauge pivot is for linear layers; of {family.model_type} those are "
-            f"{', '.join(family.targets) or 'none'}, but --targets are {', '.join(targets)}: use "
-            "--gauge plain"
+            f"{', '.join(family.linear_targets) or 'none'}, but --targets are "
+            f"{', '.join(targets)}: use --gauge plain"
         )
-    path, blocks = block_list(model)
-    matrices: list[Matrix] = []
-    outside: list[Matrix] = []
-    for at, (short, name) in zip((-1, len(blocks)), family.vocabulary.items(), strict=True):
-        if short in targets:
-            N, K = model.get_submodule(name).get_parameter("weight").shape
-            outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
-    for index, block in enumerate(blocks):
-        for short, module in family.targets.items():
-            if short in targets:
-                N, K = block.get_submodule(module).get_parameter("weight").shape
-                name = f"{path}.{index}.{module}"
-                matrices.append(Matrix(name, index, N, K, pivot=gauge == "pivot"))
-        naming = family.experts
-        if naming is None:
-            continue
-        num_experts, hidden, intermediate = (
-            block.get_submodule(naming.runtime).get_parameter("down_proj").shape
-        )
-        for expert in range(num_experts):
-            for short in sorted({naming.gate, naming.up, naming.down} & set(targets)):
-                shape = (hidden, intermediate) if short == naming.down else (intermediate, hidden)
-                name = f"{path}.{index}.{naming.hub}.{expert}.{short}"
-                matrices.append(Matrix(name, index, *shape))
-    return tuple(sorted([*outside, *matrices], key=lambda matrix: matrix.block))
 
 
-def _bytes_before(path: Path, config: PretrainedConfig, params: int, needs_weights: bool) -> int:
-    """From the headers; a folder with only config.json is counted in the config's dtype."""
+def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, int]]:
+    """(short name, hub name inside the block, N, K) of everything in a block that could be
+    factorised; experts as 0.w1, 0.w2, 0.w3, 1.w1, ..."""
+    modules = dict(block.named_modules())
+    for short, path in family.targets.items():
+        if path in modules:
+            N, K = modules[path].get_parameter("weight").shape
+            yield short, path, N, K
+    naming = family.experts
+    if naming is None or naming.runtime not in modules:
+        return
+    num_experts, hidden, inner = modules[naming.runtime].get_parameter("down_proj").shape
+    for expert in range(num_experts):
+        for short in sorted(naming.projections):
+            N, K = (hidden, inner) if short == naming.down else (inner, hidden)
+            yield short, f"{naming.hub}.{expert}.{short}", N, K
+
+
+def _bytes_before(path: Path, model: PreTrainedModel, params: int, needs_weights: bool) -> int:
+    """From the headers, without what the model's own code leaves out of old checkpoints; a folder
+    with only config.json is counted in the config's dtype."""
     if needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
-        return sum(header.num_bytes for header in read_headers(path).values())
+        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
+        headers = read_headers(path).items()
+        return sum(header.num_bytes for name, header in headers if not ignored.search(name))
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
-    return params * dtype_of(config).itemsize
+    return params * dtype_of(model.config).itemsize
 
 
 def _gauge(options: PlanConfig, family: Family) -> Gauge:
     """The preset's, where it fits every target in the blocks."""
     targets = set(options.targets or family.default_targets) - set(family.vocabulary)
-    fits = targets <= set(family.targets)
+    fits = targets <= set(family.linear_targets)
     return options.recipe.gauge if fits else "plain"
 
 
@@ -247,7 +279,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
-    bytes_before = _bytes_before(path, config, params, needs_weights)
+    bytes_before = _bytes_before(path, model, params, needs_weights)
     return Plan(
         config=config,
         family=family,
@@ -257,6 +289,8 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         params_before=params,
         bytes_before=bytes_before,
         item_bytes=bytes_before / params,
+        block_path=block_list(model)[0],
+        attention=str(model.config._attn_implementation),
         max_reduction=max_removable(matrices, strategy, rules) / params,
         ranks_are_final=strategy != "global",
         gauge=gauge,

@@ -236,11 +236,12 @@ def measure_sensitivity(
     first = 0 if embeddings else min(by_block, default=len(teacher.blocks))
     try:
         run.forward()
-        seen = GradientCollector(teacher.model, teacher.family, [m.name for m in heads], False)
+        path = teacher.family.runtime_head
+        seen = GradientCollector(teacher.model, teacher.family, [path] if heads else [], False)
         run.head(seen)
         for matrix in heads:
             weight = teacher.read(f"{matrix.name}.weight").to(teacher.device)
-            outside[matrix.name] = head_sensitivity(matrix, weight, seen, recipe)
+            outside[matrix.name] = head_sensitivity(matrix, weight, seen, path, recipe)
         for index in range(len(teacher.blocks) - 1, first - 1, -1):
             targets = by_block.get(index, [])
             with teacher.block(index) as block:
@@ -274,7 +275,8 @@ def _of_block(
     for matrix in sorted(targets, key=lambda m: keys[m.name][-1] != "up"):
         key = keys[matrix.name]
         weight = teacher.read(f"{matrix.name}.weight").to(teacher.device)
-        experts = teacher.model.config.num_local_experts if isinstance(key, tuple) else 1
+        config = teacher.model.config
+        experts = teacher.family.num_experts(config) if isinstance(key, tuple) else 1
         found[matrix.name] = _of_matrix(
             matrix, weight, collector, key, pooled[key], experts, sample.num_tokens, recipe
         )

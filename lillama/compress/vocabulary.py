@@ -38,11 +38,11 @@ def _sensitivity(
 
 
 def head_sensitivity(
-    matrix: Matrix, weight: Tensor, collector: GradientCollector, recipe: Recipe
+    matrix: Matrix, weight: Tensor, collector: GradientCollector, path: str, recipe: Recipe
 ) -> MatrixSensitivity:
-    """Of the head [V, H], whose inputs and gradients the collector saw."""
-    pooled = collector.pooled([matrix.name])[matrix.name]
-    moment, gradient = collector.pop_both(matrix.name, matrix.N, matrix.K, pooled)
+    """Of the head [V, H], whose inputs and gradients the collector saw at the module `path`."""
+    pooled = collector.pooled([path])[path]
+    moment, gradient = collector.pop_both(path, matrix.N, matrix.K, pooled)
     W, V = weight.double(), matrix.N
     # the gradient of a label is its row less the prediction's mean row
     even = W.mT @ W if gradient.side == "input" else torch.eye(V).to(W)

@@ -166,7 +166,7 @@ def dense_shapes(
     parameters = dict(model.named_parameters())
     for name in ranks:
         parsed = None if family.experts is None else family.experts.parse(name)
-        tensor = f"{name}.weight" if parsed is None else f"{parsed[0]}.down_proj"
+        tensor = f"{parsed[0]}.down_proj" if parsed else f"{family.runtime_name(name)}.weight"
         found = parameters.get(tensor, parameters.get(tensor.removeprefix(f"{prefix}.")))
         wanted_ndim = 2 if parsed is None else 3
         if (
@@ -192,7 +192,7 @@ def kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> 
     return [
         name
         for block in {name.partition(f".{naming.hub}.")[0] for name in ranked if naming.parse(name)}
-        for expert in range(model.config.num_local_experts)
+        for expert in range(family.num_experts(model.config))
         for projection in PROJECTIONS
         if (name := f"{block}.{naming.hub}.{expert}.{naming.hub_projection(projection)}")
         not in ranked
@@ -215,6 +215,8 @@ class LillamaQuantizer(HfQuantizer):
             name = name.replace(f".{family.experts.runtime}.", f".{family.experts.hub}.")
         prefix = f"{model.base_model_prefix}."
         wants_prefix = any(name.startswith(prefix) for name in self.quantization_config.ranks)
+        if name.startswith(f"{family.runtime_head}."):
+            return f"{family.head}{name.removeprefix(family.runtime_head)}"
         has_prefix = name.startswith((prefix, f"{family.head}."))
         return prefix + name if wants_prefix and not has_prefix else name
 
@@ -259,18 +261,18 @@ class LillamaQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list, *args: Any, **kwargs: Any
     ) -> list:
-        ours = []
-        for naming in {f.experts for f in FAMILIES.values() if f.experts is not None}:
-            for projection in PROJECTIONS:
-                short = naming.hub_projection(projection)
-                for suffix in "ABW":
-                    ours.append(
-                        WeightConverter(
-                            [f".experts.*.{short}.lr_{suffix}"],
-                            [f".experts.{projection}_{suffix}"],
-                            operations=[_StackFactors(projection, suffix)],
-                        )
-                    )
+        namings = [family.experts for family in FAMILIES.values() if family.experts is not None]
+        # a name stands for the same projection in every family
+        shorts = {naming.hub_projection(p): p for naming in namings for p in PROJECTIONS}
+        ours = [
+            WeightConverter(
+                [f".experts.*.{short}.lr_{suffix}"],
+                [f".experts.{projection}_{suffix}"],
+                operations=[_StackFactors(projection, suffix)],
+            )
+            for short, projection in shorts.items()
+            for suffix in "ABW"
+        ]
         return [*ours, *weight_conversions]
 
     def _process_model_after_weight_loading(

@@ -67,12 +67,12 @@ def replace_modules(
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
     """
     family = family_of(config.model_type)
-    num_experts = config.num_local_experts if family.experts else 0
-    linears, experts = group_ranks(family, ranks, num_experts)
+    linears, experts = group_ranks(family, ranks, family.num_experts(config))
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():
-        path, old = _find(root, name, base_prefix)
-        if not isinstance(old, nn.Linear | nn.Embedding):
+        path, old = _find(root, family.runtime_name(name), base_prefix)
+        exact = type(old) in (nn.Linear, nn.Embedding)  # what a subclass does would be lost
+        if not exact or not isinstance(old, nn.Linear | nn.Embedding):
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )

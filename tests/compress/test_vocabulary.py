@@ -68,7 +68,7 @@ def test_head_factors_are_the_best_ones_and_the_loss_is_theirs(size):
             moment = Moment(side, rows.mT @ rows, 300.0, float(g.square().sum()))
             self._gradients = {"lm_head": moment}
 
-    found = head_sensitivity(matrix, W, Seen(), RECIPE)
+    found = head_sensitivity(matrix, W, Seen(), "lm_head", RECIPE)
     C = x.mT @ x / 300
     C = C + SHRINKAGE * x.square().mean() * torch.eye(K)
     H = (1 - SHARE) * g.mT @ g / 300 + SHARE * torch.eye(V) / V
