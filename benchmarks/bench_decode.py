@@ -23,8 +23,8 @@ from benchmarks.rows import Variant, Work, compare
 from lillama.integrations.mamba import fast_mamba
 from lillama.modules import LowRankExperts, LowRankLinear
 from lillama.modules.replace import replace_modules
+from lillama.serve.attention import AttentionRunner
 from lillama.serve.mamba import MambaRunner
-from lillama.serve.mixtral import MixtralRunner
 from lillama.serve.runner import Runner
 
 STEPS = 64  # room behind the prompt; a step longer than that looks at as many positions
@@ -93,7 +93,7 @@ def _ours(model: PreTrainedModel, shape: DecodeShape) -> Callable[[], Tensor]:
     if shape.family == "mamba":
         runner = MambaRunner(model, shape.batch, None)
     else:
-        runner = MixtralRunner(model, shape.batch, shape.prompt + STEPS)
+        runner = AttentionRunner(model, shape.batch, shape.prompt + STEPS)
     *_, done = runner.prefill(_prompt(shape, 1, device)[0])
     assert done is not None
     for slot in range(shape.batch):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.modules.replace import replace_modules
+from lillama.serve import attention as attention_module
 from lillama.serve import mamba as mamba_module
-from lillama.serve import mixtral as mixtral_module
 from lillama.serve.engine import LocalEngine, load_engine
 from lillama.serve.request import Event, Finished, SamplingParams, Token
 
@@ -174,7 +174,7 @@ def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make
 def test_engine_prompt_in_chunks_equals_generate(
     kind, checkpoints, make_engine, wanted, monkeypatch
 ):
-    for module in (mixtral_module, mamba_module):
+    for module in (attention_module, mamba_module):
         monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
     engine = make_engine(checkpoints[kind])
     for length in (1, 6, 7, 8, 15, 30):
