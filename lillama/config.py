@@ -45,8 +45,8 @@ class Recipe:
 
     # fisher: as whitened, errors weighted by the loss's gradients
     init: Literal["svd", "whitened", "fisher"]
-    # None: the strategy the paper used for the family (bottom for Mixtral; Mamba's is unknown:
-    # uniform)
+    # None: the strategy the paper used for the family (bottom for all transformers; Mamba's is
+    # unknown: uniform)
     strategy: Strategy | None
     # learning rate at `learning_rate_width` = hidden_size; other widths scale it by the square
     # root of the ratio

@@ -160,8 +160,11 @@ def test_what_is_not_factorised_keeps_its_name(kind, base, compressed):
 
 
 @each_family
-def test_whitened_factorises_every_default_target(kind, compressed):
-    out, _ = compressed(kind, "whitened")
+def test_whitened_factorises_and_trains_every_default_target(kind, compressed):
+    out, report = compressed(kind, "whitened")
+    assert [block["steps"] > 0 for block in report["blocks"]] == [True, True]
+    # two steps may be too few for one of them
+    assert any(b["held_out_loss_after"] < b["held_out_loss_before"] for b in report["blocks"])
     family = FAMILIES[kind]
     found = {name.rpartition(".")[2] for name in read_config(out).quantization_config["ranks"]}
     wanted = {family.targets.get(n, n).rpartition(".")[2] for n in family.default_targets}
@@ -280,6 +283,20 @@ def test_targets_that_no_block_has_are_refused(make_checkpoint):
     options = PlanConfig(model=path, reduction=0.02, targets=("up_proj", "shared_up_proj"))
     with pytest.raises(InputError, match="no block of this model has shared_up_proj; leave it out"):
         make_plan(options)
+
+
+def test_names_without_the_prefix_are_refused(base, text_file, tmp_path):
+    """As some checkpoints of OPT have them, which transformers reads."""
+    other = shutil.copytree(base("opt"), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(
+        logits(load_model(other, torch.device("cpu"))),
+        logits(load_model(base("opt"), torch.device("cpu"))),
+    )
+    with pytest.raises(InputError, match="has no model.decoder.layers.0.* save_pretrained first"):
+        lillama.compress(other, tmp_path / "out", text=text_file, device="cpu", **OPTIONS)
 
 
 def test_tensors_that_the_model_does_not_use_are_left_out(

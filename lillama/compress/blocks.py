@@ -4,7 +4,7 @@ prepares them."""
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,15 @@ class TeacherBlocks:
         for name in filter(present.__contains__, family.before_blocks):
             # small, and needed for every batch
             self._loaded.add(self._load(name).to(dtype))
+
+    def check_names(self, matrices: Iterable[str]) -> None:
+        """Raises InputError where the checkpoint calls a matrix otherwise than the family does."""
+        other = [name for name in matrices if f"{name}.weight" not in self.headers]
+        if other:
+            raise InputError(
+                f"the checkpoint has no {other[0]}.weight, it calls its tensors otherwise; load it "
+                "with AutoModelForCausalLM and save it with save_pretrained first"
+            )
 
     def _fill_buffers(self) -> None:
         """Non-persistent buffers (rotary frequencies) are in no checkpoint: let the model

@@ -130,20 +130,25 @@ def _widths(plan: Plan) -> tuple[float, int]:
     return getattr(config, family.shared_size) if family.shared_size else 0, inner
 
 
-def _kept_bytes(plan: Plan, rows: int) -> int:
+def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:
     """What autograd keeps of a block for so many tokens: about 12 tensors [rows, H] and 4 of the
-    width inside."""
+    width inside, 2 more where it is not an expert's (their gradients on the way back); where
+    attention is computed step by step, 5 of its square as well."""
+    config = plan.config
     width, expert = _widths(plan)
+    numbers = 12 * config.hidden_size + 6 * round(width)
     if plan.family.experts is not None:
-        width += plan.config.num_experts_per_tok * expert
-    return rows * (12 * plan.config.hidden_size + 4 * round(width)) * FP32
+        numbers += 4 * config.num_experts_per_tok * expert
+    if plan.attention == "eager" and hasattr(config, "num_attention_heads"):
+        numbers += 5 * config.num_attention_heads * seq_len
+    return rows * numbers * FP32
 
 
 def _train_bytes(plan: Plan, options: PlanConfig, block: _Block) -> int:
     """fp32 parameters, gradients, two AdamW moments and the best state; and what autograd keeps of
     a batch of both inputs."""
     rows = 2 * options.recipe.batch_size * options.seq_len
-    return block.student_numbers * 5 * FP32 + _kept_bytes(plan, rows)
+    return block.student_numbers * 5 * FP32 + _kept_bytes(plan, rows, options.seq_len)
 
 
 def _sensitivity_bytes(
@@ -159,9 +164,8 @@ def _sensitivity_bytes(
     )
     one = rows * config.hidden_size * FP32
     streams = min((blocks + 2) * one, options.activation_memory // one * one)
-    kept = _kept_bytes(
-        plan, batch_rows(recipe, options.seq_len, config.hidden_size) * options.seq_len
-    )
+    batch = batch_rows(recipe, options.seq_len, config.hidden_size) * options.seq_len
+    kept = _kept_bytes(plan, batch, options.seq_len)
     logits = 4 * options.seq_len * config.vocab_size * FP32
     outside = 2 * config.vocab_size * config.hidden_size * FP32
     found = {"sensitivity": streams + outside + logits}

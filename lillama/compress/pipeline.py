@@ -162,6 +162,7 @@ def _compress(
     device = choose_device(ranks.device(config.device))
     blocks = _calibration(config, plan)
     teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
+    teacher.check_names(matrix.name for matrix in plan.matrices)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)
     held = resident_bytes()
     ranks.agree("the run", recipe)

@@ -36,6 +36,7 @@ class Plan:
     bytes_before: int
     item_bytes: float
     block_path: str
+    attention: str
     max_reduction: float
     ranks_are_final: bool = True
     gauge: Gauge = "plain"
@@ -289,6 +290,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         bytes_before=bytes_before,
         item_bytes=bytes_before / params,
         block_path=block_list(model)[0],
+        attention=str(model.config._attn_implementation),
         max_reduction=max_removable(matrices, strategy, rules) / params,
         ranks_are_final=strategy != "global",
         gauge=gauge,
