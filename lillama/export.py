@@ -73,6 +73,9 @@ class _Source:
     def is_pivot(self, matrix: str) -> bool:
         return is_pivot(self.family, self.gauge, matrix)
 
+    def becomes_pivot(self, matrix: str, format: str) -> bool:
+        return is_pivot(self.family, format, matrix)
+
     def factors(self, matrix: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [R, K] and B [N, R], in whichever gauge they are stored."""
         A = self.read(f"{matrix}.lr_A").to(dtype)
@@ -117,11 +120,14 @@ def _open_source(path: Path, format: str) -> _Source:
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
     if format == "pivot":
-        experts = [n for n in ranks if not is_pivot(family, "pivot", n)]
-        if experts:
+        others = [n for n in ranks if not is_pivot(family, "pivot", n)]
+        # embeddings and head are copied, whatever the gauge
+        experts = [n for n in others if n not in family.vocabulary.values()]
+        if experts or len(others) == len(ranks):
+            found = "factorised experts" if experts else "no factorised ones"
             raise InputError(
-                f"--format pivot is for linear layers; {path} has factorised experts; use "
-                "--format dense, or keep it as it is"
+                f"--format pivot is for linear layers; {path} has {found}; use --format dense, or "
+                "keep it as it is"
             )
     headers = read_headers(path)
     model = skeleton(config)
@@ -160,7 +166,7 @@ def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[En
     dtype, (N, K) = DTYPES[source.headers[f"{matrix}.lr_A"].dtype], source.shapes[matrix]
     if format == "dense":
         return [Entry(f"{matrix}.weight", dtype, (N, K), lambda: source.product(matrix))]
-    if format == "pivot":
+    if source.becomes_pivot(matrix, format):
         return _pivot_entries(source, matrix, part)
     B = Entry(
         f"{matrix}.lr_B", dtype, (N, source.ranks[matrix]), lambda: source.factors(matrix, dtype)[1]
@@ -193,8 +199,9 @@ def _new_bytes(source: _Source, format: str) -> int:
         matrix, _, suffix = name.rpartition(".")
         if matrix in source.ranks and suffix == "lr_A":
             (N, K), R = source.shapes[matrix], source.ranks[matrix]
-            numbers = {"dense": N * K, "plain": R * (N + K), "pivot": R * (N + K - R)}[format]
-            total += numbers * DTYPES[header.dtype].itemsize + (4 * N if format == "pivot" else 0)
+            pivot = source.becomes_pivot(matrix, format)
+            numbers = N * K if format == "dense" else R * (N + K - R if pivot else N + K)
+            total += numbers * DTYPES[header.dtype].itemsize + (4 * N if pivot else 0)
         elif matrix not in source.ranks and name not in source.sentinels:
             total += header.num_bytes
         elif suffix == "bias":
@@ -324,8 +331,9 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
         model: folder of a model compressed by lillama.
         out: folder to create; it appears when all is done.
         options: `format`: "dense" multiplies the factors out, into a checkpoint in the base model's
-            hub names that needs no lillama; "plain" and "pivot" change the gauge (linear layers
-            only).
+            hub names that needs no lillama; "plain" and "pivot" change the gauge of linear layers
+            (of a model with factorised experts: not at all; factorised embeddings and head are
+            copied).
 
     Returns:
         `format`, `matrices` (how many were converted), `params, bytes_before, bytes_after`.
@@ -362,10 +370,15 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
         }
         for name, text in texts.items():
             (staging / name).write_text(text, "utf-8")
-    skipped = source.sentinels
+    skipped, format = source.sentinels, config.format
+    changed = [
+        name
+        for name in source.ranks
+        if format == "dense" or source.is_pivot(name) or source.becomes_pivot(name, format)
+    ]
     return {
-        "format": config.format,
-        "matrices": len(source.ranks),
+        "format": format,
+        "matrices": len(changed),
         "params": params,
         "bytes_before": sum(h.num_bytes for n, h in source.headers.items() if n not in skipped),
         "bytes_after": num_bytes,

@@ -42,21 +42,24 @@ def checkpoints(mamba, mixtral, make_low_rank, tokenizer, tmp_path_factory) -> d
         for i, e, w in ((0, 0, "w1"), (0, 0, "w3"), (0, 2, "w2"), (1, 1, "w1"), (1, 1, "w2"))
     }
     paths = {"mamba": mamba, "mixtral": mixtral}
-    for name, changed in (
-        ("mamba-low-rank", ranks),
-        ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}),
-        ("mamba-pivot", ranks),
-        ("mixtral-low-rank", experts),
+    untied = {"tie_word_embeddings": False}
+    for name, changed, options in (
+        ("mamba-low-rank", ranks, {}),
+        ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}, {}),
+        ("mamba-pivot", ranks, {"gauge": "pivot"}),
+        ("mixtral-low-rank", experts, {}),
+        ("mamba-vocabulary", ranks | {"backbone.embeddings": 8, "lm_head": 12}, untied),
+        ("mixtral-vocabulary", experts | {"model.embed_tokens": 8, "lm_head": 12}, untied),
     ):
-        kind, _, form = name.partition("-")
-        gauge = "pivot" if form == "pivot" else "plain"
         paths[name] = tmp_path_factory.mktemp(name)
-        make_low_rank(kind, changed, gauge=gauge).save_pretrained(paths[name])
+        make_low_rank(name.partition("-")[0], changed, **options).save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
     return paths
 
 
 KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj", "mamba-pivot", "mixtral", "mixtral-low-rank"]
+# embeddings and head as factors too
+KINDS += ["mamba-vocabulary", "mixtral-vocabulary"]
 FAMILIES = ["mamba", "mixtral"]
 
 

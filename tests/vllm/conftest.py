@@ -81,6 +81,21 @@ def mamba_ranks() -> dict[str, int]:
     }
 
 
+def vocabulary_ranks(kind: str) -> dict[str, int]:
+    """Embeddings and head, no multiples of 8, of 272 tokens that vLLM pads to 320. Rank 80 is more
+    than 160 rows and 128 columns are worth: multiplied out at TP 2, there rank 45 is not."""
+    if kind == "mixtral":
+        return {"model.embed_tokens": 80, "lm_head": 45}
+    return {"backbone.embeddings": 45, "lm_head": 80}
+
+
+def ranks_of(kind: str) -> dict[str, int]:
+    """Of the layers of a kind; "+vocabulary" adds embeddings and head."""
+    kind, _, more = kind.partition("+")
+    ranks = {"llama": llama_ranks, "mixtral": mixtral_ranks, "mamba": mamba_ranks}[kind]()
+    return ranks | vocabulary_ranks(kind) if more else ranks
+
+
 def dense_model(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if kind == "mamba":
@@ -112,6 +127,7 @@ def factorised(
     """The compressed checkpoint's tensors and those of the dense model that it stands for."""
     stored, dense = dict(tensors), dict(tensors)
     blocks = {n.partition(".experts.")[0] for n in ranks if ".experts." in n}
+    vocabulary = {"model.embed_tokens", "backbone.embeddings", "lm_head"}
     for name in list(tensors):
         matrix = name.removesuffix(".weight")
         if matrix in ranks:
@@ -120,7 +136,7 @@ def factorised(
             A, B = (root[:, None] * Vh[:R]).contiguous(), (U[:, :R] * root).contiguous()
             dense[name] = B @ A
             stored[f"{matrix}.lr_A"] = A
-            if gauge == "pivot":
+            if gauge == "pivot" and matrix not in vocabulary:
                 found = rounded(to_pivot(A, B), torch.float32)
                 stored |= {f"{matrix}.lr_A": found.A, f"{matrix}.lr_C": found.C}
                 stored[f"{matrix}.lr_order"] = found.order
@@ -158,12 +174,12 @@ def make_served(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
         as_saved: bool = False,
     ) -> tuple[Path, Path]:
         root = tmp_path_factory.mktemp(kind)
-        dense_model(kind).save_pretrained(root / "dense")
+        dense_model(kind.partition("+")[0]).save_pretrained(root / "dense")
         tensors = load_file(root / "dense" / "model.safetensors")
         config = json.loads((root / "dense" / "config.json").read_text())
-        ranks = {"llama": llama_ranks, "mixtral": mixtral_ranks, "mamba": mamba_ranks}[kind]()
+        ranks = ranks_of(kind)
         stored, dense = factorised(tensors, ranks, gauge)
-        write_sentinel(stored, min(ranks), as_saved)
+        write_sentinel(stored, min(ranks, key=lambda name: (name == "lm_head", name)), as_saved)
         if edit is not None:
             edit(stored)
         config["quantization_config"] = LillamaConfig(ranks=ranks, gauge=gauge).to_dict()
@@ -209,7 +225,10 @@ def _run_vllm(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(Path(__file__).parent),  # mamba_on_cpu, for the workers
+        # mamba_on_cpu, for the workers
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        ),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # one core each; on one NUMA node vLLM asks for this
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(processes))),

@@ -3,6 +3,8 @@
 fp32, 3 prompts, 16 greedy tokens each; every one must be the same.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,15 +20,15 @@ COMPILED = {"enforce_eager": False}
     ("kind", "gauge", "options"),
     [
         ("mixtral", "plain", {}),
-        ("mixtral", "plain", TP),
+        ("mixtral+vocabulary", "plain", TP),
         ("mixtral", "plain", EP),
-        ("mixtral", "plain", COMPILED),
+        ("mixtral+vocabulary", "plain", COMPILED),
         ("llama", "plain", {}),
         ("llama", "plain", TP),
         ("llama", "pivot", TP),
-        ("mamba", "plain", {}),
         ("mamba", "pivot", {}),
-        ("mamba", "pivot", TP),
+        ("mamba+vocabulary", "plain", {}),
+        ("mamba+vocabulary", "pivot", TP),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "one-process",
 )
@@ -42,7 +44,13 @@ def test_vllm_gives_the_tokens_of_transformers(
 
 
 def test_transformers_with_lillama_gives_them_too(make_served, transformers_tokens):
-    for kind, gauge in (("mixtral", "plain"), ("mamba", "plain"), ("mamba", "pivot")):
+    for kind, gauge in (
+        ("mixtral", "plain"),
+        ("mamba", "plain"),
+        ("mamba", "pivot"),
+        ("mixtral+vocabulary", "plain"),
+        ("mamba+vocabulary", "pivot"),
+    ):
         served, dense = make_served(kind, gauge)
         assert transformers_tokens(served) == transformers_tokens(dense)
 
@@ -68,8 +76,13 @@ def test_vllm_serves_what_compress_and_save_pretrained_write(
 ):
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4}
     base = make_checkpoint("mixtral", edit=far_from_uniform, **sizes)
-    options = {"tokens": 300, "seq_len": 32, "preset": "whitened", "device": "cpu"}
-    lillama.compress(base, tmp_path / "out", reduction=0.2, text=text_file, **options)
+    targets = ("w1", "embed_tokens", "lm_head")
+    reduction = 0.9 * lillama.plan(base, 0.01, targets=targets)["max_reduction"]
+    options = {"targets": targets, "tokens": 300, "seq_len": 32, "preset": "fast", "device": "cpu"}
+    lillama.compress(base, tmp_path / "out", reduction=reduction, text=text_file, **options)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    ranks = config["quantization_config"]["ranks"]
+    assert {"lm_head", "model.embed_tokens"} < ranks.keys()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model.save_pretrained(tmp_path / "again")
     wanted = transformers_tokens(tmp_path / "out")

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Tell vLLM about the format and about Mamba's mixer. Safe to call twice.
+    """Tell vLLM about the format, the vocabulary's layers and Mamba's mixer. Safe to call twice.
 
     Raises:
         ImportError: vLLM is of a version whose classes are elsewhere. vLLM logs this and goes on
@@ -27,7 +27,7 @@ def register() -> None:
     if not tested:
         logger.warning("lillama was tested with vLLM %s, this is %s", TESTED, version)
     try:
-        for name in ("quantization", "mamba_mixer"):
+        for name in ("quantization", "mamba_mixer", "vocabulary_layers"):
             import_module(f"lillama.integrations.vllm.{name}")
     except ImportError as error:
         if tested:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -10,6 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lillama.checkpoint import QUANT_METHOD, sentinel, sentinel_pattern
@@ -17,6 +19,7 @@ from lillama.families import FAMILIES, Family
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.experts import LowRankExpertsMethod
 from lillama.integrations.vllm.linear import LowRankLinearMethod
+from lillama.integrations.vllm.vocabulary import LowRankVocabularyMethod
 
 __all__ = ["LillamaVllmConfig"]
 
@@ -37,11 +40,17 @@ class LillamaVllmConfig(QuantizationConfig):
         self.sentinel = sentinel(self._family(), self.ranks)[0]
 
     def _family(self) -> Family:
-        """Of the experts that are factorised first by name: what decides the sentinel's name."""
+        """Of the experts that are factorised: what decides the sentinel's name."""
         for family in FAMILIES.values():
-            if family.experts is not None and family.experts.parse(min(self.ranks)):
+            if family.experts is not None and any(map(family.experts.parse, self.ranks)):
                 return family
         return next(family for family in FAMILIES.values() if family.experts is None)
+
+    @property
+    def embedding(self) -> str | None:
+        """Checkpoint name of the token embeddings, if they are factorised."""
+        names = {family.embedding for family in FAMILIES.values()}
+        return next((name for name in self.ranks if name in names), None)
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -75,7 +84,18 @@ class LillamaVllmConfig(QuantizationConfig):
             return LowRankLinearMethod(names, self.ranks, self.pivot, self.sentinel)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding) and prefix in self.ranks:
+            return self._vocabulary_method(prefix)
         return None
+
+    def _vocabulary_method(self, name: str) -> LowRankVocabularyMethod:
+        model = get_current_vllm_config().model_config
+        if model.hf_text_config.tie_word_embeddings:
+            raise ValueError(
+                f"{name} is factorised and config.json says tie_word_embeddings: vLLM cannot share "
+                "factors; serve what `lillama export --format dense` makes of this checkpoint"
+            )
+        return LowRankVocabularyMethod(name, self.ranks[name], self.sentinel)
 
     def _matrices(self, prefix: str) -> list[str]:
         """Checkpoint names of the matrices that vLLM has made one layer of."""

@@ -1,0 +1,133 @@
+"""export of models whose embeddings and output head are factorised too."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import lillama
+from lillama import export
+from lillama.errors import InputError
+
+module = sys.modules["lillama.export"]
+EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}.{}"
+LAYERS = {
+    # layer 1 stays dense, so does w3 of expert 1
+    "mixtral": {EXPERTS.format(0, e, w): 4 + 4 * e for e, w in ((0, "w1"), (1, "w2"), (2, "w3"))},
+    "mamba": {"backbone.layers.0.mixer.in_proj": 12, "backbone.layers.1.mixer.out_proj": 8},
+}
+VOCABULARY = {
+    "mixtral": {"model.embed_tokens": 12, "lm_head": 8},
+    "mamba": {"backbone.embeddings": 12, "lm_head": 8},
+}
+UNTIED = {"tie_word_embeddings": False}
+IDS = torch.arange(24).view(2, 12) * 11 % 300
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def logits_of(folder: Path) -> Tensor:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[f"{name}_keys"] for name in ("missing", "unexpected", "mismatched"))
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def assert_close(found: Tensor, wanted: Tensor) -> None:
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def make_source(make_low_rank, tokenizer, tmp_path_factory):
+    """make_source(kind, ranks, dtype) -> folder of a compressed model without tied weights."""
+
+    def make(kind: str, ranks: dict[str, int], dtype: torch.dtype = torch.float32) -> Path:
+        path = tmp_path_factory.mktemp("sources") / kind
+        make_low_rank(kind, ranks, dtype, **UNTIED).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("layers", [True, False], ids=["with-layers", "alone"])
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_export_dense_of_a_factorised_vocabulary(kind, layers, make_source, make_model, tmp_path):
+    ranks = VOCABULARY[kind] | (LAYERS[kind] if layers else {})
+    source = make_source(kind, ranks)
+    report = export(source, tmp_path / "new")
+    old, new = tensors_of(source), tensors_of(tmp_path / "new")
+    for name in VOCABULARY[kind]:
+        product = old[f"{name}.lr_B"] @ old[f"{name}.lr_A"]
+        torch.testing.assert_close(new[f"{name}.weight"], product)
+    make_model(kind, **UNTIED).save_pretrained(tmp_path / "base")
+    wanted = tensors_of(tmp_path / "base")
+    assert {n: t.shape for n, t in new.items()} == {n: t.shape for n, t in wanted.items()}
+    assert report["bytes_after"] == sum(t.nbytes for t in wanted.values())
+    assert report["params"] == sum(t.numel() for t in wanted.values())
+    assert report["matrices"] == len(ranks)
+    assert_close(logits_of(tmp_path / "new"), logits_of(source))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_export_changes_the_gauge_of_all_but_the_vocabulary(
+    dtype, make_source, tmp_path, monkeypatch
+):
+    """There and back: its factors are copied as they are."""
+    needed = []
+    monkeypatch.setattr(module, "check_space", lambda out, num_bytes: needed.append(num_bytes))
+    source = make_source("mamba", VOCABULARY["mamba"] | LAYERS["mamba"], dtype)
+    pivot, plain = tmp_path / "pivot", tmp_path / "plain"
+    reports = [export(source, pivot, format="pivot"), export(pivot, plain, format="plain")]
+    assert needed == [report["bytes_after"] for report in reports]
+    assert [report["matrices"] for report in reports] == [len(LAYERS["mamba"])] * 2
+    wanted, found, again = (tensors_of(folder) for folder in (source, pivot, plain))
+    for name in LAYERS["mamba"]:
+        assert f"{name}.lr_C" in found and f"{name}.lr_B" not in found
+        assert f"{name}.lr_B" in again and f"{name}.lr_C" not in again
+    for key in (f"{name}.lr_{letter}" for name in VOCABULARY["mamba"] for letter in "AB"):
+        assert torch.equal(found[key], wanted[key]) and torch.equal(again[key], wanted[key])
+    # parameters are counted without the sentinel and without orders
+    others = ("lr_order", "embeddings.weight")
+    for report, tensors in zip(reports, (found, again), strict=True):
+        assert report["params"] == sum(
+            tensor.numel() for name, tensor in tensors.items() if not name.endswith(others)
+        )
+    assert_close(logits_of(plain), logits_of(pivot))
+    if dtype == torch.float32:
+        assert_close(logits_of(pivot), logits_of(source))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_export_pivot_refuses_a_vocabulary_alone_or_with_experts(kind, make_source, tmp_path):
+    source = make_source(kind, VOCABULARY[kind])
+    with pytest.raises(InputError, match="is for linear layers; .* has no factorised ones; use"):
+        export(source, tmp_path / "new", format="pivot")
+    source = make_source("mixtral", VOCABULARY["mixtral"] | LAYERS["mixtral"])
+    with pytest.raises(InputError, match="is for linear layers; .* has factorised experts; use"):
+        export(source, tmp_path / "new", format="pivot")
+
+
+def test_export_dense_of_what_compress_writes(make_checkpoint, text_file, tmp_path):
+    """Its sentinel is named after the embeddings."""
+    base, out = make_checkpoint("mamba", **UNTIED), tmp_path / "out"
+    targets = ("embeddings", "lm_head", "in_proj")
+    reduction = 0.95 * lillama.plan(base, 0.01, targets=targets)["max_reduction"]
+    lillama.compress(
+        base, out, reduction=reduction, text=text_file, tokens=300, seq_len=32, device="cpu",
+        targets=targets, preset="fast", gauge="pivot",
+    )  # fmt: skip
+    values = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert VOCABULARY["mamba"].keys() < values["ranks"].keys() and values["gauge"] == "pivot"
+    for format in ("dense", "plain"):
+        export(out, tmp_path / format, format=format)
+        assert_close(logits_of(tmp_path / format), logits_of(out))
