@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MixtralConfig,
@@ -23,26 +25,32 @@ from benchmarks.rows import Variant, Work, compare
 from lillama.integrations.mamba import fast_mamba
 from lillama.modules import LowRankExperts, LowRankLinear
 from lillama.modules.replace import replace_modules
+from lillama.serve.attention import AttentionRunner
 from lillama.serve.mamba import MambaRunner
-from lillama.serve.mixtral import MixtralRunner
 from lillama.serve.runner import Runner
 
 STEPS = 64  # room behind the prompt; a step longer than that looks at as many positions
 TOLERANCE = 1e-3  # of the largest logit, fp32
+KINDS: dict[str, Any] = {
+    "llama": LlamaForCausalLM,
+    "mamba": MambaForCausalLM,
+    "mixtral": MixtralForCausalLM,
+}
 
 
-def _config(shape: DecodeShape) -> MambaConfig | MixtralConfig:
+def _config(shape: DecodeShape) -> LlamaConfig | MambaConfig | MixtralConfig:
     sizes = dict(shape.sizes)
     if shape.family == "mamba":
         return MambaConfig(**sizes, tie_word_embeddings=False)
-    return MixtralConfig(**sizes, max_position_embeddings=shape.prompt + STEPS)
+    kind = LlamaConfig if shape.family == "llama" else MixtralConfig
+    return kind(**sizes, max_position_embeddings=shape.prompt + STEPS)
 
 
 def _model(shape: DecodeShape, keep: float, dtype: torch.dtype, device: torch.device) -> Any:
     """keep: the share of the factorised matrices' parameters that is left; 1 is dense."""
     config = _config(shape)
     torch.manual_seed(0)
-    kind = MambaForCausalLM if isinstance(config, MambaConfig) else MixtralForCausalLM
+    kind = KINDS[shape.family]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -67,6 +75,13 @@ def _factorise(model: PreTrainedModel, config: Any, keep: float) -> None:
         if isinstance(config, MambaConfig):
             names[f"backbone.layers.{i}.mixer.in_proj"] = _rank(2 * inner, hidden, keep)
             names[f"backbone.layers.{i}.mixer.out_proj"] = _rank(hidden, inner, keep)
+            continue
+        if isinstance(config, LlamaConfig):
+            block = model.get_submodule(f"model.layers.{i}")
+            for path, module in block.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    name = f"model.layers.{i}.{path}"
+                    names[name] = _rank(module.out_features, module.in_features, keep)
             continue
         for expert in range(config.num_local_experts):
             for w in ("w1", "w2", "w3"):
@@ -93,7 +108,7 @@ def _ours(model: PreTrainedModel, shape: DecodeShape) -> Callable[[], Tensor]:
     if shape.family == "mamba":
         runner = MambaRunner(model, shape.batch, None)
     else:
-        runner = MixtralRunner(model, shape.batch, shape.prompt + STEPS)
+        runner = AttentionRunner(model, shape.batch, shape.prompt + STEPS)
     *_, done = runner.prefill(_prompt(shape, 1, device)[0])
     assert done is not None
     for slot in range(shape.batch):
@@ -123,7 +138,7 @@ def _theirs(model: PreTrainedModel, shape: DecodeShape) -> Callable[[], Tensor]:
     @torch.inference_mode()
     def call() -> Tensor:
         logits = given(ids[:, None], **named, use_cache=True).logits[:, -1]
-        if shape.family == "mixtral":
+        if shape.family != "mamba":
             cache.crop(-1)  # as many positions at every step
         ids.copy_(logits.argmax(-1))
         return logits

@@ -1,7 +1,7 @@
 """Whole models that the serving engine decodes with, for bench_decode.py."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from benchmarks.shapes import (
     MAMBA_2_8B_HIDDEN,
@@ -16,6 +16,8 @@ from benchmarks.shapes import (
 
 __all__ = ["DECODES", "DecodeShape"]
 
+Family = Literal["llama", "mamba", "mixtral"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeShape(Shape):
@@ -23,17 +25,26 @@ class DecodeShape(Shape):
     compressed models by name, "ours" is one, with the share of their factorised matrices'
     parameters that is left."""
 
-    family: Literal["mamba", "mixtral"]
+    family: Family
     batch: int
     prompt: int
     sizes: tuple[tuple[str, int], ...]
     keeps: tuple[tuple[str, float], ...]
 
 
-# Models like the small teachers, and published ones; Mixtral cut to 8 layers, which fit beside the
-# dense ones. The shares are those of 40% of the whole model ("ours") and of 20%; for Mixtral-8x7B
-# that of rank 1024, for Mamba-2.8B of ranks 1024 and 848.
+# Models like the small teachers, and published ones; Mixtral and Llama cut to 8 layers, which fit
+# beside the dense ones. The shares are those of 40% of the whole model ("ours") and of 20%; for
+# Mixtral-8x7B that of rank 1024, for Mamba-2.8B of ranks 1024 and 848. Of Llamas: half and three
+# quarters of every block's matrices.
 DECODE_TINY = {
+    "llama": {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+    },
     "mamba": {"hidden_size": 192, "state_size": 16, "num_hidden_layers": 6, "vocab_size": 2048},
     "mixtral": {
         "hidden_size": 128,
@@ -47,6 +58,15 @@ DECODE_TINY = {
     },
 }
 DECODE_LARGE = {
+    # meta-llama/Meta-Llama-3-8B config.json
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
     "mamba": {
         "hidden_size": MAMBA_2_8B_HIDDEN,
         "state_size": MAMBA_2_8B_STATE,
@@ -66,10 +86,12 @@ DECODE_LARGE = {
     },
 }
 DECODE_KEEPS = {
+    "tiny-llama": (("ours", 0.5), ("20", 0.75)),
     "tiny-mamba": (("ours", 0.37), ("20", 0.69)),
     "tiny-mixtral": (("ours", 0.5), ("20", 0.75)),
     "mamba-2.8b": (("ours", 0.5),),
     "mixtral-8x7b": (("ours", 0.3214),),
+    "llama-3-8b": (("ours", 0.5),),
 }
 
 
@@ -77,7 +99,7 @@ def _decodes() -> list[DecodeShape]:
     found = []
     for name, keeps in DECODE_KEEPS.items():
         tiny = name.startswith("tiny")
-        family: Literal["mamba", "mixtral"] = "mamba" if "mamba" in name else "mixtral"
+        family = next(family for family in get_args(Family) if family in name)
         sizes = (DECODE_TINY if tiny else DECODE_LARGE)[family]
         for prompt in (128, 2048):
             for batch in (1, 4) if tiny else (1, 4, 16, 64):

@@ -209,16 +209,23 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def make_low_rank(make_model):
-    """make_low_rank(model type, {hub name: rank}, dtype=..., **config changes) -> a tiny
+    """make_low_rank(model type, {hub name: rank}, dtype=..., gauge=..., **config changes) -> a tiny
     model compressed in memory: random factors, biases and dense experts kept, fit for
     save_pretrained."""
 
     @torch.no_grad()
     def make(
-        kind: str, ranks: dict[str, int], dtype: torch.dtype = torch.float32, **changes: object
+        kind: str,
+        ranks: dict[str, int],
+        dtype: torch.dtype = torch.float32,
+        gauge: str = "plain",
+        **changes: object,
     ) -> PreTrainedModel:
         model = make_model(kind, dtype, **changes)
-        replaced = replace_modules(model, model.config, ranks, base_prefix=model.base_model_prefix)
+        prefix = model.base_model_prefix
+        replaced = replace_modules(
+            model, model.config, ranks, base_prefix=prefix, pivot=gauge == "pivot"
+        )
         for path, old in replaced.items():
             new = model.get_submodule(path)
             if isinstance(new, LowRankExperts):
@@ -228,10 +235,12 @@ def make_low_rank(make_model):
                 stored = [dict(new.named_parameters())]
                 if getattr(new, "bias", None) is not None:
                     new.bias.copy_(old.bias)
+                if hasattr(new, "lr_order"):
+                    new.lr_order.copy_(torch.randperm(len(new.lr_order)))
             for tensors in stored:
-                for key in tensors.keys() & {"lr_A", "lr_B"}:
+                for key in sorted(tensors.keys() & {"lr_A", "lr_B", "lr_C"}):
                     tensors[key].normal_(std=tensors[key].shape[-1] ** -0.5)
-        attach_quantizer(model, LillamaConfig(ranks=ranks))
+        attach_quantizer(model, LillamaConfig(ranks=ranks, gauge=gauge))
         return model.eval()
 
     return make

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lillama.checkpoint import read_config
 from lillama.errors import InputError, RunError
 from lillama.loading import choose_device, load_model, load_tokenizer
+from lillama.serve.attention import AttentionRunner
 from lillama.serve.decode import Chosen, Decoder
 from lillama.serve.mamba import MambaRunner
-from lillama.serve.mixtral import MixtralRunner
 from lillama.serve.request import Busy, Event, Finished, FinishReason, SamplingParams, Token
-from lillama.serve.runner import PREFILL_CHUNK, Prefilled, Runner
+from lillama.serve.runner import PREFILL_CHUNK, Prefilled
 from lillama.serve.text import TextStream
 
 __all__ = ["LocalEngine", "load_engine"]
@@ -57,12 +58,13 @@ class LocalEngine:
     """The `Engine` of a checkpoint folder, dense or compressed (see lillama.serve.request).
 
     Args:
-        model: local checkpoint folder of a Mamba-1 or Mixtral model.
+        model: local checkpoint folder of a Mamba-1, or of a model type in
+            `lillama.serve.attention.MODEL_TYPES`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: as `lillama.loading.load_model`.
         max_batch: requests that generate at once, at least 1.
         max_length: tokens of prompt and output together; None is what the model has positions for,
-            at most 4096 (Mixtral), or 2^20 (Mamba).
+            at most 4096, or 2^20 (Mamba).
         max_queue: requests that wait at most.
 
     Attributes:
@@ -89,8 +91,11 @@ class LocalEngine:
                 raise InputError(f"{name} is {value}; it must be at least 1")
         path = Path(model)
         self.tokenizer = load_tokenizer(path)
+        config = read_config(path)
+        kind = MambaRunner if config.model_type == "mamba" else AttentionRunner
+        kind.check(config, max_length)  # before the weights are read
         loaded = load_model(path, choose_device(device), dtype)
-        runner = _runner_of(loaded, max_batch, max_length)
+        runner = kind(loaded, max_batch, max_length)
         self.max_length = runner.max_length
         self._vocab_size = runner.vocab_size
         self._eos = _eos_of(loaded)
@@ -340,8 +345,3 @@ def _eos_of(model: PreTrainedModel) -> frozenset[int]:
     if found is None:
         return frozenset()
     return frozenset(found if isinstance(found, list | tuple) else [found])
-
-
-def _runner_of(model: PreTrainedModel, slots: int, max_length: int | None) -> Runner:
-    kind = MambaRunner if model.config.model_type == "mamba" else MixtralRunner
-    return kind(model, slots, max_length)

@@ -81,15 +81,10 @@ class MambaRunner:
 
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int | None) -> None:
         config: Any = model.config
-        if config.hidden_act not in ("silu", "swish"):
-            raise InputError(
-                f"the model's hidden_act is {config.hidden_act!r}; the engine serves Mamba with "
-                "silu only"
-            )
+        self.max_length = self.check(config, max_length)
         backbone: Any = model.get_submodule("backbone")
         head: Any = model.get_submodule("lm_head")
         self.device = model.device
-        self.max_length = NO_LIMIT if max_length is None else max_length
         self.vocab_size = head.weight.shape[0]
         self._dtype = backbone.embeddings.weight.dtype
         self._head_dtype = head.weight.dtype
@@ -104,6 +99,20 @@ class MambaRunner:
         self._conv = self._state(slots, channels, width - 1, self._dtype)
         self._ssm = self._state(slots, channels, mixer.ssm_state_size, torch.float32)
         self._rows: dict[int, list[_Rows]] = {}
+
+    @staticmethod
+    def check(config: Any, max_length: int | None) -> int:
+        """max_length, resolved.
+
+        Raises:
+            InputError: an activation other than silu.
+        """
+        if config.hidden_act not in ("silu", "swish"):
+            raise InputError(
+                f"the model's hidden_act is {config.hidden_act!r}; the engine serves Mamba with "
+                "silu only"
+            )
+        return NO_LIMIT if max_length is None else max_length
 
     def _state(self, slots: int, channels: int, size: int, dtype: torch.dtype) -> Tensor:
         """Zeros [L, slots, D, size]. On a CPU channels lie side by side: sums over S or W then run

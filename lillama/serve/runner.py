@@ -4,19 +4,27 @@ Slots are rows of state allocated once. The engine keeps the live requests in th
 that a step over the first `batch` slots, of a few fixed sizes, is all there is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from lillama_kernels import low_rank_linear
+from lillama_kernels import low_rank_linear, low_rank_linears
 from torch import Tensor, nn
 
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
-__all__ = ["PREFILL_CHUNK", "Prefilled", "Runner", "lay_out", "lookup", "projection"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "Prefilled",
+    "Runner",
+    "lay_out",
+    "lookup",
+    "projection",
+    "projections",
+]
 
 # Tokens of a prompt computed at once, between two decode steps of the other requests
 PREFILL_CHUNK = 256
@@ -119,6 +127,64 @@ def projection(module: nn.Module, device: torch.device) -> Callable[[Tensor], Te
         weight, bias = lay_out(module.weight), module.bias
         return lambda x: F.linear(x, weight, bias)
     raise TypeError(f"a projection must be a linear layer, got {type(module).__name__}")
+
+
+def projections(modules: Sequence[nn.Module], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Linear layers with one input [..., K] as one function, their outputs side by side
+    [..., sum of N_i].
+
+    One product where all are dense, one for the first factors where all have plain factors; else
+    one after the other, as `projection`. The modules' weights become parts of the joined ones.
+
+    Raises:
+        TypeError: another kind of layer.
+    """
+    if all(type(module) is nn.Linear for module in modules):
+        weight = _joined(modules, "weight")
+        bias = _biases(modules)
+        return lambda x: F.linear(x, weight, bias)
+    if all(isinstance(module, LowRankLinear) for module in modules):
+        return _low_ranks(modules, device)
+    parts = [projection(module, device) for module in modules]
+    return lambda x: torch.cat([part(x) for part in parts], dim=-1)
+
+
+def _joined(modules: Sequence[nn.Module], name: str) -> Tensor:
+    """Weights of one K as one [sum of N_i, K]; the modules' own become views of it."""
+    weights = [module.get_parameter(name) for module in modules]
+    joined = lay_out(torch.cat([weight.data for weight in weights]))
+    for weight, part in zip(weights, joined.split([len(w) for w in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
+def _biases(modules: Sequence[Any]) -> Tensor | None:
+    """The biases behind each other, 0 for a layer that has none; None where none has one."""
+    if all(module.bias is None for module in modules):
+        return None
+    like = next(module.bias for module in modules if module.bias is not None)
+    return torch.cat(
+        [
+            like.new_zeros(module.out_features) if module.bias is None else module.bias.data
+            for module in modules
+        ]
+    )
+
+
+def _low_ranks(modules: Sequence[Any], device: torch.device) -> Callable[[Tensor], Tensor]:
+    first, bias = _joined(modules, "lr_A"), _biases(modules)
+    ranks = [module.rank for module in modules]
+    Bs = [lay_out(module.lr_B) for module in modules]
+    if device.type != "cpu":
+        As, biases = first.split(ranks), [module.bias for module in modules]
+        return lambda x: torch.cat(low_rank_linears(x, As, Bs, biases), dim=-1)
+
+    def project(x: Tensor) -> Tensor:
+        parts = F.linear(x, first).split(ranks, dim=-1)
+        y = torch.cat([F.linear(z, B) for z, B in zip(parts, Bs, strict=True)], dim=-1)
+        return y if bias is None else y + bias
+
+    return project
 
 
 def _low_rank(module: LowRankLinear, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -1,8 +1,6 @@
 """The engine: generate()'s own greedy tokens whoever else is in the batch, requests that join,
 leave, fail and are cancelled, and memory that does not grow."""
 
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lillama.integrations.transformers import LillamaConfig, attach_quantizer
-from lillama.modules.replace import replace_modules
+from lillama.serve import attention as attention_module
 from lillama.serve import mamba as mamba_module
-from lillama.serve import mixtral as mixtral_module
 from lillama.serve.engine import LocalEngine, load_engine
 from lillama.serve.request import Event, Finished, SamplingParams, Token
-
-WAIT_S = 60.0
-PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 57)), [3, 250, 40], [9, 9], [60, 61, 62, 63]]
-
-
-class Heard:
-    """What a request was told."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.ended = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        assert not self.ended.is_set(), "nothing follows Finished"
-        self.events.append(event)
-        if isinstance(event, Finished):
-            self.ended.set()
-
-    def finished(self) -> Finished:
-        assert self.ended.wait(WAIT_S), "no end"
-        last = self.events[-1]
-        assert isinstance(last, Finished)
-        return last
-
-    @property
-    def ids(self) -> list[int]:
-        return [event.token_id for event in self.events if isinstance(event, Token)]
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+from tests.serve.heard import PROMPTS, Heard, greedy, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +33,7 @@ def make_engine(device):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(
-    mamba, mixtral, make_model, make_low_rank, tokenizer, tmp_path_factory
-) -> dict[str, Path]:
+def checkpoints(mamba, mixtral, make_low_rank, tokenizer, tmp_path_factory) -> dict[str, Path]:
     """By name: dense, and with factors in either gauge. Do not change the folders."""
     ranks = {"backbone.layers.0.mixer.in_proj": 8, "backbone.layers.1.mixer.in_proj": 16}
     ranks |= {f"backbone.layers.{i}.mixer.out_proj": 8 for i in range(2)}
@@ -89,6 +46,7 @@ def checkpoints(
     for name, changed, options in (
         ("mamba-low-rank", ranks, {}),
         ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}, {}),
+        ("mamba-pivot", ranks, {"gauge": "pivot"}),
         ("mixtral-low-rank", experts, {}),
         ("mamba-vocabulary", ranks | {"backbone.embeddings": 8, "lm_head": 12}, untied),
         ("mixtral-vocabulary", experts | {"model.embed_tokens": 8, "lm_head": 12}, untied),
@@ -96,22 +54,7 @@ def checkpoints(
         paths[name] = tmp_path_factory.mktemp(name)
         make_low_rank(name.partition("-")[0], changed, **options).save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
-    paths["mamba-pivot"] = tmp_path_factory.mktemp("pivot")
-    pivoted(make_model("mamba"), ranks).save_pretrained(paths["mamba-pivot"])
-    tokenizer.save_pretrained(paths["mamba-pivot"])
     return paths
-
-
-@torch.no_grad()
-def pivoted(model: Any, ranks: dict[str, int]) -> Any:
-    """The model with random factors in the pivot gauge."""
-    for path in replace_modules(model, model.config, ranks, pivot=True):
-        module = model.get_submodule(path)
-        for factor in (module.lr_A, module.lr_C):
-            factor.normal_(std=factor.shape[-1] ** -0.5)
-        module.lr_order.copy_(torch.randperm(len(module.lr_order)))
-    attach_quantizer(model, LillamaConfig(ranks=ranks, gauge="pivot"))
-    return model.eval()
 
 
 KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj", "mamba-pivot", "mixtral", "mixtral-low-rank"]
@@ -142,10 +85,6 @@ def wanted(checkpoints, device):
         return out[0, len(prompt) :].tolist()
 
     return generate
-
-
-def greedy(count: int, **changes: Any) -> SamplingParams:
-    return SamplingParams(max_new_tokens=count, ignore_eos=True, **changes)
 
 
 # Tokens
@@ -179,7 +118,7 @@ def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make
 def test_engine_prompt_in_chunks_equals_generate(
     kind, checkpoints, make_engine, wanted, monkeypatch
 ):
-    for module in (mixtral_module, mamba_module):
+    for module in (attention_module, mamba_module):
         monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
     engine = make_engine(checkpoints[kind])
     for length in (1, 6, 7, 8, 15, 30):

@@ -10,9 +10,10 @@ from lillama_kernels.impl import Impl
 from lillama.errors import InputError
 from lillama.loading import load_model
 from lillama.serve import mamba as mamba_module
+from lillama.serve.attention import AttentionRunner
 from lillama.serve.engine import LocalEngine
+from lillama.serve.experts import experts_cpu
 from lillama.serve.mamba import MambaRunner
-from lillama.serve.mixtral import MixtralRunner, _experts_cpu
 
 CPU = torch.device("cpu")
 RANKS = {f"backbone.layers.0.mixer.{name}": 8 for name in ("in_proj", "out_proj")}
@@ -59,7 +60,7 @@ def test_mamba_steps_agree_with_those_of_a_gpu(ranks, impl, make_low_rank, make_
 
 @pytest.mark.parametrize("kind", ["mamba", "mixtral"])
 def test_steps_in_bf16_are_near_those_in_fp32(kind, make_model):
-    runner = {"mamba": MambaRunner, "mixtral": MixtralRunner}[kind]
+    runner = {"mamba": MambaRunner, "mixtral": AttentionRunner}[kind]
     exact = steps(runner(make_model(kind), 4, 64))
     rounded = steps(runner(make_model(kind, torch.bfloat16), 4, 64))
     assert rounded.isfinite().all()
@@ -79,20 +80,20 @@ def test_mixtral_experts_on_the_cpu_are_the_modules(rows, ranks, make_low_rank, 
     index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(rows)])
     with torch.no_grad():
         wanted = experts(x, index, weights)
-        found = _experts_cpu(experts)(x, index, weights)
+        found = experts_cpu(experts)(x, index, weights)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_mixtral_steps_do_not_depend_on_how_far_they_look(make_model):
     """A CUDA graph's step looks at more positions than are filled."""
-    narrow, wide = (MixtralRunner(make_model("mixtral"), 4, 64) for _ in range(2))
+    narrow, wide = (AttentionRunner(make_model("mixtral"), 4, 64) for _ in range(2))
     wide.shape_of = lambda live: 64
     torch.testing.assert_close(steps(wide), steps(narrow), rtol=1e-5, atol=1e-5)
 
 
 def test_mixtral_slot_that_is_not_live_stays_inside(make_model):
     """Its position counts on past the last one."""
-    runner = MixtralRunner(make_model("mixtral"), 2, 8)
+    runner = AttentionRunner(make_model("mixtral"), 2, 8)
     with torch.inference_mode():
         *_, done = runner.prefill(PROMPT)
         assert done is not None

@@ -5,54 +5,13 @@ import gc
 import threading
 import time
 import tracemalloc
-from typing import Any
 
 import pytest
 
 from lillama.errors import InputError, RunError
 from lillama.serve.engine import LocalEngine
-from lillama.serve.request import Busy, Event, Finished, SamplingParams, Token
-
-WAIT_S = 60.0
-
-
-class Heard:
-    """What a request was told."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.ended = threading.Event()
-
-    def __call__(self, event: Event) -> None:
-        assert not self.ended.is_set(), "nothing follows Finished"
-        self.events.append(event)
-        if isinstance(event, Finished):
-            self.ended.set()
-
-    def finished(self) -> Finished:
-        assert self.ended.wait(WAIT_S), "no end"
-        last = self.events[-1]
-        assert isinstance(last, Finished)
-        return last
-
-    @property
-    def ids(self) -> list[int]:
-        return [event.token_id for event in self.events if isinstance(event, Token)]
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def greedy(count: int, **changes: Any) -> SamplingParams:
-    return SamplingParams(max_new_tokens=count, ignore_eos=True, **changes)
+from lillama.serve.request import Busy, Event, Finished, SamplingParams
+from tests.serve.heard import WAIT_S, Heard, greedy, wait_for
 
 
 def test_engine_stop_drains_then_cancels_then_refuses(mamba, device):
