@@ -309,6 +309,7 @@ def test_sentinel_names_of_our_writer(request, text_file, tmp_path, kind):
         tokens=64,
         seq_len=16,
         train=False,
+        gauge="plain",
     )
     check_sentinel(tmp_path / "out", kind, report["params_after"] * 4)
     assert report["bytes_after"] == report["params_after"] * 4

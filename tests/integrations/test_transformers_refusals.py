@@ -48,7 +48,7 @@ def originals(make_low_rank, text_file, tmp_path_factory, request) -> dict[tuple
         folders[kind, "compress"] = path / "compressed"
         lillama.compress(
             request.getfixturevalue(kind), path / "compressed", reduction=0.3, text=text_file,
-            tokens=64, seq_len=16, train=False,
+            tokens=64, seq_len=16, train=False, gauge="plain",
         )  # fmt: skip
     return folders
 
