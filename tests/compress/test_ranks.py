@@ -57,16 +57,21 @@ def content(out: Path) -> dict[str, bytes]:
     [
         ("mixtral", 2, ("--strategy", "top")),
         ("mamba", 2, ("--loss", "teacher")),
+        ("mamba", 2, ("--targets", "embeddings,in_proj", "--reduction", "0.3")),
     ],
 )
 def test_ranks_give_the_bits_of_one(kind, world, options, make_checkpoint, text_file, tmp_path):
-    """Five blocks: more than one for each rank, and with "top" some that are not compressed."""
-    model = make_checkpoint(kind, num_hidden_layers=5)
+    """Five blocks: more than one for each rank, and with "top" some that are not compressed; and a
+    student's stream that begins with embeddings of its own."""
+    model = make_checkpoint(kind, num_hidden_layers=5, tie_word_embeddings=False)
     for number in (1, world):
         stdout, _ = run(number, model, tmp_path / str(number), text_file, "--json", *options)
         report = json.loads(stdout.splitlines()[-1])
         assert report["ranks"] == number and len(stdout.splitlines()) == 1
     assert content(tmp_path / "1") == content(tmp_path / str(world))
+    if "--targets" in options:
+        config = json.loads((tmp_path / "1" / "config.json").read_text())
+        assert "backbone.embeddings" in config["quantization_config"]["ranks"]
     assert {path.name for path in tmp_path.iterdir()} == {"1", str(world)}
 
 
