@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 import lillama
+from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
 from lillama.data import evaluation_blocks
 from lillama.integrations.mamba import fast_mamba
@@ -37,7 +38,10 @@ DEFAULT, FAST, PAPER = PRESETS["default"], PRESETS["fast"], PRESETS["paper"]
 # without embeddings and head; then also in the plain gauge
 BLOCKS_ONLY: dict[str, Any] = {"vocabulary": False}
 PLAIN: dict[str, Any] = {"vocabulary": False, "gauge": "plain"}
-METHODS: dict[str, Recipe] = {
+# None: the teacher as it is
+METHODS: dict[str, Recipe | None] = {
+    "dense, int8": None,
+    "dense, int4": None,
     "svd": dataclasses.replace(PAPER, strategy="uniform", train=False),
     "whitened svd": dataclasses.replace(PRESETS["whitened"], train=False),
     "paper": PAPER,
@@ -53,8 +57,11 @@ METHODS: dict[str, Recipe] = {
     "default": DEFAULT,
     "fast, then finetune": FAST,
     "default, then finetune": DEFAULT,
+    "default, int8": DEFAULT,
+    "default, int4": DEFAULT,
 }
 FINETUNED = {"fast, then finetune", "default, then finetune"}
+BITS = {"dense, int8": 8, "dense, int4": 4, "default, int8": 8, "default, int4": 4}
 # evenly spaced over each held-out text
 BLOCKS = 200
 
@@ -85,28 +92,48 @@ def measure(
     return {"excess": round(excess / count, 5), "kl": round(divergence / count, 5)}
 
 
-def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, Any]:
+def compress(
+    arguments: argparse.Namespace, cell: dict[str, Any], folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a cell and what `found` in run_cell takes from its report."""
+    recipe, out = METHODS[cell["method"]], folder / "out"
+    if recipe is None:
+        params = sum(
+            p.numel() for p in load_model(arguments.teacher, torch.device("cpu")).parameters()
+        )
+        report = {
+            "params_after": params,
+            "reduction": 0.0,
+            "seconds": 0.0,
+            "predicted_loss_increase": None,
+        }
+        return arguments.teacher, report
     options: dict[str, Any] = {"tokens": arguments.tokens, "seq_len": arguments.seq_len}
+    PRESETS["cell"] = recipe
+    try:
+        report = lillama.compress(
+            arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
+            seed=cell["seed"], preset="cell", **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+    finally:
+        del PRESETS["cell"]
+    if cell["method"] in FINETUNED:
+        better, started = folder / "better", time.monotonic()
+        lillama.finetune(
+            out, better, base=arguments.teacher, text=arguments.text, seed=cell["seed"], **options
+        )
+        report["seconds"] += round(time.monotonic() - started, 2)
+        out = better
+    return out, report
+
+
+def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, Any]:
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        PRESETS["cell"] = METHODS[cell["method"]]
-        try:
-            report = lillama.compress(
-                arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
-                seed=cell["seed"], preset="cell", **options,  # type: ignore[arg-type]
-            )  # fmt: skip
-        finally:
-            del PRESETS["cell"]
-        if cell["method"] in FINETUNED:
-            better = Path(folder) / "better"
-            started = time.monotonic()
-            lillama.finetune(
-                out, better, base=arguments.teacher, text=arguments.text, seed=cell["seed"],
-                **options,
-            )  # fmt: skip
-            report["seconds"] += round(time.monotonic() - started, 2)
-            out = better
+        out, report = compress(arguments, cell, Path(folder))
+        if cell["method"] in BITS:
+            source, out = out, Path(folder) / "rounded"
+            report["bytes_after"] = round_checkpoint(source, out, BITS[cell["method"]])
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
         texts = {
             file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))

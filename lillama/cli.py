@@ -230,9 +230,11 @@ def finetune(
     tokens: TrainingTokens = _FINETUNE["tokens"],
     seq_len: SeqLen = _FINETUNE["seq_len"],
     batch_size: BatchSize = _FINETUNE["batch_size"],
+    packing: Packing = _FINETUNE["packing"],
     learning_rate: LearningRate = _FINETUNE["learning_rate"],
     seed: Seed = _FINETUNE["seed"],
     device: DeviceOption = _FINETUNE["device"],
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a compressed MODEL end to end on its base model's predictions."""
@@ -248,9 +250,11 @@ def finetune(
             tokens=tokens,
             seq_len=seq_len,
             batch_size=batch_size,
+            packing=packing,
             learning_rate=learning_rate,
             seed=seed,
             device=device,
+            overwrite=overwrite,
         )
     if as_json:
         print_json(report)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lillama.cli_options import DeviceOption, DtypeOption, Model
-from lillama.config import ServeConfig
+from lillama.config_serve import ServeConfig
 
 __all__ = ["serve"]
 

@@ -17,8 +17,8 @@ from lillama.config import (
     GenerateConfig,
     PlanConfig,
     ReportConfig,
-    ServeConfig,
 )
+from lillama.config_serve import ServeConfig
 from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
@@ -73,6 +73,7 @@ def test_presets_say_how_many_tokens_and_which_gauge():
     assert found == {
         "default": (2_000_000, "pivot"),
         "fast": (262_144, "pivot"),
+        "best": (2_000_000, "pivot"),
         "whitened": (2_000_000, "plain"),
         "paper": (2_000_000, "plain"),
     }
@@ -128,9 +129,11 @@ DEFAULTS = {
         "tokens": 2_000_000,
         "seq_len": 512,
         "batch_size": 8,
+        "packing": True,
         "learning_rate": 1e-3,
         "seed": 0,
         "device": "auto",
+        "overwrite": False,
         "evaluations": 8,
     },
     GenerateConfig: {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "device": "auto"},
@@ -196,7 +199,10 @@ def test_api_unknown_option_is_refused(name, tmp_path):
         ({"reduction": 0.0}, "--reduction must lie between 0 and 1"),
         ({"reduction": 1.0}, "--reduction must lie between 0 and 1"),
         ({"reduction": float("nan")}, "--reduction must lie between 0 and 1"),
-        ({"preset": "best"}, "--preset must be one of default, fast, whitened, paper, got 'best'"),
+        (
+            {"preset": "bset"},
+            "--preset must be one of default, fast, best, whitened, paper, got 'bset'",
+        ),
         (
             {"strategy": "middle"},
             "--strategy must be one of global, uniform, bottom, top, got 'middle'",

@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # Lowest first. A part imports from the layers below its own and from itself; the leaves also from
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
-LEAVES |= {"shard_file", "version"}
+LEAVES |= {"config_serve", "shard_file", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -53,8 +53,8 @@ OPTIONS = {
     "--targets --text --tokens --train",
     "plan": "--activation-memory --gauge --json --preset --reduction --seq-len --strategy "
     "--targets --tokens --train",
-    "finetune": "--base --batch-size --device --json --learning-rate --seed --seq-len --text "
-    "--tokens",
+    "finetune": "--base --batch-size --device --json --learning-rate --overwrite --packing --seed "
+    "--seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --json --seq-len --text",
     "export": "--format --json",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",

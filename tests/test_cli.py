@@ -246,8 +246,8 @@ def test_cli_usage_error_is_one_line(arguments, parts, lillama_command):
     ("options", "part"),
     [
         (
-            ["--preset", "best"],
-            "--preset must be one of default, fast, whitened, paper, got 'best'",
+            ["--preset", "bset"],
+            "--preset must be one of default, fast, best, whitened, paper, got 'bset'",
         ),
         (["--strategy", "middle"], "--strategy must be one of global, uniform, bottom, top"),
         (["--loss", "both"], "--loss must be one of joint, teacher, student"),

@@ -184,6 +184,15 @@ def _sensitivity_bytes(
     return found
 
 
+def _finetune_bytes(plan: Plan, options: PlanConfig) -> int:
+    """Both models whole in fp32 (as a CPU computes); gradients, AdamW's moments and the best state
+    of the smaller; what autograd keeps of a batch, with both models' predictions."""
+    rows = options.recipe.batch_size * options.seq_len
+    kept = plan.config.num_hidden_layers * _kept_bytes(plan, rows, options.seq_len)
+    models = plan.params_before + 5 * plan.params_after
+    return models * FP32 + kept + 6 * rows * plan.config.vocab_size * FP32
+
+
 def peak_memory(
     plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader], base_bytes: int
 ) -> dict[str, int]:
@@ -228,4 +237,6 @@ def peak_memory(
     if plan.strategy == "global" or options.recipe.init == "fisher":
         found = _sensitivity_bytes(plan, options, headers)
         sized |= {phase: base_bytes + size for phase, size in found.items()}
+    if options.finetune:
+        sized["finetune"] = base_bytes + _finetune_bytes(plan, options)
     return {**sized, "peak": max(sized.values())}

@@ -1,5 +1,8 @@
 """Model in, smaller model out: what `lillama compress` and `lillama.compress` call."""
 
+import dataclasses
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -7,18 +10,19 @@ from typing import Any
 import torch
 
 from lillama.checkpoint import sentinel
-from lillama.checkpoint_writer import CheckpointWriter, check_space
+from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.describe import config_json, model_card, recipe_json
 from lillama.compress.events import Events
+from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import search_ranks
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig
+from lillama.config import CompressConfig, FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.integrations.mamba import fast_mamba
@@ -141,12 +145,87 @@ def compress(
     ranks = Ranks()
     try:
         with fast_mamba(), StopRequest() as stop:
-            report = _compress(config, plan, ranks, stop, events, progress)
+            if config.finetune:
+                report = _compress_whole(config, plan, ranks, stop, events, progress)
+            else:
+                report = _compress(config, plan, ranks, stop, events, progress)
     finally:
         ranks.close()
     if ranks.is_first:
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
     return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+
+
+def _compress_whole(
+    config: CompressConfig,
+    plan: Plan,
+    ranks: Ranks,
+    stop: StopRequest,
+    events: Events,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The blocks first, to `OUT.blocks`, then the whole model. Where OUT.blocks is there, the same
+    command was killed while it trained the whole, and goes on from there."""
+    if ranks.world > 1:
+        raise InputError(
+            f"preset {config.preset} trains the whole model in one process, got {ranks.world} "
+            "ranks; use preset default under torchrun, then lillama finetune"
+        )
+    if not config.out.parent.is_dir():
+        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
+    check_out(config.out, config.overwrite)
+    blocks = config.out.with_name(config.out.name + ".blocks")
+    report = _compress(
+        dataclasses.replace(config, out=blocks, overwrite=False),
+        plan,
+        ranks,
+        stop,
+        events,
+        progress,
+    )
+    started = time.monotonic()
+    end = FinetuneConfig(
+        model=blocks,
+        out=config.out,
+        base=config.model,
+        text=config.text,
+        tokens=config.num_tokens,
+        seq_len=config.seq_len,
+        packing=config.packing,
+        seed=config.seed,
+        device=config.device,
+        overwrite=config.overwrite,
+    )
+    try:
+        found = finetune_blocks(end, stop, progress)
+    except LillamaError as error:
+        events("failed", error=str(error))
+        raise type(error)(
+            f"{error}; the blocks are finished in {blocks}: the same command goes on from there"
+        ) from error
+    shutil.rmtree(blocks)
+    report["seconds"] = round(report["seconds"] + time.monotonic() - started, 2)
+    report["peak_memory_bytes"] = peak_memory_bytes(choose_device(config.device))
+    return report | {"finetune": found}
+
+
+def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The report of a finished run of this very command.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    try:
+        recorded = json.loads((out / "recipe.json").read_text("utf-8"))
+        report = json.loads((out / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{out} is in the way and is no finished run; move it away") from None
+    if changed := differences(recorded, json.loads(json.dumps(recipe))):
+        raise InputError(
+            f"{out} is of another command ({'; '.join(changed)}); run that one again, delete the "
+            "folder or choose another OUT"
+        )
+    return report
 
 
 def _compress(
@@ -164,6 +243,8 @@ def _compress(
     teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)
+    if config.finetune and config.out.is_dir():
+        return _finished(config.out, recipe)
     held = resident_bytes()
     ranks.agree("the run", recipe)
     with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:

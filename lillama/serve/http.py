@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lillama.config import ServeConfig
+from lillama.config_serve import ServeConfig
 from lillama.errors import InputError
 from lillama.loading import load_tokenizer
 from lillama.serve.request import Engine
@@ -24,7 +24,7 @@ def serve(
     Args:
         model: local checkpoint folder.
         on_ready: called once with the server's address.
-        options: the other fields of `lillama.config.ServeConfig`.
+        options: the other fields of `lillama.config_serve.ServeConfig`.
 
     Raises:
         InputError: a model, key file or address that cannot be used, or lillama[serve] is missing.
