@@ -16,6 +16,7 @@ from rich.table import Table
 from lillama.cli_options import (
     ActivationMemory,
     BatchSize,
+    CalibrationTexts,
     CheckpointSeconds,
     DeviceOption,
     DtypeOption,
@@ -42,6 +43,7 @@ from lillama.cli_options import (
 )
 from lillama.cli_output import errors, print_json, print_rows, progress_bar
 from lillama.cli_report import report
+from lillama.cli_sample import sample
 from lillama.cli_serve import serve
 from lillama.config import (
     CompressConfig,
@@ -90,7 +92,7 @@ def compress(
     model: Model,
     out: Out,
     reduction: Reduction,
-    text: Texts,
+    text: CalibrationTexts = None,
     tokens: TokensOption = None,
     seq_len: SeqLen = _COMPRESS["seq_len"],
     preset: PresetOption = _COMPRESS["preset"],
@@ -117,7 +119,7 @@ def compress(
             model,
             out,
             reduction=reduction,
-            text=tuple(text),
+            text=tuple(text or ()),
             progress=progress,
             tokens=tokens,
             seq_len=seq_len,
@@ -305,6 +307,7 @@ def export(
 
 
 app.command()(report)
+app.command()(sample)
 app.command()(serve)
 
 
@@ -331,8 +334,8 @@ def _root(
     package.propagate = False
     if context.invoked_subcommand is None:
         raise InputError(
-            "no command given; use compress, finetune, plan, eval, generate, export, report or "
-            "serve (see --help)"
+            "no command given; use compress, finetune, plan, eval, generate, export, report, "
+            "sample or serve (see --help)"
         )
 
 

@@ -9,6 +9,7 @@ import typer
 __all__ = [
     "ActivationMemory",
     "BatchSize",
+    "CalibrationTexts",
     "CheckpointSeconds",
     "DeviceOption",
     "DtypeOption",
@@ -44,6 +45,14 @@ Texts = Annotated[
     list[Path],
     typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
 ]
+CalibrationTexts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text or jsonl file; repeat for more. Without any the model writes its own.",
+        show_default=False,
+    ),
+]
 Reduction = Annotated[
     float,
     typer.Option(
@@ -53,8 +62,8 @@ Reduction = Annotated[
 PresetOption = Annotated[
     str,
     typer.Option(
-        help="default; fast: no training; whitened: no gradients, uniform ranks; paper: the "
-        "published recipe."
+        help="default; fast: no training; best: then the whole model too; whitened: no gradients, "
+        "uniform ranks; paper: the published recipe."
     ),
 ]
 StrategyOption = Annotated[

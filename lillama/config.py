@@ -21,10 +21,12 @@ __all__ = [
     "Gauge",
     "GenerateConfig",
     "Loss",
+    "LossForm",
     "PlanConfig",
     "Preset",
     "Recipe",
     "ReportConfig",
+    "SampleConfig",
     "Strategy",
     "check_at_least",
     "check_choice",
@@ -35,6 +37,7 @@ __all__ = [
 Preset = Literal["default", "fast", "best", "whitened", "paper"]
 Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
+LossForm = Literal["l1_cosine", "nmse"]
 Gauge = Literal["plain", "pivot"]
 ExportFormat = Literal["dense", "plain", "pivot"]
 
@@ -75,6 +78,8 @@ class Recipe:
     vocabulary_floor: float = 0.5
     # experts count with their share of those tokens, and to this part as if all had the same
     share_floor: float = 0.3
+    # what a block's output is compared by: `lillama_kernels.distill_loss`
+    form: LossForm = "nmse"
     # how often a block is judged on held-out tokens while it trains
     evaluations: int = 6
     # False: the factors stay as they were initialised
@@ -123,6 +128,7 @@ PRESETS: dict[str, Recipe] = {
         warmup_fraction=0.0,
         weight_decay=0.01,
         gradient_clip=None,
+        form="l1_cosine",
         vocabulary=False,
         gauge="plain",
     ),
@@ -210,7 +216,8 @@ class CompressConfig(PlanConfig):
     """Options of `lillama compress`."""
 
     out: Path
-    text: tuple[Path, ...]
+    # none: what the model writes by itself
+    text: tuple[Path, ...] = ()
     loss: Loss = "joint"
     packing: bool = True
     seed: int = 0
@@ -224,8 +231,6 @@ class CompressConfig(PlanConfig):
 
     def __post_init__(self) -> None:
         PlanConfig.__post_init__(self)
-        if not self.text:
-            raise InputError("compress needs calibration text; give at least one --text FILE")
         if not self.checkpoint_seconds >= 0:
             raise InputError(
                 f"--checkpoint-seconds must be at least 0, got {self.checkpoint_seconds}"
@@ -347,6 +352,34 @@ class GenerateConfig:
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"--temperature must be a finite number >= 0, got {self.temperature}")
         check_device(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleConfig:
+    """Options of `lillama sample`."""
+
+    model: Path
+    out: Path
+    tokens: int = 2_000_000
+    seq_len: int = 512
+    temperature: float = 1.0
+    # sequences written side by side
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_at_least("--tokens", self.tokens, 1)
+        check_at_least("--seq-len", self.seq_len, 2)
+        check_at_least("--batch-size", self.batch_size, 1)
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"--temperature must be a finite number > 0, got {self.temperature}")
+        check_device(self.device)
+
+    def recorded(self) -> dict[str, object]:
+        """Plain JSON values of what decides the text."""
+        plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
+        return {**plain, "model": str(self.model)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,13 +25,14 @@ LAYERS = (
     {"modules"},
     {"integrations"},
     {"loading"},
+    {"sample"},
     {"compress", "serve"},
     {"evaluate", "export", "generate", "report_data", "report_svg"},
     {"report_plots", "report_sections"},
     {"report_page"},
     {"report"},
     {"cli_options", "cli_output"},
-    {"cli_report", "cli_serve"},
+    {"cli_report", "cli_sample", "cli_serve"},
     {"cli"},
 )
 # Parts that import the extra lillama[serve], and what each of its packages is imported as; jinja2
@@ -39,7 +40,8 @@ LAYERS = (
 SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # Files that import the extra lillama[report], which is matplotlib
 REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
-TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_report.py", "cli_serve.py"}
+TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_report.py", "cli_sample.py"}
+TERMINAL |= {"cli_serve.py"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 MAX_FILE_LINES = 400
@@ -59,6 +61,7 @@ OPTIONS = {
     "export": "--format --json",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",
     "report": "--eval --events --open --png",
+    "sample": "--batch-size --device --json --seed --seq-len --temperature --tokens",
     "serve": "--api-key-file --client-timeout-s --device --drain-s --dtype --host --max-batch "
     "--max-body-bytes --max-choices --max-connections --max-length --max-queue --port "
     "--request-timeout-s --served-name",

@@ -219,7 +219,8 @@ def test_cli_without_a_command_is_one_line(lillama_command):
     assert_one_line(
         lillama_command(),
         2,
-        "no command given; use compress, finetune, plan, eval, generate, export, report or serve",
+        "no command given; use compress, finetune, plan, eval, generate, export, report, sample or "
+        "serve",
     )
     assert_one_line(lillama_command("--verbose"), 2, "no command given")
 

@@ -22,11 +22,12 @@ from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import search_ranks
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig, FinetuneConfig
+from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_tokenizer
+from lillama.sample import sample, sampled_with
 
 __all__ = ["Progress", "compress"]
 
@@ -103,7 +104,7 @@ def compress(
     out: str | Path,
     *,
     reduction: float,
-    text: str | Path | list[str | Path] | tuple[str | Path, ...],
+    text: str | Path | list[str | Path] | tuple[str | Path, ...] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -115,6 +116,8 @@ def compress(
             `<out>.unfinished`, and the same call goes on from there.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         text: calibration file or files (text, or jsonl with "text", "messages" or "conversations").
+            None: the model writes its own (`lillama.sample`), to `<out>.sample.jsonl`; it is
+            removed at the end.
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
             seq_len, preset, strategy, loss, targets, gauge, packing, train, seed, dtype,
@@ -145,6 +148,8 @@ def compress(
     ranks = Ranks()
     try:
         with fast_mamba(), StopRequest() as stop:
+            if not config.text:
+                config = _with_own_text(config, ranks, progress)
             if config.finetune:
                 report = _compress_whole(config, plan, ranks, stop, events, progress)
             else:
@@ -152,8 +157,44 @@ def compress(
     finally:
         ranks.close()
     if ranks.is_first:
+        _own_text_file(config.out).unlink(missing_ok=True)
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
     return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+
+
+def _own_text_file(out: Path) -> Path:
+    return out.with_name(out.name + ".sample.jsonl")
+
+
+def _with_own_text(
+    config: CompressConfig, ranks: Ranks, progress: Progress | None
+) -> CompressConfig:
+    """With text that the model wrote: once, where a run of the same command is taken up."""
+    if ranks.world > 1:
+        raise InputError(
+            "several ranks need calibration text; give --text FILE (lillama sample writes one)"
+        )
+    if not config.out.parent.is_dir():
+        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
+    check_out(config.out, config.overwrite)
+    file = _own_text_file(config.out)
+    # some more, since blocks are filled from whole texts
+    blocks = held_out_blocks(config.num_tokens, config.seq_len) + 2
+    options = SampleConfig(
+        model=config.model,
+        out=file,
+        tokens=config.num_tokens + blocks * config.seq_len,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        device=config.device,
+    )
+    if file.exists():
+        if sampled_with(file) != options.recorded():
+            raise InputError(f"{file} is not of this command; delete it or choose another OUT")
+    else:
+        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+        sample(given.pop("model"), given.pop("out"), progress=progress, **given)
+    return dataclasses.replace(config, text=(file,))
 
 
 def _compress_whole(

@@ -208,7 +208,12 @@ class Run:
             result = self._train(index, student, streams, notes, writer)
         else:
             loss = held_out_loss(
-                student, streams[1], self.loss, self.recipe.batch_size, self.device
+                student,
+                streams[1],
+                self.loss,
+                self.recipe.form,
+                self.recipe.batch_size,
+                self.device,
             )
             result = TrainResult(loss, loss, 0, 0)
         logger.info(
