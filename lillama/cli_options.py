@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointSeconds",
     "DeviceOption",
     "DtypeOption",
+    "Epochs",
     "EventsOption",
     "FormatOption",
     "GaugeOption",
@@ -40,6 +41,7 @@ Model = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward pass.")]
+Epochs = Annotated[int, typer.Option(help="How often every token is seen.")]
 LearningRate = Annotated[float, typer.Option(help="Of AdamW, at its peak.")]
 Texts = Annotated[
     list[Path],

@@ -84,8 +84,9 @@ class Recipe:
     evaluations: int = 6
     # False: the factors stay as they were initialised
     train: bool = True
-    # after the blocks, the whole model learns the teacher's predictions (compress/finetune.py)
-    finetune: bool = False
+    # how often the whole model, after its blocks, learns the teacher's predictions of all tokens
+    # (compress/finetune.py); 0: not at all
+    finetune_epochs: int = 0
     # calibration tokens where the caller names no number; moments alone need few
     tokens: int = 2_000_000
     # where the caller names none; pivot only where every target is a linear layer, else plain
@@ -110,7 +111,7 @@ _DEFAULT = Recipe(
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "fast": dataclasses.replace(_DEFAULT, train=False, tokens=262_144),
-    "best": dataclasses.replace(_DEFAULT, finetune=True),
+    "best": dataclasses.replace(_DEFAULT, finetune_epochs=3),
     "whitened": dataclasses.replace(
         _DEFAULT,
         init="whitened",
@@ -203,7 +204,7 @@ class PlanConfig:
     @property
     def finetune(self) -> bool:
         """Whether the whole model is trained after its blocks."""
-        return self.train and self.recipe.finetune
+        return self.train and self.recipe.finetune_epochs > 0
 
     @property
     def num_tokens(self) -> int:
@@ -291,6 +292,8 @@ class FinetuneConfig:
     seq_len: int = 512
     batch_size: int = 8
     packing: bool = True
+    # how often every token is seen
+    epochs: int = 1
     # of AdamW, at its peak
     learning_rate: float = 1e-3
     seed: int = 0
@@ -305,6 +308,7 @@ class FinetuneConfig:
         check_at_least("--tokens", self.tokens, 1)
         check_at_least("--seq-len", self.seq_len, 2)
         check_at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--epochs", self.epochs, 1)
         if not 0 < self.learning_rate < math.inf:
             raise InputError(
                 f"--learning-rate must be a finite number > 0, got {self.learning_rate}"

@@ -131,6 +131,7 @@ DEFAULTS = {
         "seq_len": 512,
         "batch_size": 8,
         "packing": True,
+        "epochs": 1,
         "learning_rate": 1e-3,
         "seed": 0,
         "device": "auto",

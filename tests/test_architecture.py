@@ -55,8 +55,8 @@ OPTIONS = {
     "--targets --text --tokens --train",
     "plan": "--activation-memory --gauge --json --preset --reduction --seq-len --strategy "
     "--targets --tokens --train",
-    "finetune": "--base --batch-size --device --json --learning-rate --overwrite --packing --seed "
-    "--seq-len --text --tokens",
+    "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
+    "--packing --seed --seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --json --seq-len --text",
     "export": "--format --json",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",

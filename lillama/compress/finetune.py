@@ -154,7 +154,7 @@ def finetune(
         text: training file or files, as for `compress`.
         progress: called as progress(stage, done, total), in tokens.
         options: the other fields of `lillama.config.FinetuneConfig`: tokens, seq_len, batch_size,
-            packing, learning_rate, seed, device, overwrite.
+            packing, epochs, learning_rate, seed, device, overwrite.
 
     Returns:
         `kl_before`, `kl_after` (held-out KL(base || model), nats a token), `steps, best_step,
@@ -208,18 +208,19 @@ def _train(
     progress: Progress | None,
 ) -> dict[str, Any]:
     config = run.config
-    order = torch.randperm(
-        len(train.input_ids), generator=torch.Generator().manual_seed(config.seed)
-    )
-    batches = order.split(config.batch_size)
+    generator = torch.Generator().manual_seed(config.seed)
+    batches: list[Tensor] = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(train.input_ids), generator=generator)
+        batches += order.split(config.batch_size)
     every = max(1, math.ceil(len(batches) / config.evaluations))
     before = run.judge(held_out, 0)
     for step, rows in enumerate(batches, start=1):
         rate = learning_rate_at(config.learning_rate, step - 1, len(batches), 0.05)
         run.step(train, rows, rate)
         if progress is not None:
-            done = min(step * config.batch_size, len(train.input_ids))
-            progress("finetune", done * config.seq_len, train.input_ids.numel())
+            total = config.epochs * train.input_ids.numel()
+            progress("finetune", round(total * step / len(batches)), total)
         stop.check()
         if step % every == 0 or step == len(batches):
             run.judge(held_out, step)

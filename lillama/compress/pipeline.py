@@ -233,6 +233,7 @@ def _compress_whole(
         tokens=config.num_tokens,
         seq_len=config.seq_len,
         packing=config.packing,
+        epochs=config.recipe.finetune_epochs,
         seed=config.seed,
         device=config.device,
         overwrite=config.overwrite,
