@@ -1,5 +1,5 @@
-"""Experts for the few rows of a step. On a CPU cutting out every expert's weights at every call would
-take most of the time. Letters: b rows, H hidden_size, E experts, k of them a token."""
+"""Experts for the few rows of a step. On a CPU cutting out every expert's weights at every call
+would take most of the time. Letters: b rows, H hidden_size, E experts, k of them a token."""
 
 import logging
 from collections.abc import Callable
@@ -51,8 +51,8 @@ def experts_cpu(experts: Any) -> Experts:
 
 
 def experts_gpu(mlp: Any) -> nn.Module:
-    """The module of experts; one in the pivot gauge, whose operation has no Triton kernel and cannot
-    be captured in a CUDA graph, is exchanged for one with plain factors."""
+    """The module of experts; one in the pivot gauge, whose operation has no Triton kernel and can
+    not be captured in a CUDA graph, is exchanged for one with plain factors."""
     if isinstance(mlp.experts, PivotLowRankExperts):
         _say_expanded()
         mlp.experts = mlp.experts.plain()
