@@ -191,6 +191,14 @@ def _one_to_one(teacher: TeacherBlocks, index: int) -> dict[str, str]:
     }
 
 
+class _Rows(NamedTuple):
+    """Some rows of a tensor, cut out when they are written: of a block's experts all at once would
+    take the memory of its factors again."""
+
+    whole: Tensor
+    rows: Tensor
+
+
 class _Part(NamedTuple):
     """One factorised matrix of a student: a linear layer, or one projection of one expert."""
 
@@ -219,13 +227,13 @@ class _Part(NamedTuple):
         own_B.copy_(B)
         self.module.__dict__.setdefault(ORDERS, {})[self.key] = order
 
-    def stored(self) -> dict[str, Tensor]:
+    def stored(self) -> dict[str, Tensor | _Rows]:
         """As the checkpoint has it, without the matrix's name."""
         (A, B), order = self.factors, self.order
         if order is None:
             return {"lr_A": A.detach(), "lr_B": B.detach()}
         rows = order.argsort()[A.shape[0] :]
-        return {"lr_A": A.detach(), "lr_C": B.detach()[rows], "lr_order": order}
+        return {"lr_A": A.detach(), "lr_C": _Rows(B.detach(), rows), "lr_order": order}
 
 
 def _pivots(student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan) -> dict[str, _Part]:
@@ -285,29 +293,28 @@ def stored_as(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _values(
     teacher: TeacherBlocks, index: int, student: nn.Module, ranks: Mapping[str, int]
-) -> dict[str, Tensor | str]:
+) -> dict[str, Tensor | _Rows | str]:
     """{checkpoint name: the student's tensor that it stores, or the teacher's hub name where the
     student has none of its own}."""
     prefix = f"{teacher.block_path}.{index}"
     one_to_one = _one_to_one(teacher, index)
     experts = teacher.family.experts
-    values: dict[str, Tensor | str] = {}
+    values: dict[str, Tensor | _Rows | str] = {}
     for name in teacher.hub_names(prefix):
         matrix = name.removesuffix(".weight")
         parsed = None if experts is None else experts.parse(matrix.removeprefix(f"{prefix}."))
         module = None if parsed is None else student.get_submodule(parsed[0])
         if parsed is not None and isinstance(module, LowRankExperts):
-            key = parsed[2], parsed[1]
+            part = _Part(module, (parsed[2], parsed[1]))
             if matrix in ranks:
-                stored = _Part(module, key).stored()
+                values.update({f"{matrix}.{key}": value for key, value in part.stored().items()})
             else:
-                stored = {name: value.detach() for name, value in module.stored(*key).items()}
-            values.update({f"{matrix}.{key}": value for key, value in stored.items()})
+                values[f"{matrix}.lr_W"] = module.stored(parsed[2], parsed[1])["lr_W"].detach()
         elif matrix in ranks:
             low_rank = student.get_submodule(one_to_one[name].removesuffix(".weight"))
             assert isinstance(low_rank, LowRankLinear)
-            stored = _Part(low_rank, None).stored()
-            values.update({f"{matrix}.{key}": value for key, value in stored.items()})
+            part = _Part(low_rank, None)
+            values.update({f"{matrix}.{key}": value for key, value in part.stored().items()})
         elif name in one_to_one:
             values[name] = student.get_parameter(one_to_one[name]).detach()
         else:
@@ -345,11 +352,17 @@ def block_entries(
             continue
         source = name if name in teacher.headers else f"{name.rpartition('.')[0]}.weight"
         wanted = DTYPES[teacher.headers[source].dtype] if dtype is None else dtype
-        wanted = wanted if value.is_floating_point() else value.dtype
-        shape = tuple(value.shape)
+        whole, rows = value if isinstance(value, _Rows) else (value, None)
+        wanted = wanted if whole.is_floating_point() else whole.dtype
+        shape = tuple(whole.shape) if rows is None else (len(rows), whole.shape[1])
 
-        def make(name: str = name, value: Tensor = value, wanted: torch.dtype = wanted) -> Tensor:
-            return stored_as(name, value, wanted)
+        def make(
+            name: str = name,
+            whole: Tensor = whole,
+            rows: Tensor | None = rows,
+            wanted: torch.dtype = wanted,
+        ) -> Tensor:
+            return stored_as(name, whole if rows is None else whole[rows], wanted)
 
         entries.append(Entry(name, wanted, shape, make))
     return entries

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ import lillama
 from lillama.compress.gauge import LARGEST, plain_of, rounded, to_pivot
 from lillama.errors import InputError
 from lillama.export import export
-from lillama.families import PROJECTIONS
 from lillama.loading import load_model
+from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.serve.engine import LocalEngine
+from lillama.serve.experts import experts_gpu
 from tests.serve.heard import Heard, greedy
 
 OPTIONS = {"reduction": 0.3, "tokens": 900, "seq_len": 32, "preset": "fast"}
@@ -130,6 +132,8 @@ def test_saved_again_and_loaded_with_automodel(compressed, tmp_path):
     names = [name for name in before if not name.endswith("down_proj")]
     assert set(names) <= set(after)
     assert all(torch.equal(before[name], after[name]) for name in names)
+    half = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert {b.dtype for n, b in half.named_buffers() if n.endswith("_order")} == {torch.int32}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     ids = torch.arange(1, 20)[None]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
@@ -192,7 +196,7 @@ def test_plain_experts_compute_the_same(compressed, device):
     x = torch.randn(9, module.hidden_dim, generator=torch.Generator().manual_seed(0)).to(device)
     weight, index = torch.rand(9, module.num_experts).softmax(-1).topk(2)
     args = x, index.to(device), weight.to(device)
-    plain = module.plain()
-    assert plain.ranks == module.ranks and type(plain) is not type(module)
+    block = SimpleNamespace(experts=module)
+    plain = experts_gpu(block)
+    assert type(plain) is LowRankExperts and block.experts is plain is experts_gpu(block)
     torch.testing.assert_close(plain(*args), module(*args))
-    assert {p for p in PROJECTIONS if getattr(plain, f"{p}_A") is not None}

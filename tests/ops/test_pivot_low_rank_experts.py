@@ -1,5 +1,4 @@
-"""pivot_low_rank_experts against a loop over tokens and their experts, each with its dense weight,
-and every gradient."""
+"""pivot_low_rank_experts against a loop over tokens and their experts, and every gradient."""
 
 from collections.abc import Callable
 
@@ -89,24 +88,22 @@ def oracle_of(index: Tensor, orders: Orders, ranks: Ranks) -> Callable[..., Tens
         hidden, topk_weight = hidden.to(work), topk_weight.to(work)
         tensors = {name: tensor.to(work) for name, tensor in tensors.items()}
 
-        def weight(name: str, expert: int) -> Tensor:
+        def project(name: str, expert: int, x: Tensor) -> Tensor:
             rank = ranks[name][expert]
             if rank == 0:
-                return tensors[f"{name}_W"][ranks[name][:expert].count(0)]
-            A = tensors[f"{name}_A"][expert, :rank]
-            C = tensors[f"{name}_C"][expert, : SIZES[name] - rank, :rank]
-            rows = [*A, *(C @ A)]
-            return torch.stack([rows[place] for place in orders[name][expert].tolist()])
+                return tensors[f"{name}_W"][ranks[name][:expert].count(0)] @ x
+            z = tensors[f"{name}_A"][expert, :rank] @ x
+            columns = [*z, *(tensors[f"{name}_C"][expert, : SIZES[name] - rank, :rank] @ z)]
+            return torch.stack([columns[place] for place in orders[name][expert].tolist()])
 
-        weights = [[weight(name, e) for name in SIZES] for e in range(len(ranks["gate"]))]
         outputs = []
         for token, experts in enumerate(index.tolist()):
             x, out = hidden[token], hidden[token] * 0
             for place, expert in enumerate(experts):
-                if expert < len(weights):
-                    gate, up, down = weights[expert]
-                    gated = (gate @ x) / (1 + torch.exp(-(gate @ x))) * (up @ x)
-                    out = out + topk_weight[token, place] * (down @ gated)
+                if expert < len(ranks["gate"]):
+                    gate = project("gate", expert, x)
+                    gated = gate / (1 + torch.exp(-gate)) * project("up", expert, x)
+                    out = out + topk_weight[token, place] * project("down", expert, gated)
             outputs.append(out)
         return torch.stack(outputs).to(dtype)
 
