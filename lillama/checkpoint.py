@@ -3,11 +3,11 @@
 A compressed model is a sharded safetensors checkpoint in the model's own hub names. The weight
 `<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N, R];
 `config.json` carries the ranks. Token embeddings [V, H] are stored as any matrix with N = V and
-K = H. In gauge "pivot" linear layers have `<name>.lr_C` [N - R, R] and `<name>.lr_order` [N]
-(int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a stacked experts module that is
-only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers
-would try to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without
-lillama fail instead of serving random weights.
+K = H. In gauge "pivot" all but embeddings and head have `<name>.lr_C` [N - R, R] and
+`<name>.lr_order` [N] (int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a stacked
+experts module that is only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as
+`.weight` transformers would try to stack it). One mis-shaped tensor under a dense name, the
+sentinel, makes a load without lillama fail instead of serving random weights.
 """
 
 import json
@@ -120,11 +120,9 @@ def compression_of(config: PretrainedConfig) -> dict | None:
 
 
 def is_pivot(family: Family, gauge: str, name: str) -> bool:
-    """Whether a factorised matrix is stored in the pivot gauge: experts never are, nor embeddings
-    and head, of which it would take R of V + H rows only."""
-    if gauge != "pivot" or name in family.vocabulary.values():
-        return False
-    return family.experts is None or family.experts.parse(name) is None
+    """Whether a factorised matrix is stored in the pivot gauge: embeddings and head never are, of
+    which it would take R of V + H rows only."""
+    return gauge == "pivot" and name not in family.vocabulary.values()
 
 
 def check_ranks(ranks: object) -> None:

@@ -78,16 +78,14 @@ StrategyOption = Annotated[
 GaugeOption = Annotated[
     str | None,
     typer.Option(
-        help="How factors are stored: plain, or pivot (linear layers only): more rank at one "
-        "size; the preset's choice when left out.",
+        help="How factors are stored: plain, or pivot: more rank at one size; the "
+        "preset's choice when left out.",
         show_default=False,
     ),
 ]
 FormatOption = Annotated[
     str,
-    typer.Option(
-        help="dense: factors multiplied out; plain or pivot: the other gauge (linear layers only)."
-    ),
+    typer.Option(help="dense: factors multiplied out; plain or pivot: the other gauge."),
 ]
 TargetsOption = Annotated[
     str | None,

@@ -89,7 +89,7 @@ class Recipe:
     finetune_epochs: int = 0
     # calibration tokens where the caller names no number; moments alone need few
     tokens: int = 2_000_000
-    # where the caller names none; pivot only where every target is a linear layer, else plain
+    # where the caller names none; embeddings and head are plain in any case
     gauge: Gauge = "pivot"
 
     def peak_learning_rate(self, hidden_size: int) -> float:

@@ -120,16 +120,12 @@ def _open_source(path: Path, format: str) -> _Source:
     gauge = values.get("gauge", "plain")
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
-    if format == "pivot":
-        others = [n for n in ranks if not is_pivot(family, "pivot", n)]
-        # embeddings and head are copied, whatever the gauge
-        experts = [n for n in others if n not in family.vocabulary.values()]
-        if experts or len(others) == len(ranks):
-            found = "factorised experts" if experts else "no factorised ones"
-            raise InputError(
-                f"--format pivot is for linear layers; {path} has {found}; use --format dense, or "
-                "keep it as it is"
-            )
+    # embeddings and head are copied, whatever the gauge
+    if format == "pivot" and not any(is_pivot(family, format, name) for name in ranks):
+        raise InputError(
+            f"--format pivot is for linear layers and experts; {path} has no factorised ones; use "
+            "--format dense, or keep it as it is"
+        )
     headers = read_headers(path)
     model = skeleton(config)
     shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
@@ -329,8 +325,7 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
         out: folder to create; it appears when all is done.
         options: `format`: "dense" multiplies the factors out, into a checkpoint in the base model's
             hub names that needs no lillama; "plain" and "pivot" change the gauge of linear layers
-            (of a model with factorised experts: not at all; factorised embeddings and head are
-            copied).
+            and experts (factorised embeddings and head are copied).
 
     Returns:
         `format`, `matrices` (how many were converted), `params, bytes_before, bytes_after`.

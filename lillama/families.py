@@ -81,12 +81,6 @@ class Family:
         inside = () if self.experts is None else self.experts.projections
         return tuple(dict.fromkeys((*self.targets, *inside, *self.vocabulary)))
 
-    @property
-    def linear_targets(self) -> tuple[str, ...]:
-        """Those that are linear layers in every block."""
-        inside = () if self.experts is None else self.experts.projections
-        return tuple(name for name in self.targets if name not in inside)
-
     def runtime_name(self, name: str) -> str:
         """Where transformers puts a linear layer or the embeddings with this hub name."""
         return self.runtime_head if name == self.head else name

@@ -231,6 +231,8 @@ def make_low_rank(make_model):
             if isinstance(new, LowRankExperts):
                 copy_dense_experts(new, old)
                 stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
+                for order in (part["lr_order"] for part in stored if "lr_order" in part):
+                    order.copy_(torch.randperm(len(order)))
             else:
                 stored = [dict(new.named_parameters())]
                 if getattr(new, "bias", None) is not None:

@@ -157,7 +157,7 @@ def find_matrices(
     vocabulary: without `targets` these two as well, where they are not one and the same.
 
     Raises:
-        InputError: a target the family or model does not have, or one that the gauge does not fit.
+        InputError: a target the family or model does not have.
     """
     path, blocks = block_list(model)
     problem = _vocabulary_problem(model, family)
@@ -167,7 +167,7 @@ def find_matrices(
         targets = (*family.default_targets, *both)
     elif problem is not None and (found := sorted(set(targets) & set(family.vocabulary))):
         raise InputError(f"--targets {', '.join(found)}: {problem}; leave them out")
-    _check_targets(family, targets, gauge)
+    _check_targets(family, targets)
     matrices: list[Matrix] = []
     outside: list[Matrix] = []
     seen = set(family.vocabulary)
@@ -199,18 +199,12 @@ def _vocabulary_problem(model: PreTrainedModel, family: Family) -> str | None:
     return None
 
 
-def _check_targets(family: Family, targets: tuple[str, ...], gauge: Gauge) -> None:
+def _check_targets(family: Family, targets: tuple[str, ...]) -> None:
     unknown = sorted(set(targets) - set(family.target_names))
     if unknown or not targets:
         raise InputError(
             f"--targets must be some of {', '.join(family.target_names)} for {family.model_type}, "
             f"got {', '.join(unknown) or 'none'}"
-        )
-    if gauge == "pivot" and not set(targets) <= {*family.linear_targets, *family.vocabulary}:
-        raise InputError(
-            f"--gauge pivot is for linear layers; of {family.model_type} those are "
-            f"{', '.join(family.linear_targets) or 'none'}, but --targets are "
-            f"{', '.join(targets)}: use --gauge plain"
         )
 
 
@@ -243,13 +237,6 @@ def _bytes_before(path: Path, model: PreTrainedModel, params: int, needs_weights
     return params * dtype_of(model.config).itemsize
 
 
-def _gauge(options: PlanConfig, family: Family) -> Gauge:
-    """The preset's, where it fits every target in the blocks."""
-    targets = set(options.targets or family.default_targets) - set(family.vocabulary)
-    fits = targets <= set(family.linear_targets)
-    return options.recipe.gauge if fits else "plain"
-
-
 def _check_vocabulary_targets(options: PlanConfig) -> None:
     if options.recipe.init != "fisher":
         raise InputError(
@@ -273,7 +260,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     model = skeleton(config)
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     vocabulary = options.recipe.vocabulary and strategy == "global"
-    gauge = options.gauge or _gauge(options, family)
+    gauge = options.gauge or options.recipe.gauge
     matrices = find_matrices(model, family, options.targets, gauge, vocabulary=vocabulary)
     if any(m.name in family.vocabulary.values() for m in matrices):
         _check_vocabulary_targets(options)
