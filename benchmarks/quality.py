@@ -53,6 +53,7 @@ METHODS: dict[str, Recipe | None] = {
     "default, uniform ranks": dataclasses.replace(DEFAULT, **PLAIN, strategy="uniform"),
     "default, whitened init": dataclasses.replace(DEFAULT, **PLAIN, init="whitened"),
     "default, plain gauge, blocks only": dataclasses.replace(DEFAULT, **PLAIN),
+    "default, plain gauge": dataclasses.replace(DEFAULT, gauge="plain"),
     "default, blocks only": dataclasses.replace(DEFAULT, **BLOCKS_ONLY),
     "default": DEFAULT,
     "fast, then finetune": FAST,

@@ -3,6 +3,7 @@ stack factors while it loads."""
 
 from typing import Any
 
+import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from lillama.families import FAMILIES, PROJECTIONS
@@ -36,6 +37,8 @@ class _StackFactors(ConversionOps):
             )
         shape = getattr(module, f"{self.projection}_{self.suffix}").shape
         stacked = tensors[0].new_zeros(shape)
+        if self.suffix == "order":  # of a dense expert, as the module has it from the beginning
+            stacked += torch.arange(shape[1], dtype=stacked.dtype, device=stacked.device)
         for row, (expert, tensor) in enumerate(zip(owners, tensors, strict=True)):
             if self.suffix == "A":
                 stacked[expert, : ranks[expert]] = tensor

@@ -37,6 +37,16 @@ CPU = torch.zeros(1)
 CUDA = cast(Tensor, SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda"))
 
 
+def pivot_expert_factors(tensors: dict[str, Tensor]) -> PivotExpertFactors:
+    """Of two experts of rank 2: rows of B serve as C."""
+    parts = []
+    for name in ("gate", "up", "down"):
+        A, B = tensors[f"{name}_A"], tensors[f"{name}_B"]
+        order = torch.arange(B.shape[1], device=B.device).repeat(2, 1)
+        parts.append(PivotProjectionFactors((2, 2), A, B[:, 2:], order, None))
+    return PivotExpertFactors(*parts)
+
+
 def inputs_of(op: str, device: torch.device) -> dict:
     where = {"dtype": torch.float32, "device": device}
     ranks = {"gate": (2, 2), "up": (2, 2), "down": (2, 2)}
@@ -59,14 +69,7 @@ def inputs_of(op: str, device: torch.device) -> dict:
         case "pivot_low_rank_experts":
             tensors, index = low_rank_experts_inputs(3, 1, 4, 6, ranks, **where)
             inputs |= {n: tensors[n] for n in ("hidden", "topk_weight")}
-            parts = [
-                PivotProjectionFactors(
-                    ranks[name], tensors[f"{name}_A"], tensors[f"{name}_B"][:, 2:],
-                    torch.arange(n, device=device).repeat(2, 1), None,
-                )
-                for name, n in (("gate", 6), ("up", 6), ("down", 4))
-            ]  # fmt: skip
-            inputs |= {"topk_index": index, "factors": PivotExpertFactors(*parts)}
+            inputs |= {"topk_index": index, "factors": pivot_expert_factors(tensors)}
         case "pivot_low_rank_linear":
             inputs |= low_rank_linear_inputs([3], 4, 3, 2, **where)
             inputs["C"] = inputs.pop("B")

@@ -222,7 +222,7 @@ def z(*shape: int) -> Tensor:
 PF = PivotProjectionFactors
 ORDER = torch.arange(12).repeat(2, 1)
 BAD = {
-    "ranks": (PF((2,), z(2, 3, 8), z(2, 10, 3), ORDER, None), r"gate\.ranks must hold 2 numbers"),
+    "ranks": (PF((-1, 3), z(2, 3, 8), z(2, 10, 3), ORDER, None), r"numbers >= 0, got \[-1, 3\]"),
     "no W": (PF((0, 3), z(2, 3, 8), z(2, 9, 3), ORDER, None), r"gate\.W must hold the 1 .*None"),
     "no A": (PF((2, 3), None, z(2, 10, 3), ORDER, None), r"gate\.A must be \[E, R, K\]"),
     "one R": (PF((2, 3), z(2, 3, 8), z(2, 10, 4), ORDER, None), r"gate\.C \[E, Q, R\] with one R"),
