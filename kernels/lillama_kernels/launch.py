@@ -5,6 +5,7 @@ from. **No entry was measured on a GPU yet**; they follow from bytes, registers 
 and the compile gate (`compile_gate.py`) holds every one of them to the limits below.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ __all__ = [
     "experts_tile",
     "loss_tile",
     "matmul_tile",
+    "permute_tile",
+    "pivot_decode_tiles",
     "target_of",
 ]
 
@@ -213,6 +216,27 @@ def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
     block_m = 16 if dtype == torch.float32 else 64 if block_r == CHAIN_MAX_RANK or small else 128
     blocks = {"BLOCK_M": block_m, "BLOCK_N": 32 if small else 64, "BLOCK_R": block_r, "BLOCK_K": 32}
     return Tile(blocks=blocks, num_warps=8, num_stages=1 if target == "gfx942" else 2)
+
+
+# pivot_low_rank_linear
+
+
+def pivot_decode_tiles(
+    target: str, dtype: torch.dtype, rows: int, aligned: bool = True
+) -> tuple[Tile, Tile]:
+    """As `decode_tiles`, the second kernel's with half as many outputs and twice as many ranks: of
+    a tile's rows of C those are missing whose outputs are pivots, seven in ten where N = 2560 and
+    R = 1785, so that longer rows and more programs keep as many bytes on the way."""
+    first, second = decode_tiles(target, dtype, rows, aligned)
+    n, r = second.blocks["BLOCK_N"], second.blocks["BLOCK_R"]
+    blocks = dict(second.blocks) | {"BLOCK_N": n // 2, "BLOCK_R": 2 * r}
+    return first, dataclasses.replace(second, blocks=blocks)
+
+
+def permute_tile() -> Tile:
+    """Tile of the kernel that copies columns in another order (BLOCK_M, BLOCK_N), one for all
+    targets and dtypes."""
+    return Tile(blocks={"BLOCK_M": 8, "BLOCK_N": 256}, num_warps=4, num_stages=1)
 
 
 # distill_loss

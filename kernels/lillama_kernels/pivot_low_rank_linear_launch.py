@@ -1,0 +1,181 @@
+"""Launchers of pivot_low_rank_linear's Triton kernels, and the list of what is compiled for each
+GPU.
+
+Inputs are as `pivot_low_rank_linear.py` hands them over: x [M, K] with M > 0, A [R, K] and
+C [N - R, R] of one dtype and device and with unit last stride, order [N] int32 and bias [N]
+contiguous.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lillama_kernels import low_rank_linear_triton, pivot_low_rank_linear_triton
+from lillama_kernels.compile_gate import Variant
+from lillama_kernels.launch import (
+    DECODE_MAX_ROWS,
+    DTYPES,
+    MAX_SPLIT,
+    PDL_TARGETS,
+    Tile,
+    matmul_tile,
+    permute_tile,
+    pivot_decode_tiles,
+)
+from lillama_kernels.launch_triton import current_device_of
+from lillama_kernels.low_rank_linear_launch import (
+    low_rank_linear_first,
+    rows_aligned,
+    target_with_tiles,
+    variant,
+)
+
+__all__ = [
+    "pivot_low_rank_linear_decode",
+    "pivot_low_rank_linear_fwd",
+    "pivot_low_rank_linear_permute",
+    "variants",
+]
+
+kernels: Any = pivot_low_rank_linear_triton  # jitted functions mean nothing to a type checker
+_matmul_kernel: Any = low_rank_linear_triton._low_rank_linear_matmul_kernel
+
+
+def pivot_low_rank_linear_decode(
+    x: Tensor,
+    A: Tensor,
+    C: Tensor,
+    order: Tensor,
+    bias: Tensor | None,
+    tiles: tuple[Tile, Tile] | None = None,
+    split: int | None = None,
+) -> Tensor:
+    """y [M, N] for M <= DECODE_MAX_ROWS by two kernels.
+
+    tiles and split: other than the committed ones, to measure them.
+    """
+    rows, (rank, features) = x.shape[0], (A.shape[0], len(order))
+    y = x.new_empty((rows, features))
+    aligned = rows_aligned(x, A, C, y)
+    first, second = tiles or pivot_decode_tiles(target_with_tiles(x), x.dtype, rows, aligned)
+    grid = (triton.cdiv(features, second.blocks["BLOCK_N"]),)
+    with current_device_of(x):
+        z, split, pdl = low_rank_linear_first(x, A, first, aligned, split)
+        kernels._pivot_low_rank_linear_second_kernel[grid](
+            z, C, order, y if bias is None else bias, y, rows, features, rank, C.stride(0),
+            SPLIT_K=split, HAS_BIAS=bias is not None, ALIGNED=aligned, USE_PDL=bool(pdl),
+            **second.blocks, **second.options, **pdl,
+        )  # fmt: skip
+    return y
+
+
+def _places(order: Tensor) -> Tensor:
+    """The inverse of a permutation [N] int32."""
+    places, tile = torch.empty_like(order), permute_tile()
+    block = tile.blocks["BLOCK_N"]
+    kernels._pivot_low_rank_linear_places_kernel[(triton.cdiv(len(order), block),)](
+        order, places, len(order), BLOCK_N=block, **tile.options
+    )
+    return places
+
+
+def _product(
+    a: Tensor, b: Tensor, places: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None
+) -> None:
+    """y[:, places[n]] = (a b^T)[:, n] + bias[places[n]], and z = a b^T, for every row n of b."""
+    (rows, inner), columns = a.shape, b.shape[0]
+    aligned = rows_aligned(a, b, *(() if z is None else (z,)))
+    tile = matmul_tile(target_with_tiles(a), a.dtype, aligned)
+    grid = triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(columns, tile.blocks["BLOCK_N"])
+    kernels._pivot_low_rank_linear_product_kernel[(grid,)](
+        a, b, places, y if bias is None else bias, y if z is None else z, y, rows, columns, inner,
+        a.stride(0), b.stride(0), y.stride(0),
+        KEEP_Z=z is not None, HAS_BIAS=bias is not None, ALIGNED=aligned, **tile.blocks,
+        **tile.options,
+    )  # fmt: skip
+
+
+def pivot_low_rank_linear_fwd(
+    x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] and z = x A^T [M, R] for any number of rows."""
+    rank = A.shape[0]
+    y, z = x.new_empty((x.shape[0], len(order))), x.new_empty((x.shape[0], rank))
+    with current_device_of(x):
+        places = _places(order)
+        _product(x, A, places, bias, y, z)
+        if len(C):
+            _product(z, C, places[rank:], bias, y, None)
+    return y, z
+
+
+def pivot_low_rank_linear_permute(y: Tensor, order: Tensor) -> Tensor:
+    """What became y [M, N] by `order`: column order[n] of the result is column n of y."""
+    (rows, features), tile = y.shape, permute_tile()
+    found = y.new_empty((rows, features))
+    blocks = tile.blocks["BLOCK_M"], tile.blocks["BLOCK_N"]
+    grid = (triton.cdiv(rows, blocks[0]), triton.cdiv(features, blocks[1]))
+    with current_device_of(y):
+        kernels._pivot_low_rank_linear_permute_kernel[grid](
+            y, _places(order), found, rows, features, y.stride(0), **tile.blocks, **tile.options
+        )
+    return found
+
+
+def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
+    """The second kernel; the first is low_rank_linear's."""
+    splits = (1,) if dtype == torch.float32 else (1, 2, MAX_SPLIT)
+    found = []
+    for rows in (16, 32, DECODE_MAX_ROWS):
+        for split, aligned in [*((split, True) for split in splits), (splits[-1], False)]:
+            _, tile = pivot_decode_tiles(target, dtype, rows, aligned)
+            found.append(
+                variant(
+                    "pivot_low_rank_linear",
+                    f"second M{rows} split{split}",
+                    kernels._pivot_low_rank_linear_second_kernel,
+                    dtype,
+                    tile,
+                    "none" if dtype == torch.float32 else "any",
+                    aligned=aligned,
+                    SPLIT_K=split,
+                    HAS_BIAS=True,
+                    USE_PDL=target in PDL_TARGETS,
+                )
+            )
+    return found
+
+
+def variants(target: str) -> list[Variant]:
+    """Every tile that the launchers use on this target, for each dtype, but for those of
+    low_rank_linear's kernels that low_rank_linear launches too."""
+    found, op = [], "pivot_low_rank_linear"
+    copy = permute_tile()
+    for dtype in DTYPES:
+        found += _decode_variants(target, dtype)
+        for aligned in (True, False):
+            matrix = "none" if dtype == torch.float32 else "wide" if aligned else "any"
+            how = (dtype, matmul_tile(target, dtype, aligned), matrix, 1, aligned)
+            for name, keep in (("z", True), ("rest", False)):
+                kernel = kernels._pivot_low_rank_linear_product_kernel
+                constants = {"KEEP_Z": keep, "HAS_BIAS": True}
+                found.append(variant(op, f"product {name}", kernel, *how, **constants))
+            constants = {"A_ROWS_ARE_M": True, "B_ROWS_ARE_N": False, "HAS_BIAS": False}
+            found.append(variant(op, "dz", _matmul_kernel, *how, ACCUMULATE=True, **constants))
+        kernel = kernels._pivot_low_rank_linear_permute_kernel
+        found.append(variant(op, "permute", kernel, dtype, copy, "none"))
+    return [*found, _places_variant(copy)]
+
+
+def _places_variant(tile: Tile) -> Variant:
+    signature = {"order_ptr": "*i32:16", "places_ptr": "*i32:16", "N": "i32:16"}
+    return Variant(
+        "pivot_low_rank_linear places",
+        kernels._pivot_low_rank_linear_places_kernel,
+        signature,
+        {"BLOCK_N": tile.blocks["BLOCK_N"]},
+        tile.options,
+        "none",
+    )
