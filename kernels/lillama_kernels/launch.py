@@ -196,13 +196,19 @@ def decode_split(target: str, dtype: torch.dtype, rank: int, in_features: int, t
     return split
 
 
-def matmul_tile(target: str, dtype: torch.dtype, aligned: bool = True) -> Tile:
-    """Tile of the plain product (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)."""
+def matmul_tile(
+    target: str, dtype: torch.dtype, aligned: bool = True, accumulate: bool = False
+) -> Tile:
+    """Tile of the plain product (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M).
+
+    accumulate: what is added to takes registers beside the sum.
+    """
     if dtype == torch.float32 or not aligned:
         blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}
         return Tile(blocks=blocks, num_warps=4, num_stages=1 if target == "gfx942" else 3)
     if target in ("sm_90", "sm_100"):
-        blocks = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
+        wide = 128 if accumulate else 256
+        blocks = {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP_M": 8}
         return Tile(blocks=blocks, num_warps=8, num_stages=4)
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8}
     return Tile(blocks=blocks, num_warps=8, num_stages=2 if target == "gfx942" else 3)

@@ -205,7 +205,7 @@ def low_rank_linear_matmul(
     c = a.new_empty((rows, columns)) if out is None else out
     a_rows, b_rows = a.stride(1) == 1, b.stride(1) == 1
     aligned = rows_aligned(a if a_rows else a.T, b if b_rows else b.T, c)
-    tile = tile or matmul_tile(target_with_tiles(a), a.dtype, aligned)
+    tile = tile or matmul_tile(target_with_tiles(a), a.dtype, aligned, accumulate)
     grid = triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(columns, tile.blocks["BLOCK_N"])
     with current_device_of(a):
         kernels._low_rank_linear_matmul_kernel[(grid,)](

@@ -148,25 +148,34 @@ def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
     return found
 
 
+def _product_variants(target: str, dtype: torch.dtype) -> list[Variant]:
+    found, op = [], "pivot_low_rank_linear"
+    kernel = kernels._pivot_low_rank_linear_product_kernel
+    for aligned in (True, False):
+        how: dict[str, Any] = {"aligned": aligned}
+        # rows that are not aligned cannot be copied asynchronously
+        how["matrix"] = "none" if dtype == torch.float32 else "wide" if aligned else "any"
+        tile = matmul_tile(target, dtype, aligned)
+        for name, keep in (("z", True), ("rest", False)):
+            given = (op, f"product {name}", kernel, dtype, tile)
+            found.append(variant(*given, KEEP_Z=keep, HAS_BIAS=True, **how))
+        tile = matmul_tile(target, dtype, aligned, accumulate=True)
+        how |= {"A_ROWS_ARE_M": True, "B_ROWS_ARE_N": False, "HAS_BIAS": False}
+        found.append(variant(op, "dz", _matmul_kernel, dtype, tile, ACCUMULATE=True, **how))
+    return found
+
+
 def variants(target: str) -> list[Variant]:
     """Every tile that the launchers use on this target, for each dtype, but for those of
     low_rank_linear's kernels that low_rank_linear launches too."""
-    found, op = [], "pivot_low_rank_linear"
     copy = permute_tile()
+    found = [_places_variant(copy)]
+    kernel = kernels._pivot_low_rank_linear_permute_kernel
     for dtype in DTYPES:
         found += _decode_variants(target, dtype)
-        for aligned in (True, False):
-            matrix = "none" if dtype == torch.float32 else "wide" if aligned else "any"
-            how = (dtype, matmul_tile(target, dtype, aligned), matrix, 1, aligned)
-            for name, keep in (("z", True), ("rest", False)):
-                kernel = kernels._pivot_low_rank_linear_product_kernel
-                constants = {"KEEP_Z": keep, "HAS_BIAS": True}
-                found.append(variant(op, f"product {name}", kernel, *how, **constants))
-            constants = {"A_ROWS_ARE_M": True, "B_ROWS_ARE_N": False, "HAS_BIAS": False}
-            found.append(variant(op, "dz", _matmul_kernel, *how, ACCUMULATE=True, **constants))
-        kernel = kernels._pivot_low_rank_linear_permute_kernel
-        found.append(variant(op, "permute", kernel, dtype, copy, "none"))
-    return [*found, _places_variant(copy)]
+        found += _product_variants(target, dtype)
+        found.append(variant("pivot_low_rank_linear", "permute", kernel, dtype, copy, "none"))
+    return found
 
 
 def _places_variant(tile: Tile) -> Variant:

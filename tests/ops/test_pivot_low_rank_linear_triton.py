@@ -4,6 +4,8 @@ On the CPU they run in Triton's interpreter, which computes bf16 wrongly; bf16 i
 --device=cuda, and here that it is refused.
 """
 
+import importlib
+
 import pytest
 import torch
 from lillama_kernels import kernels_impl, launch, pivot_low_rank_linear
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.serve.runner import projection
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
@@ -46,19 +49,21 @@ def made(rows, size, dtype, device, seed=0):
 # Training: both products and every gradient
 @each_dtype
 @each_size
-@pytest.mark.parametrize("rows", [1, 63], ids=lambda m: f"M{m}")
-def test_pivot_triton_gradients(rows, size, dtype, device, runs):
+def test_pivot_triton_gradients(size, dtype, device, runs):
     if runs(dtype):
-        check_op(*made([rows], size, dtype, device))
+        check_op(*made([63], size, dtype, device))
+
+
+def test_pivot_triton_gradients_of_one_row(device):
+    check_op(*made([1], (63, 257, 100), torch.float32, device))
 
 
 @each_dtype
-@pytest.mark.parametrize("size", [(90, 170, 70), (272, 400, 136)], ids=["odd", "aligned"])
+@pytest.mark.parametrize("size", [(90, 170, 70), (136, 400, 72)], ids=["odd", "aligned"])
 def test_pivot_triton_several_tiles(size, dtype, device, runs):
     """More than one tile in every direction of every product, so that the tiles' order counts."""
     if runs(dtype):
         check_op(*made([140], size, dtype, device))
-        check_values(*made([140], size, dtype, device))
 
 
 @each_dtype
@@ -111,7 +116,7 @@ def test_pivot_triton_computes_needed_gradients_only(needed, device, monkeypatch
 # Decode: 1 to 64 rows without gradients
 @each_dtype
 @each_size
-@pytest.mark.parametrize("rows", [1, 17, 64], ids=lambda m: f"M{m}")
+@pytest.mark.parametrize("rows", [1, 33], ids=lambda m: f"M{m}")
 def test_pivot_triton_decode(rows, size, dtype, device, runs):
     if runs(dtype):
         check_values(*made([rows], size, dtype, device))
@@ -254,7 +259,7 @@ def test_pivot_triton_captured_on_a_graph(rows, device):
 
 
 @pytest.mark.parametrize("rows", [3, 70], ids=["decode", "many"])
-def test_pivot_layer_runs_triton(rows, device):
+def test_pivot_layer_and_engine_run_triton(rows, device):
     inputs, order = pivot_low_rank_linear_inputs(
         [rows], 24, 16, 8, dtype=torch.float32, device=device
     )
@@ -266,9 +271,12 @@ def test_pivot_layer_runs_triton(rows, device):
         trained = layer(inputs["x"])
         with torch.no_grad():
             served = layer(inputs["x"])
+            # what the engine runs anywhere but on a CPU
+            engine = projection(layer, torch.device("cuda"))(inputs["x"])
     want = torch.nn.functional.linear(inputs["x"], layer.weight, layer.bias)
     torch.testing.assert_close(trained, want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(served, want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(engine, served)
 
 
 # What "auto" takes, and where it cannot run
@@ -286,13 +294,13 @@ def test_pivot_layer_runs_triton(rows, device):
     ids=["64 rows", "65 rows", "training", "K 20", "N 17", "C empty", "fp64"],
 )
 def test_pivot_auto_on_a_gpu(rows, size, dtype, trains, runs_triton, device, monkeypatch):
-    from lillama_kernels import low_rank_linear
-
+    # the package's attribute of that name is the function
+    module = importlib.import_module("lillama_kernels.low_rank_linear")
     asked = []
-    monkeypatch.setattr(low_rank_linear, "target_of", lambda _: "sm_90")
+    monkeypatch.setattr(module, "target_of", lambda _: "sm_90")
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(
-        low_rank_linear,
+        module,
         "resolve_impl",
         lambda op, impl, x, auto, dtype: asked.append((op, auto)) or "reference",
     )
