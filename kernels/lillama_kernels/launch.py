@@ -40,7 +40,7 @@ __all__ = [
     "loss_tile",
     "matmul_tile",
     "permute_tile",
-    "pivot_decode_tiles",
+    "pivot_second_tile",
     "target_of",
 ]
 
@@ -227,16 +227,21 @@ def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
 # pivot_low_rank_linear
 
 
-def pivot_decode_tiles(
-    target: str, dtype: torch.dtype, rows: int, aligned: bool = True
-) -> tuple[Tile, Tile]:
-    """As `decode_tiles`, the second kernel's with half as many outputs and twice as many ranks: of
-    a tile's rows of C those are missing whose outputs are pivots, seven in ten where N = 2560 and
-    R = 1785, so that longer rows and more programs keep as many bytes on the way."""
-    first, second = decode_tiles(target, dtype, rows, aligned)
+def pivot_second_tile(
+    target: str, dtype: torch.dtype, rows: int, split: int, aligned: bool = True
+) -> Tile:
+    """Tile of the second kernel (BLOCK_M, BLOCK_N, BLOCK_R) for 1 to DECODE_MAX_ROWS rows; the
+    first has `decode_tiles`'.
+
+    Half as many outputs as low_rank_linear's, and twice as many ranks: of a tile's rows of C those
+    are missing whose outputs are pivots, seven in ten where N = 2560 and R = 1776, so that longer
+    rows and more programs keep as many bytes on the way. Where K is split, z's parts take the
+    registers of longer rows.
+    """
+    _, second = decode_tiles(target, dtype, rows, aligned)
     n, r = second.blocks["BLOCK_N"], second.blocks["BLOCK_R"]
-    blocks = dict(second.blocks) | {"BLOCK_N": n // 2, "BLOCK_R": 2 * r}
-    return first, dataclasses.replace(second, blocks=blocks)
+    blocks = dict(second.blocks) | {"BLOCK_N": n // 2, "BLOCK_R": 2 * r if split == 1 else r}
+    return dataclasses.replace(second, blocks=blocks)
 
 
 def permute_tile() -> Tile:

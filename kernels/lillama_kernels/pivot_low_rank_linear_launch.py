@@ -20,9 +20,11 @@ from lillama_kernels.launch import (
     MAX_SPLIT,
     PDL_TARGETS,
     Tile,
+    decode_split,
+    decode_tiles,
     matmul_tile,
     permute_tile,
-    pivot_decode_tiles,
+    pivot_second_tile,
 )
 from lillama_kernels.launch_triton import current_device_of
 from lillama_kernels.low_rank_linear_launch import (
@@ -44,25 +46,19 @@ _matmul_kernel: Any = low_rank_linear_triton._low_rank_linear_matmul_kernel
 
 
 def pivot_low_rank_linear_decode(
-    x: Tensor,
-    A: Tensor,
-    C: Tensor,
-    order: Tensor,
-    bias: Tensor | None,
-    tiles: tuple[Tile, Tile] | None = None,
-    split: int | None = None,
+    x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """y [M, N] for M <= DECODE_MAX_ROWS by two kernels.
-
-    tiles and split: other than the committed ones, to measure them.
-    """
-    rows, (rank, features) = x.shape[0], (A.shape[0], len(order))
+    """y [M, N] for M <= DECODE_MAX_ROWS by two kernels."""
+    target = target_with_tiles(x)
+    (rows, in_features), (rank, features) = x.shape, (A.shape[0], len(order))
     y = x.new_empty((rows, features))
     aligned = rows_aligned(x, A, C, y)
-    first, second = tiles or pivot_decode_tiles(target_with_tiles(x), x.dtype, rows, aligned)
+    first, _ = decode_tiles(target, x.dtype, rows, aligned)
+    split = decode_split(target, x.dtype, rank, in_features, first)
+    second = pivot_second_tile(target, x.dtype, rows, split, aligned)
     grid = (triton.cdiv(features, second.blocks["BLOCK_N"]),)
     with current_device_of(x):
-        z, split, pdl = low_rank_linear_first(x, A, first, aligned, split)
+        z, _, pdl = low_rank_linear_first(x, A, first, aligned, split)
         kernels._pivot_low_rank_linear_second_kernel[grid](
             z, C, order, y if bias is None else bias, y, rows, features, rank, C.stride(0),
             SPLIT_K=split, HAS_BIAS=bias is not None, ALIGNED=aligned, USE_PDL=bool(pdl),
@@ -129,8 +125,9 @@ def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
     splits = (1,) if dtype == torch.float32 else (1, 2, MAX_SPLIT)
     found = []
     for rows in (16, 32, DECODE_MAX_ROWS):
-        for split, aligned in [*((split, True) for split in splits), (splits[-1], False)]:
-            _, tile = pivot_decode_tiles(target, dtype, rows, aligned)
+        unaligned = {(1, False), (splits[-1], False)}
+        for split, aligned in [*((split, True) for split in splits), *sorted(unaligned)]:
+            tile = pivot_second_tile(target, dtype, rows, split, aligned)
             found.append(
                 variant(
                     "pivot_low_rank_linear",

@@ -9,7 +9,7 @@ import importlib
 import pytest
 import torch
 from lillama_kernels import kernels_impl, launch, pivot_low_rank_linear
-from lillama_kernels.launch import decode_split, pivot_decode_tiles
+from lillama_kernels.launch import decode_split, decode_tiles
 from lillama_kernels.testing import (
     check_op,
     check_values,
@@ -58,8 +58,15 @@ def test_pivot_triton_gradients_of_one_row(device):
     check_op(*made([1], (63, 257, 100), torch.float32, device))
 
 
-@each_dtype
-@pytest.mark.parametrize("size", [(90, 170, 70), (136, 400, 72)], ids=["odd", "aligned"])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ((90, 170, 70), torch.float32),
+        ((136, 400, 72), torch.float16),
+        ((136, 400, 72), torch.bfloat16),
+    ],
+    ids=["odd-fp32", "aligned-fp16", "aligned-bf16"],
+)
 def test_pivot_triton_several_tiles(size, dtype, device, runs):
     """More than one tile in every direction of every product, so that the tiles' order counts."""
     if runs(dtype):
@@ -127,7 +134,7 @@ def test_pivot_triton_decode(rows, size, dtype, device, runs):
 def test_pivot_triton_decode_splits_k(in_features, split, dtype, device, runs):
     # of the interpreter's tiles and the H200's; other cards may split otherwise
     if dtype != torch.float32:
-        first, _ = pivot_decode_tiles("sm_90", dtype, 3)
+        first, _ = decode_tiles("sm_90", dtype, 3)
         assert decode_split("sm_90", dtype, 24, in_features, first) == split
     if runs(dtype):
         check_values(*made([3], (in_features, 200, 24), dtype, device))
