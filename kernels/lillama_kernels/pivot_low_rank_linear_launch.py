@@ -121,12 +121,13 @@ def pivot_low_rank_linear_permute(y: Tensor, order: Tensor) -> Tensor:
 
 
 def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
-    """The second kernel; the first is low_rank_linear's."""
-    splits = (1,) if dtype == torch.float32 else (1, 2, MAX_SPLIT)
+    """The second kernel; the first is low_rank_linear's. Two parts take the tile of four."""
     found = []
-    for rows in (16, 32, DECODE_MAX_ROWS):
-        unaligned = {(1, False), (splits[-1], False)}
-        for split, aligned in [*((split, True) for split in splits), *sorted(unaligned)]:
+    for split in (1,) if dtype == torch.float32 else (1, MAX_SPLIT):
+        for rows, aligned in (
+            *((16, True), (32, True), (DECODE_MAX_ROWS, True)),
+            *((16, False), (DECODE_MAX_ROWS, False)),
+        ):
             tile = pivot_second_tile(target, dtype, rows, split, aligned)
             found.append(
                 variant(
@@ -153,9 +154,9 @@ def _product_variants(target: str, dtype: torch.dtype) -> list[Variant]:
         # rows that are not aligned cannot be copied asynchronously
         how["matrix"] = "none" if dtype == torch.float32 else "wide" if aligned else "any"
         tile = matmul_tile(target, dtype, aligned)
-        for name, keep in (("z", True), ("rest", False)):
-            given = (op, f"product {name}", kernel, dtype, tile)
-            found.append(variant(*given, KEEP_Z=keep, HAS_BIAS=True, **how))
+        # with KEEP_Z: the product that does not keep its sum stores less
+        given = (op, "product", kernel, dtype, tile)
+        found.append(variant(*given, KEEP_Z=True, HAS_BIAS=True, **how))
         tile = matmul_tile(target, dtype, aligned, accumulate=True)
         how |= {"A_ROWS_ARE_M": True, "B_ROWS_ARE_N": False, "HAS_BIAS": False}
         found.append(variant(op, "dz", _matmul_kernel, dtype, tile, ACCUMULATE=True, **how))
