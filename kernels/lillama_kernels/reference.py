@@ -67,7 +67,8 @@ def pivot_low_rank_linear(
     """
     z = F.linear(x, A)
     y = torch.cat([z, F.linear(z, C)], -1).index_select(-1, order)
-    return y if bias is None else y + bias
+    # under autocast the bias has another dtype than the products
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class ProjectionFactors(NamedTuple):
