@@ -11,7 +11,6 @@ import lillama
 from lillama.config import (
     PRESETS,
     CompressConfig,
-    EvalConfig,
     ExportConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -19,6 +18,7 @@ from lillama.config import (
     ReportConfig,
     ServeConfig,
 )
+from lillama.config_eval import EvalConfig
 from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
@@ -117,9 +117,16 @@ DEFAULTS = {
         "activation_memory": 4 * 2**30,
     },
     EvalConfig: {
+        "text": (),
         "against": None,
-        "seq_len": 512,
+        "metric": "blocks",
+        "seq_len": None,
         "batch_size": 8,
+        "tasks": (),
+        "task_path": None,
+        "limit": None,
+        "generations": 0,
+        "speed": False,
         "dtype": "auto",
         "device": "auto",
     },
