@@ -51,7 +51,7 @@ def log_prob(model, context: list[int], token: int) -> float:
 @pytest.mark.parametrize(
     ("page", "wanted"),
     [
-        ("a guest @-@ star , 1 @,@ 000 or 2 @.@ 5 .\n", "a guest-star, 1,000 or 2.5.\n"),
+        ("a guest @-@ star , 1 @,@ 000 or 2 @.@ 5 . \n", "a guest-star, 1,000 or 2.5.\n"),
         ('the episode " Teddy \'s Story " of', 'the episode "Teddy\'s Story" of'),
         ("( born 1986 ) [ sic ] { x }", "(born 1986) [sic] {x}"),
         (" = = Career = = \n", " == Career ==\n"),
