@@ -237,12 +237,16 @@ def evaluate(
         RunError: the loss is not finite.
     """
     files = [text] if isinstance(text, str | Path) else list(text)
-    paths = {name: Path(v) for name in ("task_path",) if (v := options.get(name))}
+    plain: dict[str, Any] = {}
+    if options.get("task_path") is not None:
+        plain["task_path"] = Path(options["task_path"])
+    if isinstance(tasks := options.get("tasks", ()), str):
+        plain["tasks"] = (tasks,)
     config = EvalConfig(
         model=Path(model),
         text=tuple(Path(file) for file in files),
         against=None if against is None else Path(against),
-        **{**options, **paths},
+        **{**options, **plain},
     )
     if config.tasks:
         check_harness()
