@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from lillama.cli_eval import evaluate
 from lillama.cli_options import (
     ActivationMemory,
     BatchSize,
@@ -48,7 +49,6 @@ from lillama.cli_sample import sample
 from lillama.cli_serve import serve
 from lillama.config import (
     CompressConfig,
-    EvalConfig,
     ExportConfig,
     FinetuneConfig,
     GenerateConfig,
@@ -74,8 +74,8 @@ def _defaults(config: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
-_COMPRESS, _EVAL, _EXPORT, _FINETUNE, _GENERATE = map(
-    _defaults, (CompressConfig, EvalConfig, ExportConfig, FinetuneConfig, GenerateConfig)
+_COMPRESS, _EXPORT, _FINETUNE, _GENERATE = map(
+    _defaults, (CompressConfig, ExportConfig, FinetuneConfig, GenerateConfig)
 )
 ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
 
@@ -191,37 +191,7 @@ def plan(
     print_rows("whole model", document)
 
 
-@app.command("eval")
-def evaluate(
-    model: Model,
-    text: Texts,
-    seq_len: SeqLen = _EVAL["seq_len"],
-    against: Annotated[
-        Path | None, typer.Option(help="The base model, to compare with.", show_default=False)
-    ] = None,
-    batch_size: BatchSize = _EVAL["batch_size"],
-    dtype: DtypeOption = _EVAL["dtype"],
-    device: DeviceOption = _EVAL["device"],
-    as_json: Json = False,
-) -> None:
-    """Perplexity and bits per byte on held-out text; with --against also what was retained."""
-    from lillama.evaluate import evaluate as run
-
-    with progress_bar() as progress:
-        report = run(
-            model,
-            tuple(text),
-            against=against,
-            progress=progress,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-        )
-    if as_json:
-        print_json(report)
-    else:
-        print_rows(str(model), report)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -46,8 +46,16 @@ def print_json(document: Any) -> None:
     print(json.dumps(document), flush=True)
 
 
+def _flat(rows: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in rows.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", found) for inner, found in _flat(value))
+        else:
+            yield key, value
+
+
 def print_rows(title: str, rows: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False)
-    for key, value in rows.items():
+    for key, value in _flat(rows):
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     Console().print(table)

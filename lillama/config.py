@@ -1,5 +1,5 @@
-"""Every default of the project, in frozen dataclasses; those of `lillama serve` are in
-config_serve.py. Nothing else holds one."""
+"""Every default of the project, in frozen dataclasses; those of eval and serve are in
+config_eval.py and config_serve.py. Nothing else holds one."""
 
 import dataclasses
 import math
@@ -14,7 +14,6 @@ __all__ = [
     "PRESETS",
     "RANK_MULTIPLE",
     "CompressConfig",
-    "EvalConfig",
     "ExportConfig",
     "ExportFormat",
     "FinetuneConfig",
@@ -257,27 +256,6 @@ class CompressConfig(PlanConfig):
         plain["targets"] = None if self.targets is None else list(self.targets)
         plain["tokens"] = self.num_tokens
         return {**plain, "preset_values": dataclasses.asdict(self.recipe)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Options of `lillama eval`."""
-
-    model: Path
-    text: tuple[Path, ...]
-    against: Path | None = None
-    seq_len: int = 512
-    batch_size: int = 8
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise InputError("eval needs text; give at least one --text FILE")
-        check_at_least("--seq-len", self.seq_len, 2)
-        check_at_least("--batch-size", self.batch_size, 1)
-        check_choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
-        check_device(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,13 @@ import lillama
 from lillama.config import (
     PRESETS,
     CompressConfig,
-    EvalConfig,
     ExportConfig,
     FinetuneConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,
 )
+from lillama.config_eval import EvalConfig
 from lillama.config_serve import ServeConfig
 from lillama.errors import InputError, LillamaError, RunError
 
@@ -119,9 +119,16 @@ DEFAULTS = {
         "activation_memory": 4 * 2**30,
     },
     EvalConfig: {
+        "text": (),
         "against": None,
-        "seq_len": 512,
+        "metric": "blocks",
+        "seq_len": None,
         "batch_size": 8,
+        "tasks": (),
+        "task_path": None,
+        "limit": None,
+        "generations": 0,
+        "speed": False,
         "dtype": "auto",
         "device": "auto",
     },

@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # Lowest first. A part imports from the layers below its own and from itself; the leaves also from
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
-LEAVES |= {"config_serve", "shard_file", "version"}
+LEAVES |= {"config_eval", "config_serve", "shard_file", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -27,12 +27,13 @@ LAYERS = (
     {"loading"},
     {"sample"},
     {"compress", "serve"},
+    {"evaluate_generations", "evaluate_speed", "evaluate_tasks", "evaluate_text"},
     {"evaluate", "export", "generate", "report_data", "report_svg"},
     {"report_plots", "report_sections"},
     {"report_page"},
     {"report"},
     {"cli_options", "cli_output"},
-    {"cli_report", "cli_sample", "cli_serve"},
+    {"cli_eval", "cli_report", "cli_sample", "cli_serve"},
     {"cli"},
 )
 # Parts that import the extra lillama[serve], and what each of its packages is imported as; jinja2
@@ -40,8 +41,17 @@ LAYERS = (
 SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # Files that import the extra lillama[report], which is matplotlib
 REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
-TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_report.py", "cli_sample.py"}
-TERMINAL |= {"cli_serve.py"}
+# Files that import the extra lillama[eval]
+EVAL_EXTRA = {"evaluate_tasks.py"}
+TERMINAL = {
+    "cli.py",
+    "cli_eval.py",
+    "cli_options.py",
+    "cli_output.py",
+    "cli_report.py",
+    "cli_sample.py",
+    "cli_serve.py",
+}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 MAX_FILE_LINES = 400
@@ -57,7 +67,8 @@ OPTIONS = {
     "--targets --tokens --train",
     "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
     "--packing --seed --seq-len --text --tokens",
-    "eval": "--against --batch-size --device --dtype --json --seq-len --text",
+    "eval": "--against --batch-size --device --dtype --generations --json --limit --metric "
+    "--seq-len --speed --task-path --tasks --text",
     "export": "--format --json",
     "generate": "--device --max-new-tokens --prompt --seed --temperature",
     "report": "--eval --events --open --png",
@@ -177,6 +188,7 @@ def test_lillama_imports_declared_dependencies_only(path: Path) -> None:
     names = {top(name) for name in imports_of(path)}
     known |= SERVE_EXTRA if is_http(path) else set()
     known |= {"matplotlib"} if path.name in REPORT_EXTRA else set()
+    known |= {"lm_eval"} if path.name in EVAL_EXTRA else set()
     known |= {"vllm"} if PLUGIN in path.parents else set()
     assert names <= known
     if path.name not in TERMINAL:
