@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lillama.errors import InputError
+from lillama.hub import recorded_model
+from lillama.hub_text import HubText
 
 __all__ = [
     "PRESETS",
@@ -197,7 +199,7 @@ class CompressConfig(PlanConfig):
     """Options of `lillama compress`."""
 
     out: Path
-    text: tuple[Path, ...]
+    text: tuple[Path | HubText, ...]
     loss: Loss = "joint"
     packing: bool = True
     seed: int = 0
@@ -233,7 +235,7 @@ class CompressConfig(PlanConfig):
         }
         values = dataclasses.asdict(self)
         plain = {k: v for k, v in values.items() if k not in skipped}
-        plain["model"] = str(self.model)
+        plain |= recorded_model(self.model)
         plain["text"] = [str(path) for path in self.text]
         plain["targets"] = None if self.targets is None else list(self.targets)
         plain["tokens"] = self.num_tokens
@@ -245,7 +247,7 @@ class EvalConfig:
     """Options of `lillama eval`."""
 
     model: Path
-    text: tuple[Path, ...]
+    text: tuple[Path | HubText, ...]
     against: Path | None = None
     seq_len: int = 512
     batch_size: int = 8
@@ -268,7 +270,7 @@ class FinetuneConfig:
     model: Path
     out: Path
     base: Path
-    text: tuple[Path, ...]
+    text: tuple[Path | HubText, ...]
     tokens: int = 2_000_000
     seq_len: int = 512
     batch_size: int = 8
@@ -295,7 +297,7 @@ class FinetuneConfig:
         """Plain JSON values of what decides the result."""
         plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
         texts = {"text": [str(path) for path in self.text]}
-        return {**plain, "model": str(self.model), "base": str(self.base), **texts}
+        return {**plain, **recorded_model(self.model), **recorded_model(self.base, "base"), **texts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,8 @@ from lillama.config import EvalConfig
 from lillama.data import EvaluationText, evaluation_blocks
 from lillama.errors import InputError, RunError
 from lillama.families import family_of
+from lillama.hub_checkpoint import find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import (
     check_vocabulary,
@@ -139,7 +141,7 @@ def evaluate(
     `lillama.eval`.
 
     Args:
-        model: local checkpoint folder, dense or compressed.
+        model: checkpoint folder, dense or compressed, or ORG/NAME[@REVISION] of the Hub.
         text: file or files (text or jsonl).
         against: the base model's folder; adds its figures and the divergence from it.
         progress: called as progress("eval", done, total), in tokens.
@@ -154,11 +156,10 @@ def evaluate(
     Raises:
         InputError: a model or text that cannot be used. RunError: the loss is not finite.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
     config = EvalConfig(
-        model=Path(model),
-        text=tuple(Path(file) for file in files),
-        against=None if against is None else Path(against),
+        model=find_model(model),
+        text=find_texts(text, evaluation=True),
+        against=None if against is None else find_model(against),
         **options,
     )
     device = choose_device(config.device)

@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # Lowest first. A part imports from the layers below its own and from itself; the leaves also from
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
-LEAVES |= {"shard_file", "version"}
+LEAVES |= {"documents", "hub", "hub_checkpoint", "hub_text", "shard_file", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -39,6 +39,8 @@ LAYERS = (
 SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # Files that import the extra lillama[report], which is matplotlib
 REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
+# The file that imports the extra lillama[data], which is datasets
+DATA_EXTRA = {"hub_text.py"}
 TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_report.py", "cli_serve.py"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
@@ -49,19 +51,19 @@ LONG = {"tests/test_data.py", "examples/train_teacher.py:main"}
 
 OPTIONS = {
     "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --gauge "
-    "--json --loss --overwrite --packing --preset --reduction --seed --seq-len --strategy "
-    "--targets --text --tokens --train",
-    "plan": "--activation-memory --gauge --json --preset --reduction --seq-len --strategy "
-    "--targets --tokens --train",
-    "finetune": "--base --batch-size --device --json --learning-rate --seed --seq-len --text "
-    "--tokens",
-    "eval": "--against --batch-size --device --dtype --json --seq-len --text",
-    "export": "--format --json",
-    "generate": "--device --max-new-tokens --prompt --seed --temperature",
+    "--json --loss --overwrite --packing --preset --reduction --revision --seed --seq-len "
+    "--strategy --targets --text --tokens --train",
+    "plan": "--activation-memory --gauge --json --preset --reduction --revision --seq-len "
+    "--strategy --targets --tokens --train",
+    "finetune": "--base --batch-size --device --json --learning-rate --revision --seed --seq-len "
+    "--text --tokens",
+    "eval": "--against --batch-size --device --dtype --json --revision --seq-len --text",
+    "export": "--format --json --revision",
+    "generate": "--device --max-new-tokens --prompt --revision --seed --temperature",
     "report": "--eval --events --open --png",
     "serve": "--api-key-file --client-timeout-s --device --drain-s --dtype --host --max-batch "
     "--max-body-bytes --max-choices --max-connections --max-length --max-queue --port "
-    "--request-timeout-s --served-name",
+    "--request-timeout-s --revision --served-name",
 }
 
 
@@ -174,6 +176,7 @@ def test_lillama_imports_declared_dependencies_only(path: Path) -> None:
     names = {top(name) for name in imports_of(path)}
     known |= SERVE_EXTRA if is_http(path) else set()
     known |= {"matplotlib"} if path.name in REPORT_EXTRA else set()
+    known |= {"datasets"} if path.name in DATA_EXTRA else set()
     known |= {"vllm"} if PLUGIN in path.parents else set()
     assert names <= known
     if path.name not in TERMINAL:
