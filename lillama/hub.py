@@ -132,7 +132,7 @@ def hub_errors(
     local = "a folder here" if kind == "model" else "a file here"
     try:
         yield
-    except LillamaError:
+    except (LillamaError, AttributeError, NameError):  # the last two are a mistake of ours
         raise
     except GatedRepoError as error:
         raise InputError(

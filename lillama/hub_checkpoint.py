@@ -102,7 +102,7 @@ def _check_room(model: HubModel, names: Sequence[str]) -> None:
     """Refuse a download that the disk has no room for; offline nothing is downloaded."""
     with hub_errors(model.hub_id, model.commit):
         try:
-            files = huggingface_hub.snapshotdownload(
+            files = huggingface_hub.snapshot_download(
                 model.hub_id,
                 revision=model.commit,
                 allow_patterns=[literal(name) for name in names],

@@ -1,4 +1,4 @@
-"""Models by their name on the Hub: which files are fetched, what is recorded, every error a line."""
+"""Models by their name on the Hub: what is fetched, what is recorded, every error one line."""
 
 import errno
 import json

@@ -260,7 +260,7 @@ def test_running_text_is_joined_and_shuffled_in_pieces(datasets, monkeypatch):
     [
         (
             "hf:org/name::nope",
-            "cannot be opened: Bad split: nope. Available splits: .*give hf:NAME",
+            "cannot be opened: Bad split: nope. Available .*give hf:NAME",
         ),
         ("hf:org/name#body", "a row has no 'body', its fields: 'text'; name one at the end"),
     ],
