@@ -225,7 +225,7 @@ def check_unquantized(headers: Mapping[str, TensorHeader]) -> None:
         InputError: float8 or smaller, or packed integers, whatever config.json says.
     """
     for name, header in headers.items():
-        is_small = header.dtype.startswith(("F8", "F6", "F4"))
+        is_small = re.fullmatch(r"F[468](_\w+)?", header.dtype)
         is_packed = header.dtype.lstrip("UI").isdigit() and _PACKED.search(name)
         if is_small or is_packed:
             raise InputError(

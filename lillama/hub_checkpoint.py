@@ -88,9 +88,15 @@ def fetch_weights(path: Path) -> None:
     if found is None or not (missing := _missing_shards(path)):
         return
     compression_of(read_config(path))
-    _check_room(found, missing)
+    is_reached = _check_room(found, missing)
     download(found.hub_id, found.commit, missing)
-    if missing := _missing_shards(path):
+    missing = _missing_shards(path)
+    if missing and not is_reached:  # huggingface_hub 1 then gives back a folder that is not whole
+        raise RunError(
+            f"{found.hub_id} is not whole in the cache {constants.HF_HUB_CACHE} (no {missing[0]}), "
+            "and the Hub cannot be reached; connect, or give a local path"
+        )
+    if missing:
         raise InputError(
             f"{found.hub_id} has no {missing[0]} at {found.commit[:12]}; only safetensors are "
             "read: look for a revision or a repository that has them (an old one may have an open "
@@ -98,8 +104,8 @@ def fetch_weights(path: Path) -> None:
         )
 
 
-def _check_room(model: HubModel, names: Sequence[str]) -> None:
-    """Refuse a download that the disk has no room for; offline nothing is downloaded."""
+def _check_room(model: HubModel, names: Sequence[str]) -> bool:
+    """Refuse a download that the disk has no room for; False where the Hub cannot be reached."""
     with hub_errors(model.hub_id, model.commit):
         try:
             files = huggingface_hub.snapshot_download(
@@ -109,7 +115,7 @@ def _check_room(model: HubModel, names: Sequence[str]) -> None:
                 dry_run=True,
             )
         except DryRunError:
-            return
+            return False
     needed = sum(file.file_size or 0 for file in files if file.will_download)
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
@@ -120,6 +126,7 @@ def _check_room(model: HubModel, names: Sequence[str]) -> None:
             f"{free / 1e9:.1f} GB free; free space, or put the cache elsewhere: `export "
             "HF_HOME=FOLDER`"
         )
+    return True
 
 
 def remote_headers(path: Path) -> dict[str, TensorHeader] | None:

@@ -114,7 +114,7 @@ class HubText:
 
     def _open(self) -> Any:
         try:
-            import datasets
+            import datasets  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InputError(
                 f"--text {self} needs a package that is not installed (datasets); pip install "

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 import lillama
 from lillama.checkpoint import (
+    TensorHeader,
     check_factors,
     check_ranks,
     check_unquantized,

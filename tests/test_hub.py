@@ -33,6 +33,7 @@ from lillama.checkpoint import read_headers
 from lillama.errors import InputError, LillamaError, RunError
 from lillama.hub import hub_model, is_hub_id, model_name
 from lillama.hub_checkpoint import fetch_weights, find_model
+from lillama.report_sections import command_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SURPLUS = ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "a.gguf")
@@ -249,6 +250,9 @@ def test_cached_model_is_used_offline(tmp_path, monkeypatch, mamba):
         find_model("org/other")
     with pytest.raises(RunError, match="org/name is not a folder here.*Hub cannot be reached"):
         find_model("org/name@other")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(RunError, match="not whole.*the Hub cannot be reached"):
+        find_model("org/name")
 
 
 # What the commands make of it
@@ -262,6 +266,8 @@ def test_compress_records_name_and_commit(hub, mamba, text_file, tmp_path, devic
     out = tmp_path / "out"
     recipe = json.loads((out / "recipe.json").read_text())
     assert (recipe["options"]["model"], recipe["options"]["revision"]) == ("org/name", COMMIT)
+    again = command_of(SimpleNamespace(recipe=recipe, out=out))
+    assert again.startswith(f"lillama compress org/name {out} --revision {COMMIT} --reduction")
     local = json.loads((tmp_path / "local" / "recipe.json").read_text())
     assert local["options"]["model"] == str(mamba) and "revision" not in local["options"]
     assert recipe["model_sha256"] == local["model_sha256"]

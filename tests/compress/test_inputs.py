@@ -30,7 +30,7 @@ def test_single_file_and_shards_give_the_same_in_every_dtype(
     single = make_checkpoint(kind, dtype)
     assert [file.name for file in single.glob("*.safetensors")] == ["model.safetensors"]
     shards = tmp_path / "shards"
-    AutoModelForCausalLM.from_pretrained(single).save_pretrained(shards, max_shard_size="60KB")
+    AutoModelForCausalLM.from_pretrained(single).save_pretrained(shards, max_shard_size="20KB")
     tokenizer.save_pretrained(shards)
     assert len(list(shards.glob("*.safetensors"))) > 1
     found = []
