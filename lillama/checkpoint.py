@@ -15,6 +15,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -112,7 +113,7 @@ def compression_of(config: PretrainedConfig) -> dict | None:
         InputError: the model is quantized by something else, its format version is unknown, or its
             ranks cannot be used.
     """
-    found = getattr(config, "quantization_config", None)
+    found: Any = getattr(config, "quantization_config", None)
     if found is None and getattr(config, "compression_config", None) is not None:
         found = {"quant_method": "compressed-tensors"}  # as its first versions wrote it
     if found is None:

@@ -238,7 +238,7 @@ def _find_text(text: str, evaluation: bool) -> Path | HubText:
     match = _SOURCE.fullmatch(text)
     if match is None:
         raise InputError(f"--text {text} is not of the form {_FORM}")
-    values = {key: value for key, value in match.groupdict().items() if value}
+    values: dict[str, Any] = {key: value for key, value in match.groupdict().items() if value}
     return HubText(**values).pinned()
 
 
