@@ -76,8 +76,10 @@ class HubText:
         """At the commit that its revision is now.
 
         Raises:
-            InputError, RunError: see `lillama.hub.hub_errors`.
+            InputError: lillama[data] is missing, here and not after a model was downloaded; or, as
+            RunError, see `lillama.hub.hub_errors`.
         """
+        self._package()
         if self.revision is not None and re.fullmatch(r"[0-9a-f]{40}", self.revision):
             return self
         with hub_errors(self.dataset, self.revision, "dataset"):
@@ -112,7 +114,7 @@ class HubText:
         if not found:
             raise InputError(f"--text {self} has no row with text; name another #FIELD or split")
 
-    def _open(self) -> Any:
+    def _package(self) -> Any:
         try:
             import datasets  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -120,6 +122,10 @@ class HubText:
                 f"--text {self} needs a package that is not installed (datasets); pip install "
                 "'lillama[data]'"
             ) from error
+        return datasets
+
+    def _open(self) -> Any:
+        datasets = self._package()
         with hub_errors(self.dataset, self.revision, "dataset"):
             try:
                 return datasets.load_dataset(
