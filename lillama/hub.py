@@ -8,6 +8,7 @@ offline mode are huggingface_hub's (`hf auth login`, HF_HOME, HF_HUB_OFFLINE).
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,12 +180,22 @@ def download(hub_id: str, revision: str | None, names: Sequence[str]) -> Path:
     Raises:
         InputError, RunError: see `hub_errors`.
     """
+    wanted = [literal(name) for name in names]
     with hub_errors(hub_id, revision):
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, revision=revision, allow_patterns=[literal(name) for name in names]
+        try:
+            found = huggingface_hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=wanted
             )
-        )
+        except (HfHubHTTPError, LocalEntryNotFoundError):
+            raise
+        except Exception as error:
+            # huggingface_hub 1 does not look for a commit in the cache when there is no network
+            if not re.fullmatch(r"[0-9a-f]{40}", revision or "") or _is_full_disk(error):
+                raise
+            found = huggingface_hub.snapshot_download(
+                hub_id, revision=revision, allow_patterns=wanted, local_files_only=True
+            )
+    return Path(found)
 
 
 def literal(name: str) -> str:

@@ -5,13 +5,14 @@ weights are downloaded.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import DryRunError, NotASafetensorsRepoError
+from huggingface_hub.errors import NotASafetensorsRepoError
 
 from lillama.checkpoint import (
     SHARD_INDEX,
@@ -24,6 +25,8 @@ from lillama.errors import InputError, RunError
 from lillama.hub import HubModel, download, hub_errors, hub_model, is_hub_id, literal
 
 __all__ = ["fetch_weights", "find_model", "remote_headers"]
+
+logger = logging.getLogger(__name__)
 
 # What a checkpoint has beside its weights. Patterns by name: a repository may hold the same weights
 # several times (.bin, .pt, consolidated.safetensors, onnx/).
@@ -106,16 +109,16 @@ def fetch_weights(path: Path) -> None:
 
 def _check_room(model: HubModel, names: Sequence[str]) -> bool:
     """Refuse a download that the disk has no room for; False where the Hub cannot be reached."""
-    with hub_errors(model.hub_id, model.commit):
-        try:
-            files = huggingface_hub.snapshot_download(
-                model.hub_id,
-                revision=model.commit,
-                allow_patterns=[literal(name) for name in names],
-                dry_run=True,
-            )
-        except DryRunError:
-            return False
+    try:
+        files = huggingface_hub.snapshot_download(
+            model.hub_id,
+            revision=model.commit,
+            allow_patterns=[literal(name) for name in names],
+            dry_run=True,
+        )
+    except Exception as error:  # by version and by what is wrong; the download itself tells it
+        logger.info("cannot ask how large %s is: %r", model.hub_id, error)
+        return False
     needed = sum(file.file_size or 0 for file in files if file.will_download)
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())

@@ -54,7 +54,13 @@ class Hub:
         return self.cache / "models--org--name" / "snapshots" / COMMIT
 
     def snapshot_download(
-        self, repo_id: str, *, revision=None, allow_patterns: list[str], dry_run: bool = False
+        self,
+        repo_id: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str],
+        dry_run: bool = False,
+        local_files_only: bool = False,
     ) -> Any:
         if self.error is not None:
             raise self.error
