@@ -5,10 +5,11 @@ import dataclasses
 import logging
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -34,6 +35,7 @@ from lillama.cli_options import (
     Packing,
     PresetOption,
     Reduction,
+    Revision,
     Seed,
     SeqLen,
     StrategyOption,
@@ -55,6 +57,7 @@ from lillama.config import (
     parse_bytes,
 )
 from lillama.errors import InputError, LillamaError
+from lillama.hub import at_revision
 from lillama.version import __version__
 
 __all__ = ["app", "main"]
@@ -94,6 +97,7 @@ def compress(
     out: Out,
     reduction: Reduction,
     text: CalibrationTexts = None,
+    revision: Revision = None,
     tokens: TokensOption = None,
     seq_len: SeqLen = _COMPRESS["seq_len"],
     preset: PresetOption = _COMPRESS["preset"],
@@ -117,7 +121,7 @@ def compress(
 
     with progress_bar() as progress:
         report = run(
-            model,
+            at_revision(model, revision),
             out,
             reduction=reduction,
             text=tuple(text or ()),
@@ -152,6 +156,7 @@ def compress(
 def plan(
     model: Model,
     reduction: Reduction,
+    revision: Revision = None,
     preset: PresetOption = _COMPRESS["preset"],
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
@@ -166,7 +171,7 @@ def plan(
     from lillama.compress.plan import plan as run
 
     document = run(
-        model,
+        at_revision(model, revision),
         reduction,
         preset=preset,  # type: ignore[arg-type]
         strategy=strategy,  # type: ignore[arg-type]
@@ -198,8 +203,9 @@ app.command("eval")(evaluate)
 def finetune(
     model: Model,
     out: Out,
-    base: Annotated[Path, typer.Option(help="The dense base model.", show_default=False)],
+    base: Annotated[str, typer.Option(help="The dense base model.", show_default=False)],
     text: Texts,
+    revision: Revision = None,
     tokens: TrainingTokens = _FINETUNE["tokens"],
     seq_len: SeqLen = _FINETUNE["seq_len"],
     batch_size: BatchSize = _FINETUNE["batch_size"],
@@ -216,7 +222,7 @@ def finetune(
 
     with progress_bar() as progress:
         report = run(
-            model,
+            at_revision(model, revision),
             out,
             base=base,
             text=tuple(text),
@@ -241,6 +247,7 @@ def finetune(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    revision: Revision = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = _GENERATE[
         "max_new_tokens"
     ],
@@ -252,7 +259,7 @@ def generate(
     from lillama.generate import generate as run
 
     text = run(
-        model,
+        at_revision(model, revision),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -266,13 +273,14 @@ def generate(
 def export(
     model: Model,
     out: Out,
+    revision: Revision = None,
     format: FormatOption = _EXPORT["format"],
     as_json: Json = False,
 ) -> None:
     """Write a compressed MODEL in another format: dense, for tools that know nothing of lillama."""
     from lillama.export import export as run
 
-    report = run(model, out, format=format)
+    report = run(at_revision(model, revision), out, format=format)
     if as_json:
         print_json(report)
     else:
@@ -315,8 +323,10 @@ def _root(
 def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the Hub's as well
     transformers_logging.set_verbosity_error()
+    if errors.is_terminal and constants.HF_HUB_DISABLE_PROGRESS_BARS is not True:
+        enable_progress_bars()  # of downloads
 
 
 def main() -> None:

@@ -6,20 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
-from lillama.cli_options import BatchSize, DeviceOption, DtypeOption, Json, Model
+from lillama.cli_options import BatchSize, DeviceOption, DtypeOption, Json, Model, Revision
 from lillama.cli_output import print_json, print_rows, progress_bar
 from lillama.config_eval import EvalConfig
+from lillama.hub import at_revision
 
 __all__ = ["evaluate"]
 
 _EVAL: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EvalConfig)}
 
 Texts = Annotated[
-    list[Path] | None,
-    typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text or jsonl file, or a dataset of the Hub as for compress; repeat for more.",
+        show_default=False,
+    ),
 ]
 Against = Annotated[
-    Path | None, typer.Option(help="The base model, to compare with.", show_default=False)
+    str | None, typer.Option(help="The base model, to compare with.", show_default=False)
 ]
 MetricOption = Annotated[
     str,
@@ -58,6 +63,7 @@ Speed = Annotated[
 def evaluate(
     model: Model,
     text: Texts = None,
+    revision: Revision = None,
     against: Against = None,
     metric: MetricOption = _EVAL["metric"],
     seq_len: SeqLen = _EVAL["seq_len"],
@@ -77,7 +83,7 @@ def evaluate(
     names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
     with progress_bar() as progress:
         report = run(
-            model,
+            at_revision(model, revision),
             tuple(text or ()),
             against=against,
             progress=progress,

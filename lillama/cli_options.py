@@ -26,6 +26,7 @@ __all__ = [
     "Packing",
     "PresetOption",
     "Reduction",
+    "Revision",
     "Seed",
     "SeqLen",
     "StrategyOption",
@@ -37,21 +38,36 @@ __all__ = [
 ]
 
 Model = Annotated[
-    Path, typer.Argument(help="Local checkpoint folder (safetensors).", show_default=False)
+    str,
+    typer.Argument(
+        help="Checkpoint folder (safetensors), or ORG/NAME of the Hugging Face Hub.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a MODEL of the Hub.", show_default=False),
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward pass.")]
 Epochs = Annotated[int, typer.Option(help="How often every token is seen.")]
 LearningRate = Annotated[float, typer.Option(help="Of AdamW, at its peak.")]
 Texts = Annotated[
-    list[Path],
-    typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
-]
-CalibrationTexts = Annotated[
-    list[Path] | None,
+    list[str],
     typer.Option(
         "--text",
-        help="UTF-8 text or jsonl file; repeat for more. Without any the model writes its own.",
+        help="UTF-8 text or jsonl file; wikitext2, c4, slimorca or ultrachat; or a dataset of the "
+        "Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]][#FIELD]; repeat for more.",
+        show_default=False,
+    ),
+]
+CalibrationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text or jsonl file; wikitext2, c4, slimorca or ultrachat; or a "
+        "dataset of the Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]][#FIELD]; repeat for more. Without "
+        "any the model writes its own.",
         show_default=False,
     ),
 ]

@@ -33,13 +33,17 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     # on a file or pipe rich would still write an empty line
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("start", total=None)
+    bar = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    task = bar.add_task("start", total=None)
 
-        def update(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
+    def update(stage: str, done: int, total: int) -> None:
+        bar.start()  # only now: before, downloads draw their own bars
+        bar.update(task, description=stage, completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        bar.stop()
 
 
 def print_json(document: Any) -> None:

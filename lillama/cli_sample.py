@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from lillama.cli_options import DeviceOption, Json, Model, SeqLen
+from lillama.cli_options import DeviceOption, Json, Model, Revision, SeqLen
 from lillama.cli_output import print_json, print_rows, progress_bar
 from lillama.config import SampleConfig
+from lillama.hub import at_revision
 
 __all__ = ["sample"]
 
@@ -23,6 +24,7 @@ Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 def sample(
     model: Model,
     out: File,
+    revision: Revision = None,
     tokens: Tokens = _DEFAULTS["tokens"],  # type: ignore[assignment]
     seq_len: SeqLen = _DEFAULTS["seq_len"],  # type: ignore[assignment]
     temperature: Temperature = _DEFAULTS["temperature"],  # type: ignore[assignment]
@@ -36,7 +38,7 @@ def sample(
 
     with progress_bar() as progress:
         report = run(
-            model,
+            at_revision(model, revision),
             out,
             progress=progress,
             tokens=tokens,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lillama.errors import InputError
+from lillama.hub import recorded_model
+from lillama.hub_text import HubText
 
 __all__ = [
     "PRESETS",
@@ -217,7 +219,7 @@ class CompressConfig(PlanConfig):
 
     out: Path
     # none: what the model writes by itself
-    text: tuple[Path, ...] = ()
+    text: tuple[Path | HubText, ...] = ()
     loss: Loss = "joint"
     packing: bool = True
     seed: int = 0
@@ -251,7 +253,7 @@ class CompressConfig(PlanConfig):
         }
         values = dataclasses.asdict(self)
         plain = {k: v for k, v in values.items() if k not in skipped}
-        plain["model"] = str(self.model)
+        plain |= recorded_model(self.model)
         plain["text"] = [str(path) for path in self.text]
         plain["targets"] = None if self.targets is None else list(self.targets)
         plain["tokens"] = self.num_tokens
@@ -265,7 +267,7 @@ class FinetuneConfig:
     model: Path
     out: Path
     base: Path
-    text: tuple[Path, ...]
+    text: tuple[Path | HubText, ...]
     tokens: int = 2_000_000
     seq_len: int = 512
     batch_size: int = 8
@@ -301,7 +303,7 @@ class FinetuneConfig:
             if k not in ("out", "device", "overwrite")
         }
         texts = {"text": [str(path) for path in self.text]}
-        return {**plain, "model": str(self.model), "base": str(self.base), **texts}
+        return {**plain, **recorded_model(self.model), **recorded_model(self.base, "base"), **texts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +363,7 @@ class SampleConfig:
     def recorded(self) -> dict[str, object]:
         """Plain JSON values of what decides the text."""
         plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
-        return {**plain, "model": str(self.model)}
+        return {**plain, **recorded_model(self.model)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lillama.errors import InputError
+from lillama.hub_text import HubText
 
 __all__ = ["EvalConfig", "Metric"]
 
@@ -25,7 +26,7 @@ class EvalConfig:
     """Options of `lillama eval`."""
 
     model: Path
-    text: tuple[Path, ...] = ()
+    text: tuple[Path | HubText, ...] = ()
     against: Path | None = None
     # what perplexity means: docs/evaluation.md
     metric: Metric = "blocks"
@@ -48,6 +49,10 @@ class EvalConfig:
         if self.metric not in get_args(Metric):
             raise InputError(
                 f"--metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}"
+            )
+        if self.metric != "blocks" and any(isinstance(text, HubText) for text in self.text):
+            raise InputError(
+                f"--metric {self.metric} reads files, not datasets of the Hub; give a local file"
             )
         _at_least("--seq-len", self.seq_len, 2)
         _at_least("--batch-size", self.batch_size, 1)

@@ -30,6 +30,8 @@ from lillama.evaluate_speed import measure_speed
 from lillama.evaluate_tasks import check_harness, run_tasks
 from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
 from lillama.families import family_of
+from lillama.hub_checkpoint import find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import (
     check_vocabulary,
@@ -217,7 +219,7 @@ def evaluate(
     definitions.
 
     Args:
-        model: local checkpoint folder, dense or compressed.
+        model: checkpoint folder, dense or compressed, or ORG/NAME[@REVISION] of the Hub.
         text: file or files (text or jsonl).
         against: the base model's folder; adds its figures and the divergence from it.
         progress: called as progress(stage, done, total); stage "eval" counts tokens.
@@ -236,16 +238,15 @@ def evaluate(
         InputError: a model, text or task that cannot be used, or lillama[eval] is missing.
         RunError: the loss is not finite.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
     plain: dict[str, Any] = {}
     if options.get("task_path") is not None:
         plain["task_path"] = Path(options["task_path"])
     if isinstance(tasks := options.get("tasks", ()), str):
         plain["tasks"] = (tasks,)
     config = EvalConfig(
-        model=Path(model),
-        text=tuple(Path(file) for file in files),
-        against=None if against is None else Path(against),
+        model=find_model(model),
+        text=find_texts(text, evaluation=True),
+        against=None if against is None else find_model(against),
         **{**options, **plain},
     )
     if config.tasks:

@@ -33,6 +33,8 @@ def command_of(facts: Facts) -> str:
     """The line that makes OUT again: every option that recipe.json recorded."""
     options = facts.recipe["options"]
     words = ["lillama", "compress", str(options.get("model")), str(facts.out)]
+    if options.get("revision") is not None:
+        words += ["--revision", str(options["revision"])]
     words += ["--reduction", str(options.get("reduction"))]
     for file in options["text"]:
         words += ["--text", str(file)]

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lillama.config import SampleConfig
 from lillama.errors import InputError, RunError
+from lillama.hub_checkpoint import find_model
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
@@ -31,7 +32,8 @@ def sample(
     model must fit into memory.
 
     Args:
-        model: local checkpoint folder. out: jsonl file to create; it appears when all is done.
+        model: checkpoint folder, or ORG/NAME[@REVISION] of the Hub.
+        out: jsonl file to create; it appears when all is done.
         progress: called as progress(stage, done, total), in tokens.
         options: the other fields of `lillama.config.SampleConfig`: tokens, seq_len, temperature,
             batch_size, seed, device.
@@ -43,7 +45,7 @@ def sample(
         InputError: a model, file or option that cannot be used. RunError: the file cannot be
         written.
     """
-    config = SampleConfig(model=Path(model), out=Path(out), **options)
+    config = SampleConfig(model=find_model(model), out=Path(out), **options)
     if config.out.exists():
         raise InputError(f"{config.out} exists; choose another file")
     if not config.out.parent.is_dir():

@@ -19,7 +19,8 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # Lowest first. A part imports from the layers below its own and from itself; the leaves also from
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
-LEAVES |= {"config_eval", "config_serve", "shard_file", "version"}
+LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", "hub_text"}
+LEAVES |= {"shard_file", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -43,6 +44,8 @@ SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette"
 REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
 # Files that import the extra lillama[eval]
 EVAL_EXTRA = {"evaluate_tasks.py"}
+# The file that imports the extra lillama[data], which is datasets
+DATA_EXTRA = {"hub_text.py"}
 TERMINAL = {
     "cli.py",
     "cli_eval.py",
@@ -61,21 +64,21 @@ LONG = {"tests/test_data.py", "examples/train_teacher.py:main"}
 
 OPTIONS = {
     "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --gauge "
-    "--json --loss --overwrite --packing --preset --reduction --seed --seq-len --strategy "
-    "--targets --text --tokens --train",
-    "plan": "--activation-memory --gauge --json --preset --reduction --seq-len --strategy "
-    "--targets --tokens --train",
+    "--json --loss --overwrite --packing --preset --reduction --revision --seed --seq-len "
+    "--strategy --targets --text --tokens --train",
+    "plan": "--activation-memory --gauge --json --preset --reduction --revision --seq-len "
+    "--strategy --targets --tokens --train",
     "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
-    "--packing --seed --seq-len --text --tokens",
+    "--packing --revision --seed --seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --generations --json --limit --metric "
-    "--seq-len --speed --task-path --tasks --text",
-    "export": "--format --json",
-    "generate": "--device --max-new-tokens --prompt --seed --temperature",
+    "--revision --seq-len --speed --task-path --tasks --text",
+    "export": "--format --json --revision",
+    "generate": "--device --max-new-tokens --prompt --revision --seed --temperature",
     "report": "--eval --events --open --png",
-    "sample": "--batch-size --device --json --seed --seq-len --temperature --tokens",
+    "sample": "--batch-size --device --json --revision --seed --seq-len --temperature --tokens",
     "serve": "--api-key-file --client-timeout-s --device --drain-s --dtype --host --max-batch "
     "--max-body-bytes --max-choices --max-connections --max-length --max-queue --port "
-    "--request-timeout-s --served-name",
+    "--request-timeout-s --revision --served-name",
 }
 
 
@@ -189,6 +192,7 @@ def test_lillama_imports_declared_dependencies_only(path: Path) -> None:
     known |= SERVE_EXTRA if is_http(path) else set()
     known |= {"matplotlib"} if path.name in REPORT_EXTRA else set()
     known |= {"lm_eval"} if path.name in EVAL_EXTRA else set()
+    known |= {"datasets"} if path.name in DATA_EXTRA else set()
     known |= {"vllm"} if PLUGIN in path.parents else set()
     assert names <= known
     if path.name not in TERMINAL:

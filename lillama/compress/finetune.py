@@ -25,6 +25,8 @@ from lillama.compress.stop import StopRequest
 from lillama.config import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
+from lillama.hub_checkpoint import find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
@@ -164,12 +166,11 @@ def finetune(
         InputError: arguments or data that cannot be used. RunError: the run failed (NaN, Ctrl-C);
         nothing was written.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
     config = FinetuneConfig(
-        model=Path(model),
+        model=find_model(model),
         out=Path(out),
-        base=Path(base),
-        text=tuple(Path(file) for file in files),
+        base=find_model(base),
+        text=find_texts(text),
         **options,
     )
     with StopRequest() as stop:

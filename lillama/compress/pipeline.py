@@ -25,6 +25,8 @@ from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
+from lillama.hub_checkpoint import fetch_weights, find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_tokenizer
 from lillama.sample import sample, sampled_with
@@ -111,13 +113,13 @@ def compress(
     """Compress the checkpoint folder `model` into the new folder `out`. Same as `lillama compress`.
 
     Args:
-        model: local checkpoint folder (safetensors).
+        model: local checkpoint folder (safetensors), or ORG/NAME[@REVISION] of the Hub.
         out: folder to create, when the run finishes; until then finished work is kept beside it in
             `<out>.unfinished`, and the same call goes on from there.
         reduction: share of the whole model's parameters to remove, in (0, 1).
-        text: calibration file or files (text, or jsonl with "text", "messages" or "conversations").
-            None: the model writes its own (`lillama.sample`), to `<out>.sample.jsonl`; it is
-            removed at the end.
+        text: calibration file or files (text, or jsonl with "text", "messages" or "conversations"),
+            or datasets of the Hub (`lillama.hub_text`). None: the model writes its own
+            (`lillama.sample`), to `<out>.sample.jsonl`; it is removed at the end.
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
             seq_len, preset, strategy, loss, targets, gauge, packing, train, seed, dtype,
@@ -132,14 +134,14 @@ def compress(
         InputError: arguments or data that cannot be used; nothing was written.
         RunError: the run failed (NaN, full disk, Ctrl-C); the message says what is kept.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
     config = CompressConfig(
-        model=Path(model),
+        model=find_model(model, weights=False),
         out=Path(out),
         reduction=reduction,
-        text=tuple(Path(file) for file in files),
+        text=find_texts(text),
         **options,
     )
+    fetch_weights(config.model)
     plan = make_plan(config, needs_weights=True)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):

@@ -3,7 +3,7 @@ size."""
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,20 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, read_headers
+from lillama.checkpoint import (
+    TensorHeader,
+    check_unquantized,
+    compression_of,
+    dtype_of,
+    is_pivot,
+    read_config,
+    read_headers,
+)
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import Family, family_of
+from lillama.hub_checkpoint import find_model, remote_headers
 from lillama.loading import skeleton
 
 __all__ = ["Plan", "block_list", "find_matrices", "make_plan", "plan"]
@@ -40,6 +49,8 @@ class Plan:
     max_reduction: float
     ranks_are_final: bool = True
     gauge: Gauge = "plain"
+    # of the dense model's tensors; None without weights
+    headers: Mapping[str, TensorHeader] | None = None
 
     @property
     def params_after(self) -> int:
@@ -226,13 +237,25 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
             yield short, f"{naming.hub}.{expert}.{short}", N, K
 
 
-def _bytes_before(path: Path, model: PreTrainedModel, params: int, needs_weights: bool) -> int:
+def _headers(path: Path, needs_weights: bool) -> dict[str, TensorHeader] | None:
+    """None for a folder with only config.json, where that will do."""
+    headers = remote_headers(path)
+    if headers is None:
+        if not (needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin"))):
+            return None
+        headers = read_headers(path)
+    check_unquantized(headers)
+    return headers
+
+
+def _bytes_before(
+    path: Path, model: PreTrainedModel, params: int, headers: Mapping[str, TensorHeader] | None
+) -> int:
     """From the headers, without what the model's own code leaves out of old checkpoints; a folder
     with only config.json is counted in the config's dtype."""
-    if needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
+    if headers is not None:
         ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
-        headers = read_headers(path).items()
-        return sum(header.num_bytes for name, header in headers if not ignored.search(name))
+        return sum(h.num_bytes for name, h in headers.items() if not ignored.search(name))
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
     return params * dtype_of(model.config).itemsize
 
@@ -266,7 +289,8 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
-    bytes_before = _bytes_before(path, model, params, needs_weights)
+    headers = _headers(path, needs_weights)
+    bytes_before = _bytes_before(path, model, params, headers)
     return Plan(
         config=config,
         family=family,
@@ -281,6 +305,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         max_reduction=max_removable(matrices, strategy, rules) / params,
         ranks_are_final=strategy != "global",
         gauge=gauge,
+        headers=headers,
     )
 
 
@@ -297,7 +322,8 @@ def plan(
     """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.
 
     Args:
-        model: local checkpoint folder; config.json alone is enough.
+        model: local checkpoint folder, of which config.json alone is enough, or ORG/NAME[@REVISION]
+            of the Hub, of which config.json, tokenizer and the headers of the shards are fetched.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         preset, strategy, targets, gauge: as for `compress`.
         options: tokens, seq_len, train, activation_memory, as for `compress`; they decide the
@@ -312,7 +338,7 @@ def plan(
         InputError: see `make_plan`.
     """
     config = PlanConfig(
-        model=Path(model),
+        model=find_model(model, weights=False),
         reduction=reduction,
         preset=preset,
         strategy=strategy,
@@ -322,11 +348,10 @@ def plan(
     )
     found = make_plan(config)
     document = found.as_json()
-    if any(config.model.glob("*.safetensors*")):
+    if found.headers is not None:
         from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
 
-        headers = read_headers(config.model)
-        memory = peak_memory(found, config, headers, resident_bytes())
+        memory = peak_memory(found, config, found.headers, resident_bytes())
         rows = document.pop("matrices")
         document |= {"peak_memory_bytes": memory, "matrices": rows}
     return document
