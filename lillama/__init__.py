@@ -7,6 +7,7 @@
     lillama.generate(OUT, "Once upon")
     lillama.export(OUT, DENSE, format="dense")
     lillama.report(OUT)
+    lillama.import_upstream(FOLDER, OUT, base=MODEL)
     with lillama.kernels_impl("reference"): ...
 
 Importing this package registers the checkpoint format with transformers, so that
@@ -24,6 +25,7 @@ from lillama.export import export
 from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
 from lillama.report import report
+from lillama.upstream import import_upstream
 from lillama.version import __version__
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "export",
     "finetune",
     "generate",
+    "import_upstream",
     "kernels_impl",
     "plan",
     "report",

@@ -43,6 +43,7 @@ from lillama.cli_options import (
 from lillama.cli_output import errors, print_json, print_rows, progress_bar
 from lillama.cli_report import report
 from lillama.cli_serve import serve
+from lillama.cli_upstream import import_upstream
 from lillama.config import (
     CompressConfig,
     EvalConfig,
@@ -302,6 +303,7 @@ def export(
 
 app.command()(report)
 app.command()(serve)
+app.command()(import_upstream)
 
 
 def _version(shown: bool) -> None:
@@ -327,8 +329,8 @@ def _root(
     package.propagate = False
     if context.invoked_subcommand is None:
         raise InputError(
-            "no command given; use compress, finetune, plan, eval, generate, export, report or "
-            "serve (see --help)"
+            "no command given; use compress, finetune, plan, eval, generate, export, report, "
+            "serve or import-upstream (see --help)"
         )
 
 
