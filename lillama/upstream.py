@@ -1,40 +1,26 @@
 """A model that the paper's published code compressed, as a checkpoint of ours.
 
-Two layouts are read, told apart by what lies in FOLDER (source: github.com/yaya-sy/lillama, commit
-91bf898, src/lillama/distiller.py and src/utils.py):
-
-* `rank_config.json` {matrix: R} and `checkpoints/<block>.pt`, what its distillation writes: the
-  whole state of each distilled block. Everything else is the base model's.
-* `config.json` with a key `ranks`, and safetensors: what its `save_lr_llm` writes, the whole model.
-
 There a factorised layer is nn.Sequential(Linear(K, R), Linear(R, N)), so `<matrix>.0.weight` [R, K]
 is our `lr_A` and `<matrix>.1.weight` [N, R] our `lr_B`. Its factorised layers have no biases: where
 the base model has one, zeros are written, and the model computes what it computed there.
-
-A .pt file is a pickle; it is read as tensors alone (`weights_only=True`), and a file that needs
-more is refused.
 """
 
 import json
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from lillama.checkpoint import (
     FORMAT_VERSION,
     QUANT_METHOD,
-    check_ranks,
     compression_of,
     read_config,
-    read_headers,
     sentinel,
 )
 from lillama.checkpoint_writer import CheckpointWriter, check_space
@@ -49,25 +35,15 @@ from lillama.integrations.transformers import dense_shapes, kept_dense
 from lillama.loading import count_params, skeleton
 from lillama.modules.replace import replace_modules
 from lillama.shard_file import Entry, entries_of, file_sha256
+from lillama.upstream_files import Upstream, is_in, open_upstream, some
 from lillama.version import __version__
 
 __all__ = ["import_upstream"]
 
 logger = logging.getLogger(__name__)
 
-NAMES_SHOWN = 5
 # a buffer that transformers once saved with every block, and computes today
 COMPUTED = "rotary_emb.inv_freq"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Upstream:
-    """What FOLDER holds. `read(piece)`: upstream's tensors of one shard of ours by full name, None
-    where the base model's are meant. `files`: what it was read from."""
-
-    ranks: dict[str, int]
-    read: Callable[[str], dict[str, Tensor] | None]
-    files: list[Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,109 +80,6 @@ class _Base:
                 found |= {f"{matrix}.0.weight": (rank, shape[1])}
                 found |= {f"{matrix}.1.weight": (shape[0], rank)}
         return found
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} must hold a JSON object, got {type(found).__name__}")
-    return found
-
-
-def _open(folder: Path, block_path: str, num_blocks: int) -> _Upstream:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; give what upstream's --output-folder named")
-    ranks, config = folder / "rank_config.json", folder / "config.json"
-    if ranks.is_file():
-        return _open_blocks(folder, _json(ranks), block_path, num_blocks)
-    if config.is_file() and "ranks" in _json(config):
-        return _open_whole(folder, _json(config)["ranks"], block_path)
-    raise InputError(
-        f"{folder} holds no rank_config.json and no config.json with ranks; give the folder that "
-        "upstream's --output-folder named, or that its save_lr_llm wrote"
-    )
-
-
-def _open_blocks(folder: Path, ranks: Any, block_path: str, num_blocks: int) -> _Upstream:
-    _check_ranks(folder / "rank_config.json", ranks)
-    blocks = [i for i in range(num_blocks) if _is_in(f"{block_path}.{i}.", ranks)]
-    files = {f"block-{i}": folder / "checkpoints" / f"{block_path}.{i}.pt" for i in blocks}
-    missing = [file.name for file in files.values() if not file.is_file()]
-    if missing:
-        raise InputError(
-            f"{folder / 'checkpoints'} lacks {_some(missing)}, whose matrices rank_config.json "
-            "names; upstream writes no file of a block whose loss was NaN: distil it again"
-        )
-    surplus = sorted(set((folder / "checkpoints").glob("*.pt")) - set(files.values()))
-    if surplus:
-        raise InputError(
-            f"{folder / 'checkpoints'} has {_some([f.name for f in surplus])}, of which "
-            "rank_config.json names no matrix; the two are of different runs"
-        )
-
-    def read(piece: str) -> dict[str, Tensor] | None:
-        if piece not in files:
-            return None
-        path = files[piece].stem
-        return {f"{path}.{key}": tensor for key, tensor in _read_pt(files[piece]).items()}
-
-    return _Upstream(ranks=ranks, read=read, files=[folder / "rank_config.json", *files.values()])
-
-
-def _open_whole(folder: Path, ranks: Any, block_path: str) -> _Upstream:
-    _check_ranks(folder / "config.json", ranks)
-    headers = read_headers(folder)
-    inside = re.compile(rf"{re.escape(block_path)}\.(\d+)\.")
-
-    def piece_of(name: str) -> str:
-        match = inside.match(name)
-        return REST if match is None else f"block-{match[1]}"
-
-    def read(piece: str) -> dict[str, Tensor] | None:
-        found = {}
-        for name, header in headers.items():
-            if piece_of(name) == piece:
-                with safe_open(header.file, "pt", backend="pread") as file:
-                    found[name] = file.get_tensor(name)
-        return found
-
-    files = sorted({header.file for header in headers.values()})
-    return _Upstream(ranks=ranks, read=read, files=[folder / "config.json", *files])
-
-
-def _is_in(prefix: str, names: Iterable[str]) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def _check_ranks(file: Path, ranks: Any) -> None:
-    try:
-        check_ranks(ranks)
-    except InputError as error:
-        text = str(error).replace("quantization_config has", "it has")
-        raise InputError(f"{file}: {text}") from error
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
-
-
-def _read_pt(file: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive raises whatever its bytes lead to
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise InputError(
-            f"{file} is damaged or needs pickle, which can run code and is not used: {reason}"
-        ) from error
-    if not isinstance(found, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
-    ):
-        raise InputError(f"{file} must hold the tensors of one block by name; it is no state_dict")
-    return found
 
 
 def _open_base(path: Path) -> tuple[PretrainedConfig, TeacherBlocks]:
@@ -255,7 +128,7 @@ def _check(piece: str, found: Mapping[str, Tensor], base: _Base) -> None:
         ],
         "not floating-point": [n for n in names if not found[n].is_floating_point()],
     }
-    texts = [f"{problem}: {_some(items)}" for problem, items in problems.items() if items]
+    texts = [f"{problem}: {some(items)}" for problem, items in problems.items() if items]
     if texts:
         raise InputError(
             f"upstream's tensors do not fit its ranks and --base {base.path}; {'; '.join(texts)}"
@@ -354,7 +227,7 @@ def import_upstream(folder: str | Path, out: str | Path, *, base: str | Path) ->
     source, target = Path(folder), Path(out)
     path = Path(base)
     config, teacher = _open_base(path)
-    upstream = _open(source, teacher.block_path, len(teacher.blocks))
+    upstream = open_upstream(source, teacher.block_path, len(teacher.blocks))
     dense = _kept_dense(path, config, teacher, upstream.ranks)
     model = _Base(path=path, teacher=teacher, ranks=upstream.ranks, dense=dense)
     pieces = pieces_of(model.num_blocks)
@@ -372,7 +245,7 @@ def import_upstream(folder: str | Path, out: str | Path, *, base: str | Path) ->
     after = count_params(config, upstream.ranks)
     report: dict[str, Any] = {
         "matrices": len(upstream.ranks),
-        "blocks": sum(_is_in(f"{teacher.block_path}.{i}.", upstream.ranks)
+        "blocks": sum(is_in(f"{teacher.block_path}.{i}.", upstream.ranks)
                       for i in range(model.num_blocks)),
         "zero_biases": sum(f"{name}.bias" in teacher.headers for name in upstream.ranks),
         "params_before": before,
@@ -387,7 +260,7 @@ def _write(
     out: Path,
     recipe: dict[str, Any],
     pieces: list[str],
-    upstream: _Upstream,
+    upstream: Upstream,
     base: _Base,
     report: dict[str, Any],
 ) -> None:
