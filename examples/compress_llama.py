@@ -28,7 +28,7 @@ def standard_library(num_bytes: int) -> tuple[str, str]:
 
 
 def random_llama(folder: Path, text: str, hidden_size: int, num_layers: int) -> Path:
-    """A Llama of that size with random weights and a tokenizer of 1,024 pieces trained on `text`."""
+    """A Llama of that size with random weights and a tokenizer of 1,024 pieces of `text`."""
     tokenizer = train_tokenizer([text])
     torch.manual_seed(0)
     config = LlamaConfig(

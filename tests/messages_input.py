@@ -104,9 +104,7 @@ def _(kit):
     lillama.generate(copy, "the", device="cpu")
 
 
-@case(
-    "format_version must be ..., got ...; the checkpoint was written by another version of lillama"
-)
+@case("format_version must be ..., got ...; the checkpoint was written by another version...")
 def _(kit):
     copy = kit.edited_config(kit.small, quantization_config={"format_version": 2})
     lillama.generate(copy, "the", device="cpu")
