@@ -91,7 +91,7 @@ def _(kit):
 # A compressed checkpoint
 
 
-@case("Unknown quantization type, got lillama ...")
+@case("... ignore_mismatched_sizes... thus raising an error...")
 def _(kit):
     kit.monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "lillama")
     kit.monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "lillama")
@@ -205,7 +205,7 @@ def _(kit):
 
 @case("--targets with embeddings or the output head need a preset that measures gradients ...")
 def _(kit):
-    lillama.plan(kit.mamba, 0.2, targets=("lm_head",), preset="whitened")
+    lillama.plan(kit.mixtral, 0.02, targets=("lm_head",), preset="whitened")
 
 
 @case("--gauge pivot is for linear layers; ...: use --gauge plain")
