@@ -91,7 +91,7 @@ def _(kit):
 # A compressed checkpoint
 
 
-@case("... ignore_mismatched_sizes... thus raising an error...")
+@case("...ignore_mismatched_sizes... thus raising an error...")
 def _(kit):
     kit.monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "lillama")
     kit.monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "lillama")
