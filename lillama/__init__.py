@@ -7,6 +7,7 @@
     lillama.generate(OUT, "Once upon")
     lillama.export(OUT, DENSE, format="dense")
     lillama.report(OUT)
+    lillama.import_upstream(FOLDER, OUT, base=MODEL)
     lillama.sample(MODEL, "own.jsonl")
     with lillama.kernels_impl("reference"): ...
 
@@ -26,6 +27,7 @@ from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
 from lillama.report import report
 from lillama.sample import sample
+from lillama.upstream import import_upstream
 from lillama.version import __version__
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "export",
     "finetune",
     "generate",
+    "import_upstream",
     "kernels_impl",
     "plan",
     "report",

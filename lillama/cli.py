@@ -49,6 +49,7 @@ from lillama.cli_output import errors, print_json, print_rows, progress_bar
 from lillama.cli_report import report
 from lillama.cli_sample import sample
 from lillama.cli_serve import serve
+from lillama.cli_upstream import import_upstream
 from lillama.config import (
     CompressConfig,
     ExportConfig,
@@ -290,6 +291,7 @@ def export(
 app.command()(report)
 app.command()(sample)
 app.command()(serve)
+app.command()(import_upstream)
 
 
 def _version(shown: bool) -> None:
@@ -316,7 +318,7 @@ def _root(
     if context.invoked_subcommand is None:
         raise InputError(
             "no command given; use compress, finetune, plan, eval, generate, export, report, "
-            "sample or serve (see --help)"
+            "sample, serve or import-upstream (see --help)"
         )
 
 

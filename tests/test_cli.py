@@ -219,8 +219,8 @@ def test_cli_without_a_command_is_one_line(lillama_command):
     assert_one_line(
         lillama_command(),
         2,
-        "no command given; use compress, finetune, plan, eval, generate, export, report, sample or "
-        "serve",
+        "no command given; use compress, finetune, plan, eval, generate, export, report, "
+        "sample, serve or import-upstream",
     )
     assert_one_line(lillama_command("--verbose"), 2, "no command given")
 
@@ -234,7 +234,7 @@ def test_cli_without_a_command_is_one_line(lillama_command):
         (["plan", "m"], ["Missing option", "--reduction"]),
         (["plan", "m", "--reduction", "a lot"], ["Invalid value for '--reduction'"]),
         (["plan", "m", "--reduction", "0.2", "--rank", "8"], ["No such option", "--rank"]),
-        (["eval", "m"], ["Missing option", "--text"]),
+        (["eval", "m"], ["give at least one --text FILE, or --tasks"]),
         (["generate", "m"], ["Missing option", "--prompt"]),
         (["plan", "m", "extra", "--reduction", "0.2"], ["extra"]),
     ],
