@@ -1,4 +1,4 @@
-"""The package `datasets`, as far as lillama.hub_text uses it: rows in memory, nothing downloaded."""
+"""The package `datasets`, as far as lillama uses it: rows in memory, nothing downloaded."""
 
 import random
 from types import ModuleType, SimpleNamespace
