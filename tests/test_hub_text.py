@@ -5,12 +5,11 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import random
 import shutil
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -24,48 +23,9 @@ from lillama.config import FinetuneConfig
 from lillama.data import calibration_blocks, evaluation_blocks
 from lillama.errors import InputError, RunError
 from lillama.hub_text import TEXT_PRESETS, HubText, find_texts
+from tests.fake_datasets import COMMIT, MOVED, Datasets
 
-COMMIT, MOVED = "a" * 40, "b" * 40
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-
-
-class Stream:
-    """An IterableDataset: rows in order, or seeded; `read` counts those that were taken."""
-
-    def __init__(self, rows: list[dict], source: "Datasets", seed: int | None = None) -> None:
-        self.rows, self.source, self.seed = rows, source, seed
-
-    def shuffle(self, seed: int, buffer_size: int) -> "Stream":
-        self.source.shuffled.append((seed, buffer_size))
-        return Stream(random.Random(seed).sample(self.rows, len(self.rows)), self.source, seed)
-
-    def __iter__(self):
-        for row in self.rows:
-            self.source.read += 1
-            if self.source.dies_at == self.source.read:
-                raise TimeoutError("read timed out\nand more")
-            yield dict(row)
-
-
-class Datasets(ModuleType):
-    """The package, as far as it is used."""
-
-    def __init__(self, rows: list[dict]) -> None:
-        super().__init__("datasets")
-        self.rows, self.commit = rows, COMMIT
-        self.opened: list[tuple[Any, ...]] = []
-        self.shuffled: list[tuple[int, int]] = []
-        self.read, self.dies_at = 0, 0
-
-    def load_dataset(self, path: str, name: str | None, *, split: str, streaming: bool, revision):
-        assert streaming, "never downloaded whole"
-        self.opened.append((path, name, split, revision))
-        if split not in ("train", "train_sft", "test", "test_sft"):
-            raise ValueError(f"Bad split: {split}.\nAvailable splits: ['train', 'test']")
-        return Stream(self.rows, self)
-
-    def dataset_info(self, name: str, *, revision: str | None) -> Any:
-        return SimpleNamespace(sha=revision if revision == MOVED else self.commit)
 
 
 @pytest.fixture
