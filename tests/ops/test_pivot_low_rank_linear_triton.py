@@ -146,10 +146,11 @@ def test_pivot_triton_decode_many_ranks(dtype, device, runs):
         check_values(*made([5], (64, 1072, 600), dtype, device))
 
 
-def test_pivot_triton_decode_reads_no_row_of_c_for_a_pivot(device):
-    """An infinite z stays in its own output where C has nothing of it."""
-    op, _, inputs = made([3], (24, 24, 8), torch.float32, device)
-    inputs["C"].zero_()[:, 1] = 1.0
+# numpy, which multiplies in the interpreter, says of 0 times infinity
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_pivot_triton_decode_adds_no_other_column_to_a_pivot(device):
+    """An infinite z does not reach the outputs of other pivots, where zeros stand in C's place."""
+    _, _, inputs = made([3], (24, 24, 8), torch.float32, device)
     inputs["x"][:] = 1.0
     inputs["A"][0] = float("inf")
     order = torch.arange(24, dtype=torch.int32, device=device)
