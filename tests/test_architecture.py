@@ -20,6 +20,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
 LEAVES |= {"shard_file", "version"}
+LEAVES |= {"config_advice"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -31,7 +32,8 @@ LAYERS = (
     {"report_page"},
     {"report"},
     {"cli_options", "cli_output"},
-    {"cli_report", "cli_serve"},
+    {"cli_advice"},
+    {"cli_plan", "cli_report", "cli_serve"},
     {"cli"},
 )
 # Parts that import the extra lillama[serve], and what each of its packages is imported as; jinja2
@@ -40,6 +42,7 @@ SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette"
 # Files that import the extra lillama[report], which is matplotlib
 REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
 TERMINAL = {"cli.py", "cli_options.py", "cli_output.py", "cli_report.py", "cli_serve.py"}
+TERMINAL |= {"cli_advice.py", "cli_plan.py"}
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 MAX_FILE_LINES = 400
@@ -51,8 +54,8 @@ OPTIONS = {
     "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --gauge "
     "--json --loss --overwrite --packing --preset --reduction --seed --seq-len --strategy "
     "--targets --text --tokens --train",
-    "plan": "--activation-memory --gauge --json --preset --reduction --seq-len --strategy "
-    "--targets --tokens --train",
+    "plan": "--activation-memory --advise --device --gauge --json --preset --reduction --retain "
+    "--seq-len --strategy --targets --text --tokens --train",
     "finetune": "--base --batch-size --device --json --learning-rate --seed --seq-len --text "
     "--tokens",
     "eval": "--against --batch-size --device --dtype --json --seq-len --text",
