@@ -19,14 +19,15 @@ from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import RankRules, allocate, allocate_globally
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.gradients import MatrixSensitivity
-from lillama.compress.memory import peak_memory, resident_bytes
+from lillama.compress.memory import held_out_blocks, peak_memory, resident_bytes
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.sensitivity import measure_sensitivity
 from lillama.compress.spectra import Spectrum, sample_matrices, spectrum_of
 from lillama.compress.speed import DeviceSpeed
 from lillama.compress.work import count_work, decoded_numbers
+from lillama.config import PRESETS, PlanConfig
 from lillama.config_advice import ADVISED_PRESETS, AdviceConfig, AdvisedPreset
-from lillama.data import calibration_blocks
+from lillama.data import calibration_blocks, evaluation_blocks
 from lillama.errors import InputError
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_tokenizer
@@ -44,6 +45,8 @@ CAVEATS = (
 # those that are always forecast, and the steps in which a reduction is looked for
 SHOWN = (0.2, 0.4, 0.6)
 STEP = 0.05
+# a text with more bytes for each token that is wanted is not counted
+BYTES_A_TOKEN = 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,13 @@ class _Found:
     speed: DeviceSpeed
     device: torch.device
     losses: dict[str, list[float]] | None
+    # that the text allows; None without text
+    tokens: int | None
+
+    def run(self, preset: AdvisedPreset, reduction: float | None = None) -> PlanConfig:
+        """Of the run that is thought of, with no more tokens than there are."""
+        options = self.options.run_options(preset, reduction)
+        return replace(options, tokens=min(options.num_tokens, self.tokens or options.num_tokens))
 
     def at(self, reduction: float) -> Plan:
         """The plan with the ranks of a run at this reduction; without text with uniform ones."""
@@ -84,15 +94,39 @@ class _Found:
         return math.ceil(reduction * params - 1e-6) <= round(self.plan.max_reduction * params)
 
 
+def _tokens_of(options: AdviceConfig) -> int:
+    """Calibration tokens that the text allows a run, as far as one of the presets would use them.
+
+    Raises:
+        InputError: too few for the shortest run.
+    """
+    seq_len = options.seq_len
+    wanted = max(options.run_options(preset).num_tokens for preset in ADVISED_PRESETS)
+    missing = [file for file in options.text if not file.is_file()]
+    if not missing and sum(file.stat().st_size for file in options.text) > BYTES_A_TOKEN * wanted:
+        return wanted
+    text = evaluation_blocks(options.text, load_tokenizer(options.model), seq_len=seq_len)
+    held_out = held_out_blocks(min(wanted, text.num_tokens), seq_len)
+    # packing begins and ends documents at other places
+    found = (math.floor(0.99 * text.num_tokens / seq_len) - held_out) * seq_len
+    if found < seq_len:
+        raise InputError(
+            f"the text is too short: {text.num_tokens} tokens, needed are {held_out} blocks of "
+            f"{seq_len} held out and at least one more; add --text files or lower --seq-len"
+        )
+    return min(wanted, found)
+
+
 def _measure_losses(
-    options: AdviceConfig, plan: Plan, teacher: TeacherBlocks, progress: Progress | None
+    options: AdviceConfig,
+    plan: Plan,
+    teacher: TeacherBlocks,
+    tokens: int,
+    progress: Progress | None,
 ) -> dict[str, list[float]]:
     """The pass of preset fast that weighs every rank, on a sample of the text."""
     run = options.run_options("fast")
-    wanted = min(run.num_tokens, run.recipe.sensitivity_tokens)
-    limit = getattr(plan.config, "max_position_embeddings", None)
-    if limit is not None and options.seq_len > limit:
-        raise InputError(f"--seq-len must be at most {limit} for this model, got {options.seq_len}")
+    wanted = min(run.num_tokens, run.recipe.sensitivity_tokens, tokens)
     blocks, _ = calibration_blocks(
         options.text, load_tokenizer(options.model), tokens=wanted, seq_len=options.seq_len,
         held_out_blocks=0,
@@ -120,7 +154,7 @@ def _measure_losses(
 
 def _of_preset(found: _Found, plan: Plan, preset: AdvisedPreset) -> dict[str, Any]:
     """Loss (with text), seconds and host memory of one preset at the plan's ranks."""
-    options = found.options.run_options(preset, plan.reduction)
+    options = found.run(preset, plan.reduction)
     work = count_work(plan, options, found.headers)
     row = forecast.seconds(work, found.speed, forecast.time_kind(plan.config))
     row["peak_memory_bytes"] = peak_memory(plan, options, found.headers, found.held_bytes)["peak"]
@@ -195,8 +229,10 @@ def _steps(found: _Found) -> list[float]:
     return [step for step in steps if found.reachable(step)]
 
 
-def _command(options: AdviceConfig, reduction: float, preset: AdvisedPreset) -> str:
+def _command(found: _Found, reduction: float, preset: AdvisedPreset) -> str:
     """The compress command line, as a shell takes it."""
+    options = found.options
+    tokens = found.run(preset).num_tokens
     out = f"{options.model.resolve().name}-{round(100 * (1 - reduction))}percent"
     words = ["lillama", "compress", str(options.model), out, "--reduction", f"{reduction:g}"]
     for text in options.text or ("FILE",):
@@ -205,7 +241,7 @@ def _command(options: AdviceConfig, reduction: float, preset: AdvisedPreset) -> 
         "--preset": None if preset == "default" else preset,
         "--targets": None if options.targets is None else ",".join(options.targets),
         "--gauge": options.gauge,
-        "--tokens": options.tokens,
+        "--tokens": None if tokens == PRESETS[preset].tokens else tokens,
         "--seq-len": _unless(options.seq_len, "seq_len"),
         "--activation-memory": _unless(options.activation_memory, "activation_memory"),
         "--device": _unless(options.device, "device"),
@@ -234,6 +270,9 @@ def _warnings(
     useless = [m.name for m in found.plan.matrices if not m.break_even_rank]
     if useless:
         lines.append(f"{len(useless)} matrices are too small for any rank to save parameters")
+    wanted, tokens = found.options.run_options(preset).num_tokens, found.run(preset).num_tokens
+    if tokens < wanted:
+        lines.append(f"the text has room for {tokens:,} calibration tokens, not for {wanted:,}")
     row = chosen["presets"][preset]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if row["peak_memory_bytes"] > memory:
@@ -280,6 +319,9 @@ def advise(
     )
     device = choose_device(config.device)
     plan = make_plan(config.run_options("default"), needs_weights=True)
+    limit = getattr(plan.config, "max_position_embeddings", None)
+    if limit is not None and config.seq_len > limit:
+        raise InputError(f"--seq-len must be at most {limit} for this model, got {config.seq_len}")
     held = resident_bytes()
     teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
@@ -290,8 +332,11 @@ def advise(
             progress("spectra", count, len(sample))
         spectra.append(spectrum_of(matrix, teacher.read, device))
     speed = forecast.model_speed(plan, config.run_options("default"), device)
-    losses = _measure_losses(config, plan, teacher, progress) if config.text else None
-    found = _Found(config, plan, teacher.headers, held, speed, device, losses)
+    losses = tokens = None
+    if config.text:
+        tokens = _tokens_of(config)
+        losses = _measure_losses(config, plan, teacher, tokens, progress)
+    found = _Found(config, plan, teacher.headers, held, speed, device, losses, tokens)
     return _document(found, spectra)
 
 
@@ -305,7 +350,7 @@ def _document(found: _Found, spectra: list[Spectrum]) -> dict[str, Any]:
     flat = [{"name": s.matrix.name, "why": "near-random"} for s in spectra if s.near_random]
     return {
         "recommendation": {
-            "command": _command(found.options, chosen["reduction"], preset),
+            "command": _command(found, chosen["reduction"], preset),
             "why": why,
             "reduction": chosen["reduction"],
             "preset": preset,

@@ -96,7 +96,7 @@ def test_advise_flags_random_weights_and_trained_ones_not(without_text, monkeypa
 def test_advise_flags_what_no_rank_saves(make_checkpoint):
     """Matrices of 8 by 16 have no rank of 8 that saves anything."""
     path = make_checkpoint("mixtral", intermediate_size=8)
-    document = lillama.advise(path, reduction=0.01, targets=("w1", "q_proj"), **FEW)
+    document = lillama.advise(path, reduction=0.01, targets=("w1", "lm_head"), **FEW)
     useless = {r["name"] for r in document["not_worth_factoring"] if r["why"] == "no rank saves"}
     assert len(useless) == 8 and all(name.endswith(".w1") for name in useless)
 
@@ -124,7 +124,7 @@ def choose(mamba, monkeypatch):
 
         monkeypatch.setattr(module, "_row", row)
         monkeypatch.setattr(module._Found, "reachable", lambda self, step: step in LOSSES)
-        found = module._Found(config, *[None] * 5, losses={})  # type: ignore[arg-type]
+        found = module._Found(config, *[None] * 5, losses={}, tokens=None)  # type: ignore[arg-type]
         return module._choose(found)
 
     return run
@@ -175,6 +175,23 @@ def test_advised_command_carries_the_options(mixtral):
     }  # fmt: skip
 
 
+def test_advise_takes_no_more_tokens_than_the_text_has(mixtral, text_file, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(text_file.read_text("utf-8")[:6000], "utf-8")
+    document = lillama.advise(mixtral, text=short, reduction=0.2, preset="fast", seq_len=32)
+    words = shlex.split(document["recommendation"]["command"])
+    tokens = int(words[words.index("--tokens") + 1])
+    assert any(f"room for {tokens:,} calibration tokens" in line for line in document["warnings"])
+    options = {"reduction": 0.2, "text": short, "preset": "fast", "seq_len": 32, "device": "cpu"}
+    report = lillama.compress(mixtral, tmp_path / "out", tokens=tokens, **options)
+    assert report["tokens"] >= tokens
+    with pytest.raises(InputError, match="the text is too short"):
+        lillama.compress(mixtral, tmp_path / "more", tokens=tokens + 400, **options)
+    short.write_text("the cat sat on a mat", "utf-8")
+    with pytest.raises(InputError, match="the text is too short: .* at least one more"):
+        lillama.advise(mixtral, text=short, seq_len=32)
+
+
 def test_advise_writes_nothing(mamba, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -195,7 +212,7 @@ def test_advise_writes_nothing(mamba, text_file, tmp_path, monkeypatch):
         ({"max_hours": 0.0}, "max_hours must be a finite number > 0"),
         ({"seq_len": 1}, "--seq-len must be at least 2"),
         ({"text": "nowhere.txt"}, "nowhere.txt"),
-        ({"tokens": 10**6}, "lower --tokens or add --text files"),
+        ({"seq_len": 513, "tokens": None}, "--seq-len must be at most 512 for this model"),
     ],
 )
 def test_advise_refuses(options, message, mixtral, text_file):

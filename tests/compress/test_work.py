@@ -22,16 +22,16 @@ def made(path, **options: Any) -> tuple[Plan, PlanConfig, dict]:
 
 
 def test_teacher_counts_what_a_forward_pass_computes(make_checkpoint):
-    """One block of a Llama; the moments of its inputs are the same on both sides."""
+    """One block of a Llama."""
     path = make_checkpoint("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
     plan, config, headers = made(path, preset="fast")
     plan = replace(plan, ranks={})
     assert count_work(plan, config, headers)["teacher"] == Work()
-    # with every matrix at the rank where it saves nothing, no moments but many: take them off
+    # with ranks the teacher pass also gathers moments: taken off
     plan = replace(plan, ranks={m.name: 8 for m in plan.matrices if m.block == 0})
     squares = sum(2 * min(m.N, m.K) ** 2 for m in plan.matrices if m.block == 0) * 320
     rows = 10 + 8  # held-out blocks
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     ids = torch.ones(rows, 32, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids)
@@ -49,13 +49,13 @@ def test_experts_count_with_the_tokens_they_see(make_checkpoint):
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_phases_and_what_they_grow_with(kind, request):
     path = request.getfixturevalue(kind)
-    fast = count_work(*made(path, preset="fast"))
-    default = count_work(*made(path))
+    fast = count_work(*made(path, preset="fast", tokens=32_000))
+    default = count_work(*made(path, tokens=32_000))
     assert set(fast) == {"sensitivity", "teacher", "factorise", "judge"}
     assert set(default) == {"sensitivity", "teacher", "factorise", "train"}
     assert default["train"].products > 10 * fast["judge"].products
     assert default["factorise"] == fast["factorise"] and fast["factorise"].eigen > 0
-    twice = count_work(*made(path, tokens=640))
+    twice = count_work(*made(path, tokens=64_000))
     assert twice["train"].products > 1.5 * default["train"].products
     assert twice["factorise"] == default["factorise"]
     # the sample of the sensitivity ends at 65,536 tokens
@@ -64,7 +64,7 @@ def test_phases_and_what_they_grow_with(kind, request):
 
 
 def test_decoding_reads_all_but_idle_experts_and_embeddings(mixtral):
-    plan, _, headers = made(mixtral)
+    plan, _, headers = made(mixtral, targets=("w1", "w2", "w3"))
     dense, compressed = decoded_numbers(plan, headers)
     sizes = {name: torch.Size(header.shape).numel() for name, header in headers.items()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -72,8 +72,6 @@ def test_decoding_reads_all_but_idle_experts_and_embeddings(mixtral):
     # 2 of 4 experts, one row of the embeddings
     assert dense == sum(sizes.values()) - experts / 2 - embeddings + 32
     saved = sum(m.saved(plan.ranks[m.name]) for m in plan.matrices if m.name in plan.ranks)
-    outside = [m for m in plan.matrices if m.name in plan.ranks and "experts" not in m.name]
-    assert not outside, "the case below does not count them"
     assert dense - compressed == saved / 2
 
 
