@@ -4,8 +4,10 @@
     python -m benchmarks.forecast --write         and write lillama/compress/forecast_fit.py
     python -m benchmarks.forecast --measure TEACHER... --text FILE --presets fast --tokens 16384
                                                   add timed runs to results/forecast/seconds.jsonl
+    python -m benchmarks.forecast --cells TEACHER...  and the seconds of the cells, after that
 
-Losses: every cell of results/quality/ whose ranks the loss chose. Seconds: the timed runs.
+Losses: every cell of results/quality/ whose ranks the loss chose. Seconds: the timed runs, in CPU
+seconds; the cells' are of the clock on a busy machine and widen the error bar only.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import lillama
 from lillama.checkpoint import read_headers
 from lillama.compress.forecast import ideal_seconds, model_speed, time_kind
 from lillama.compress.plan import make_plan
+from lillama.compress.speed import DeviceSpeed
 from lillama.compress.work import count_work
 from lillama.config import PlanConfig
 from lillama.config_advice import ADVISED_PRESETS
@@ -34,6 +37,7 @@ CELLS = HERE / "results" / "quality"
 TIMED = HERE / "results" / "forecast" / "seconds.jsonl"
 MODULE = HERE.parent / "lillama" / "compress" / "forecast_fit.py"
 MEASURES = ("excess", "kl")
+RATES = ("products", "doubles", "eigen", "read_bytes")
 
 
 def read_lines(files: Sequence[Path]) -> list[dict[str, Any]]:
@@ -98,10 +102,12 @@ def fit_loss(points: Sequence[dict[str, Any]], measure: str) -> dict[str, float]
 
 
 def fit_seconds(rows: Sequence[dict[str, Any]], kind: str) -> dict[str, float]:
-    logs = [math.log(row["seconds"] / row["ideal_s"]) for row in rows if row["kind"] == kind]
-    mean = sum(logs) / len(logs)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in logs) / (len(logs) - 1))
-    factor = round(math.exp(spread), 2)
+    """The timed runs' mean excess over the ideal, and what they and the cells miss it by."""
+    found = [row for row in rows if row["kind"] == kind]
+    logs = [math.log(row["seconds"] / row["ideal_s"]) for row in found]
+    timed = [value for value, row in zip(logs, found, strict=True) if not row["busy"]]
+    mean = sum(timed) / len(timed)
+    factor = round(math.exp(root_mean_square([value - mean for value in logs])), 2)
     return {"excess": round(math.exp(mean), 2), "factor": factor, "runs": len(logs)}
 
 
@@ -171,6 +177,7 @@ def measure(
         "tokens": tokens,
         "seq_len": seq_len,
         "reduction": reduction,
+        "busy": False,
         "seconds": round(taken, 2),
         "ideal_s": round(sum(ideal.values()), 3),
         "phases": {name: round(value, 3) for name, value in ideal.items()},
@@ -181,6 +188,41 @@ def measure(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def count_cells(teacher: Path) -> list[dict[str, Any]]:
+    """Rows of the cells of presets fast and default, at the rates of this teacher's timed runs."""
+    timed = next(r for r in read_lines([TIMED]) if r["teacher"] == teacher.name and not r["busy"])
+    speed = DeviceSpeed(
+        "cpu", "float32", *(float(timed["speed"][name]) for name in RATES)
+    )  # fmt: skip
+    rows = []
+    for cell in read_lines(list(CELLS.glob("*.jsonl"))):
+        preset = cell["method"].split(",")[0]
+        like_preset = cell["method"] in (preset, f"{preset}, blocks only")
+        if cell["teacher"] != teacher.name or preset not in ADVISED_PRESETS or not like_preset:
+            continue
+        known = {"reduction": cell["reduction"], "preset": preset}
+        known |= {key: cell["conditions"][key] for key in ("tokens", "seq_len")}
+        options = PlanConfig(model=teacher, **known)
+        work = count_work(make_plan(options), options, read_headers(teacher))
+        ideal = sum(ideal_seconds(work, speed).values())
+        rows.append(
+            {
+                **{"teacher": teacher.name, "kind": timed["kind"], **known, "busy": True},
+                **{"method": cell["method"], "seconds": cell["seconds"]},
+                "ideal_s": round(ideal, 3),
+            }
+        )
+    return rows
+
+
+def add_rows(rows: Sequence[dict[str, Any]]) -> None:
+    TIMED.parent.mkdir(exist_ok=True)
+    with TIMED.open("a", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps(row) + "\n")
+            print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 def show() -> None:
@@ -208,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.forecast", description=__doc__)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--measure", type=Path, nargs="+", default=[])
+    parser.add_argument("--cells", type=Path, nargs="+", default=[])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--presets", nargs="+", default=list(ADVISED_PRESETS))
     parser.add_argument("--tokens", type=int, default=16_384)
@@ -220,13 +263,12 @@ def main(argv: list[str] | None = None) -> int:
                 teacher, arguments.text, preset, arguments.tokens, arguments.seq_len,
                 arguments.reduction,
             )  # fmt: skip
-            TIMED.parent.mkdir(exist_ok=True)
-            with TIMED.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row) + "\n")
-            print(json.dumps(row), file=sys.stderr, flush=True)
+            add_rows([row])
+    for teacher in arguments.cells:
+        add_rows(count_cells(teacher))
     if arguments.write:
         MODULE.write_text(module_text(), "utf-8")
-    if not arguments.measure:
+    if not arguments.measure and not arguments.cells:
         show()
     return 0
 

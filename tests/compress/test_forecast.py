@@ -56,6 +56,19 @@ def test_fit_finds_a_power_law_and_how_far_points_left_out_lie():
     assert script.fit_loss(points, "excess")["factor"] > 1.5
 
 
+def test_fit_of_seconds_takes_busy_clocks_for_the_error_bar_only():
+    rows = [
+        {"kind": "scan", "busy": False, "seconds": 2.0, "ideal_s": 1.0},
+        {"kind": "scan", "busy": False, "seconds": 8.0, "ideal_s": 1.0},
+        {"kind": "attention", "busy": False, "seconds": 90.0, "ideal_s": 1.0},
+    ]
+    alone = script.fit_seconds(rows, "scan")
+    assert alone == {"excess": 4.0, "factor": 2.0, "runs": 2}
+    rows.append({"kind": "scan", "busy": True, "seconds": 40.0, "ideal_s": 1.0})
+    both = script.fit_seconds(rows, "scan")
+    assert both["excess"] == 4.0 and both["factor"] > 3.5
+
+
 @pytest.mark.parametrize("preset", ADVISED_PRESETS)
 def test_cells_lie_within_twice_the_error_bar(preset):
     cells = script.read_lines(list(script.CELLS.glob("*.jsonl")))
