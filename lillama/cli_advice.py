@@ -13,6 +13,15 @@ MATRICES = 16  # spectra on the page
 # eight heights of a block, and what a terminal without them gets
 BLOCKS = "".join(chr(0x2581 + height) for height in range(8))
 ASCII = "_.-:=+*#"
+SPECTRA = (
+    "kept, at half the weight's size: share of its squared norm; random: what of a random matrix "
+    "of that size and norm would be kept"
+)
+FORECAST = (
+    "lost: nats a token over the base model, with its error bar (? no run of ours lost as much or "
+    "as little); kept: base perplexity / perplexity; GiB: of host memory; decode: how many times "
+    "fewer bytes of weights a token reads"
+)
 
 
 def sparkline(values: list[float], width: int, ramp: str) -> str:
@@ -51,11 +60,7 @@ def _duration(seconds: float) -> str:
 
 def _spectra(document: dict[str, Any]) -> Table:
     rows = document["spectra"]
-    table = Table(
-        title=f"singular values, {len(rows)} of {document['matrices_total']} matrices",
-        caption="at half the weight's size: share of its squared norm kept,\n"
-        "and what a random matrix of that size and norm would keep",
-    )
+    table = Table(title=f"singular values, {len(rows)} of {document['matrices_total']} matrices")
     for column in ("matrix", "shape", "largest to smallest", "kept", "random", ""):
         table.add_column(column, justify="right" if column in ("kept", "random") else "left")
     step = max(1, -(-len(rows) // MATRICES))
@@ -83,12 +88,7 @@ def _loss(row: dict[str, Any]) -> list[str]:
 
 
 def _forecast(document: dict[str, Any]) -> Table:
-    table = Table(
-        title="forecast",
-        caption="lost: nats a token over the base model, with its error bar (? no run of\n"
-        "ours lost as much); kept: base perplexity / perplexity; time within a\n"
-        "factor, memory of the host, decode: how much fewer bytes a token reads",
-    )
+    table = Table(title="forecast")
     for column in ("less", "preset", "lost", "kept", "time", "GiB", "decode"):
         table.add_column(column, justify="left" if column in ("preset", "lost") else "right")
     for step in document["forecast"]:
@@ -113,7 +113,9 @@ def print_advice(model: str, document: dict[str, Any]) -> None:
     console = Console(width=min(WIDTH, Console().width), highlight=False)
     device = document["device"]
     console.print(_spectra(document))
+    console.print(SPECTRA, markup=False)
     console.print(_forecast(document))
+    console.print(FORECAST, markup=False)
     lines = [
         f"{document['params_before']:,} parameters, at most {document['max_reduction']:.0%} fewer; "
         f"{device['device']}: {device['product_flops_per_s'] / 1e9:,.0f} GFLOP/s, "
