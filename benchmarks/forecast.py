@@ -91,10 +91,12 @@ def fit_loss(points: Sequence[dict[str, Any]], measure: str) -> dict[str, float]
     logs = [(math.log(point["expected"]), math.log(point[measure])) for point in points]
     intercept, slope = line_through(logs)
     expected = [point["expected"] for point in points]
+    missed = left_out(logs)
     return {
         "intercept": round(intercept, 3),
         "slope": round(slope, 3),
-        "factor": round(math.exp(root_mean_square(left_out(logs))), 2),
+        "factor": round(math.exp(root_mean_square(missed)), 2),
+        "worst": round(max(1.0, math.exp(max(missed))), 2),
         "smallest": round(min(expected), 4),
         "largest": round(max(expected), 4),
         "cells": len(points),
@@ -128,7 +130,8 @@ def module_text() -> str:
         '"""Constants of `forecast`, written by `python -m benchmarks.forecast --write` from the',
         "measured runs in benchmarks/results: edit neither, run it again.",
         "",
-        "factor: the error bar, either way. smallest, largest: expected losses among the cells.",
+        "factor: the error bar, either way. worst: how many times what the others foretell the worst",
+        "cell lost. smallest, largest: expected losses among the cells.",
         '"""',
         "",
         '__all__ = ["LOSS", "SECONDS"]',

@@ -119,7 +119,7 @@ def print_advice(model: str, document: dict[str, Any]) -> None:
     lines = [
         f"{document['params_before']:,} parameters, at most {document['max_reduction']:.0%} fewer; "
         f"{device['device']}: {device['product_flops_per_s'] / 1e9:,.0f} GFLOP/s, "
-        f"{device['read_bytes_per_s'] / 1e9:,.0f} GB/s",
+        f"{device['read_bytes_per_s'] / 1e9:,.1f} GB/s",
         *(f"note: {warning}" for warning in [*document["warnings"], *document["caveats"]]),
         f"advice: {document['recommendation']['why']}",
     ]

@@ -34,7 +34,16 @@ def test_cli_advice_is_a_page_whose_command_runs(command, mixtral, text_file, tm
     lines = out.splitlines()
     assert max(map(len, lines[:-1])) <= 80, "a terminal of 80 columns; the command is not wrapped"
     page = " ".join(out.split())
-    for part in ("near-random", "kept, at half", "forecast", "40%", "fast", "default", "GFLOP/s", "advice: "):
+    for part in (
+        "near-random",
+        "kept, at half",
+        "forecast",
+        "40%",
+        "fast",
+        "default",
+        "GFLOP/s",
+        "advice: ",
+    ):
         assert part in page
     words = shlex.split(lines[-1])
     assert words[:3] == ["lillama", "compress", str(mixtral)]

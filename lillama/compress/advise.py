@@ -190,10 +190,11 @@ def _allowed(found: _Found, row: dict[str, Any]) -> list[AdvisedPreset]:
 
 
 def _keeping(found: _Found, row: dict[str, Any]) -> AdvisedPreset | None:
-    """The cheapest preset that keeps what is asked for, at the bad end of its error bar."""
+    """The cheapest preset that keeps what is asked for even if its loss is underestimated as badly
+    as that of any run of ours was."""
     retain = found.options.retain
     return next(
-        (p for p in _allowed(found, row) if row["presets"][p]["retained_low"] >= retain), None
+        (p for p in _allowed(found, row) if row["presets"][p]["retained_worst"] >= retain), None
     )
 
 

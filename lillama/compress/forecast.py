@@ -27,24 +27,38 @@ from lillama.config_advice import AdvisedPreset
 __all__ = ["decoding", "ideal_seconds", "loss", "model_speed", "seconds", "time_kind"]
 
 
+def _on_line(line: Mapping[str, float], expected: float) -> float:
+    if expected <= 0:
+        return 0.0
+    return math.exp(line["intercept"] + line["slope"] * math.log(expected))
+
+
 def loss(preset: AdvisedPreset, expected: float) -> dict[str, Any]:
     """From what `sensitivity` expects (nats a token) to what will be measured on other text.
 
     Returns:
         `predicted_loss_increase` (expected), `excess` (over the base model's loss), `kl`
-        (divergence from it) and `retained` (exp(-excess)), the last three also with `_low` and
-        `_high`; `extrapolated`: whether `expected` lies outside of what was measured.
+        (divergence from it) and `retained` (exp(-excess)), the last three also with `_low`,
+        `_high` (the error bar) and `_worst` (missed by as much as the worst cell);
+        `extrapolated`: whether `expected` lies outside of what was measured.
     """
     found: dict[str, Any] = {"predicted_loss_increase": expected}
     for name, line in LOSS[preset].items():
-        value = 0.0
-        if expected > 0:
-            value = math.exp(line["intercept"] + line["slope"] * math.log(expected))
-        low, high = value / line["factor"], value * line["factor"]
-        found |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        value = _on_line(line, expected)
+        # training starts where fast ends, and keeps its best step
+        untrained = LOSS["fast"][name]
+        if preset == "default" and _on_line(untrained, expected) < value:
+            value, line = _on_line(untrained, expected), untrained
+        found |= {
+            name: value,
+            f"{name}_low": value / line["factor"],
+            f"{name}_high": value * line["factor"],
+            f"{name}_worst": value * line["worst"],
+        }
     found["retained"] = math.exp(-found["excess"])
     found["retained_low"] = math.exp(-found["excess_high"])
     found["retained_high"] = math.exp(-found["excess_low"])
+    found["retained_worst"] = math.exp(-found["excess_worst"])
     line = LOSS[preset]["excess"]
     found["extrapolated"] = not line["smallest"] <= expected <= line["largest"]
     return found

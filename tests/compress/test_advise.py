@@ -119,7 +119,9 @@ def choose(mamba, monkeypatch):
             kept = {"fast": 1 - lost, "default": 1 - lost / 2}
             return {
                 "reduction": reduction,
-                "presets": {p: {"retained_low": kept[p], "seconds": 3600 * hours[p]} for p in kept},
+                "presets": {
+                    p: {"retained_worst": kept[p], "seconds": 3600 * hours[p]} for p in kept
+                },
             }
 
         monkeypatch.setattr(module, "_row", row)
