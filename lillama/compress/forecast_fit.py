@@ -1,8 +1,8 @@
 """Constants of `forecast`, written by `python -m benchmarks.forecast --write` from the
 measured runs in benchmarks/results: edit neither, run it again.
 
-factor: the error bar, either way. worst: how many times what the others foretell the worst
-cell lost. smallest, largest: expected losses among the cells.
+factor: the error bar, either way. worst: how many times what the others foretell the
+worst cell lost. smallest, largest: expected losses among the cells.
 """
 
 __all__ = ["LOSS", "SECONDS"]
