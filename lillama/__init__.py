@@ -2,6 +2,7 @@
 
     lillama.compress(MODEL, OUT, reduction=0.2, text="calibration.txt")
     lillama.plan(MODEL, 0.2)
+    lillama.advise(MODEL, text="calibration.txt")
     lillama.eval(OUT, "held_out.txt", against=MODEL)
     lillama.finetune(OUT, BETTER, base=MODEL, text="calibration.txt")
     lillama.generate(OUT, "Once upon")
@@ -17,6 +18,7 @@ Importing this package registers the checkpoint format with transformers, so tha
 
 from lillama_kernels import kernels_impl
 
+from lillama.compress.advise import advise
 from lillama.compress.finetune import finetune
 from lillama.compress.pipeline import compress
 from lillama.compress.plan import plan
@@ -35,6 +37,7 @@ __all__ = [
     "LillamaError",
     "RunError",
     "__version__",
+    "advise",
     "compress",
     "eval",
     "export",

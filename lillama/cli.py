@@ -10,9 +10,7 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from lillama.cli_eval import evaluate
 from lillama.cli_options import (
@@ -44,8 +42,10 @@ from lillama.cli_options import (
     TokensOption,
     TrainingTokens,
     TrainOption,
+    names,
 )
 from lillama.cli_output import errors, print_json, print_rows, progress_bar
+from lillama.cli_plan import plan
 from lillama.cli_report import report
 from lillama.cli_sample import sample
 from lillama.cli_serve import serve
@@ -82,14 +82,6 @@ _COMPRESS, _EXPORT, _FINETUNE, _GENERATE = map(
     _defaults, (CompressConfig, ExportConfig, FinetuneConfig, GenerateConfig)
 )
 ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
-
-
-def _names(values: str | None) -> tuple[str, ...] | None:
-    return (
-        None
-        if values is None
-        else tuple(part.strip() for part in values.split(",") if part.strip())
-    )
 
 
 @app.command()
@@ -131,7 +123,7 @@ def compress(
             seq_len=seq_len,
             preset=preset,
             strategy=strategy,
-            targets=_names(targets),
+            targets=names(targets),
             gauge=gauge,
             loss=loss,
             packing=packing,
@@ -153,48 +145,7 @@ def compress(
     print_rows(f"{out}: {len(blocks)} blocks compressed", report)
 
 
-@app.command()
-def plan(
-    model: Model,
-    reduction: Reduction,
-    revision: Revision = None,
-    preset: PresetOption = _COMPRESS["preset"],
-    strategy: StrategyOption = None,
-    targets: TargetsOption = None,
-    gauge: GaugeOption = None,
-    tokens: TokensOption = None,
-    seq_len: SeqLen = _COMPRESS["seq_len"],
-    train: TrainOption = _COMPRESS["train"],
-    activation_memory: ActivationMemory = ACTIVATION_MEMORY,
-    as_json: Json = False,
-) -> None:
-    """Show what a compression would do and need; reads headers only."""
-    from lillama.compress.plan import plan as run
-
-    document = run(
-        at_revision(model, revision),
-        reduction,
-        preset=preset,  # type: ignore[arg-type]
-        strategy=strategy,  # type: ignore[arg-type]
-        targets=_names(targets),
-        gauge=gauge,  # type: ignore[arg-type]
-        tokens=tokens,
-        seq_len=seq_len,
-        train=train,
-        activation_memory=parse_bytes("--activation-memory", activation_memory),
-    )
-    if as_json:
-        print_json(document)
-        return
-    table = Table(title=f"{model}, --reduction {reduction}")
-    for column in ("matrix", "shape", "rank", "break-even", "params before", "params after"):
-        table.add_column(column, justify="left" if column == "matrix" else "right")
-    for row in document.pop("matrices"):
-        shape = f"{row['shape'][0]} x {row['shape'][1]}"
-        numbers = (row["rank"], row["break_even_rank"], row["params_before"], row["params_after"])
-        table.add_row(row["name"], shape, *(f"{number:,}" for number in numbers))
-    Console().print(table)
-    print_rows("whole model", document)
+app.command()(plan)
 
 
 app.command("eval")(evaluate)

@@ -35,6 +35,7 @@ __all__ = [
     "TokensOption",
     "TrainOption",
     "TrainingTokens",
+    "names",
 ]
 
 Model = Annotated[
@@ -146,3 +147,12 @@ ActivationMemory = Annotated[
         help="Host memory for activations between blocks; what exceeds it goes to files by OUT."
     ),
 ]
+
+
+def names(values: str | None) -> tuple[str, ...] | None:
+    """ "a, b" -> ("a", "b")"""
+    return (
+        None
+        if values is None
+        else tuple(part.strip() for part in values.split(",") if part.strip())
+    )

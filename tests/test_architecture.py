@@ -21,6 +21,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
 LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", "hub_text"}
 LEAVES |= {"shard_file", "version"}
+LEAVES |= {"config_advice"}
 LAYERS = (
     LEAVES,
     {"modules"},
@@ -34,7 +35,8 @@ LAYERS = (
     {"report_page"},
     {"report"},
     {"cli_options", "cli_output"},
-    {"cli_eval", "cli_report", "cli_sample", "cli_serve", "cli_upstream"},
+    {"cli_advice"},
+    {"cli_eval", "cli_plan", "cli_report", "cli_sample", "cli_serve", "cli_upstream"},
     {"cli"},
 )
 # Parts that import the extra lillama[serve], and what each of its packages is imported as; jinja2
@@ -48,9 +50,11 @@ EVAL_EXTRA = {"evaluate_tasks.py"}
 DATA_EXTRA = {"hub_text.py"}
 TERMINAL = {
     "cli.py",
+    "cli_advice.py",
     "cli_eval.py",
     "cli_options.py",
     "cli_output.py",
+    "cli_plan.py",
     "cli_report.py",
     "cli_sample.py",
     "cli_serve.py",
@@ -67,8 +71,8 @@ OPTIONS = {
     "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --gauge "
     "--json --loss --overwrite --packing --preset --reduction --revision --seed --seq-len "
     "--strategy --targets --text --tokens --train",
-    "plan": "--activation-memory --gauge --json --preset --reduction --revision --seq-len "
-    "--strategy --targets --tokens --train",
+    "plan": "--activation-memory --advise --device --gauge --json --preset --reduction --retain "
+    "--revision --seq-len --strategy --targets --text --tokens --train",
     "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
     "--packing --revision --seed --seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --generations --json --limit --metric "
