@@ -132,6 +132,18 @@ def _moe(
     )
 
 
+def _state_space(model_type: str, targets: Mapping[str, str], **more: Any) -> Family:
+    """A family whose blocks are one mixer each."""
+    return Family(
+        model_type=model_type,
+        targets=dict(targets),
+        default_targets=("in_proj", "out_proj"),
+        paper_strategy="uniform",
+        embedding="backbone.embeddings",
+        **more,
+    )
+
+
 _W_EXPERTS = ExpertsNaming(
     runtime="mlp.experts",
     hub="block_sparse_moe.experts",
@@ -143,6 +155,9 @@ _W_EXPERTS = ExpertsNaming(
 _PROJ_EXPERTS = ExpertsNaming(
     runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
 )
+# dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can be
+# asked for.
+_MIXER = {name: f"mixer.{name}" for name in ("in_proj", "out_proj", "x_proj")}
 _SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
 
 # mixtral and mamba first: vLLM's side looks a naming up in this order
@@ -154,19 +169,7 @@ FAMILIES: dict[str, Family] = {
         paper_strategy="bottom",
         embedding="model.embed_tokens",
     ),
-    # dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can
-    # be asked for.
-    "mamba": Family(
-        model_type="mamba",
-        targets={
-            "in_proj": "mixer.in_proj",
-            "out_proj": "mixer.out_proj",
-            "x_proj": "mixer.x_proj",
-        },
-        default_targets=("in_proj", "out_proj"),
-        paper_strategy="uniform",
-        embedding="backbone.embeddings",
-    ),
+    "mamba": _state_space("mamba", _MIXER),
     "llama": _dense("llama", {**_ATTENTION, **_MLP}),
     "mistral": _dense("mistral", {**_ATTENTION, **_MLP}),
     "qwen2": _dense("qwen2", {**_ATTENTION, **_MLP}),
@@ -225,6 +228,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": _moe("qwen3_moe", _PROJ_EXPERTS, _MLP, inner_size="moe_intermediate_size"),
     "olmoe": _moe("olmoe", _PROJ_EXPERTS, {}),
     "phimoe": _moe("phimoe", _W_EXPERTS, {}),
+    # norms without weights between x_proj and the scan
+    "falcon_mamba": _state_space("falcon_mamba", _MIXER),
 }
 
 

@@ -169,8 +169,26 @@ def family_config(model_type: str, **changes: object) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **values)
 
 
+def falcon_mamba_config(**changes: object) -> PretrainedConfig:
+    """Embeddings and head are two matrices, as in the published one; with biases, unlike it."""
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+        "time_step_rank": 4,
+        "use_bias": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model("falcon_mamba", **{**values, **changes})
+
+
 def config_of(kind: str, changes: dict[str, object]) -> PretrainedConfig:
     makers = {"mixtral": mixtral_config, "mamba": mamba_config}
+    makers |= {"falcon_mamba": falcon_mamba_config}
     return makers[kind](**changes) if kind in makers else family_config(kind, **changes)
 
 
