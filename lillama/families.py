@@ -62,6 +62,8 @@ class Family:
     transformers puts the head. `before_blocks`: other modules with weights that the model runs
     before its first block. `inner_size`, `shared_size`: what the config calls the width of the MLP
     (of one expert where there are experts), and of the MLP that every token sees beside them.
+    `expand`: what it calls how many times wider than the model a state-space mixer is. `scan_kept`:
+    numbers that autograd keeps of a scan for each of the mixer's width, beyond those of an MLP.
     """
 
     model_type: str
@@ -73,8 +75,10 @@ class Family:
     head: str = "lm_head"
     runtime_head: str = "lm_head"
     before_blocks: tuple[str, ...] = ()
-    inner_size: str = "intermediate_size"
+    inner_size: str | None = "intermediate_size"
     shared_size: str | None = None
+    expand: str | None = None
+    scan_kept: int = 0
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -230,6 +234,14 @@ FAMILIES: dict[str, Family] = {
     "phimoe": _moe("phimoe", _W_EXPERTS, {}),
     # norms without weights between x_proj and the scan
     "falcon_mamba": _state_space("falcon_mamba", _MIXER),
+    # steps, B and C come out of in_proj; `scan_kept` is for the state size of 128 that is usual
+    "mamba2": _state_space(
+        "mamba2",
+        {name: _MIXER[name] for name in ("in_proj", "out_proj")},
+        inner_size=None,
+        expand="expand",
+        scan_kept=17,
+    ),
 }
 
 

@@ -186,9 +186,27 @@ def falcon_mamba_config(**changes: object) -> PretrainedConfig:
     return AutoConfig.for_model("falcon_mamba", **{**values, **changes})
 
 
+def mamba2_config(**changes: object) -> PretrainedConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "state_size": 8,
+        "head_dim": 16,
+        "num_heads": 4,
+        "n_groups": 2,
+        "num_hidden_layers": 2,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model("mamba2", **{**values, **changes})
+
+
 def config_of(kind: str, changes: dict[str, object]) -> PretrainedConfig:
     makers = {"mixtral": mixtral_config, "mamba": mamba_config}
-    makers |= {"falcon_mamba": falcon_mamba_config}
+    makers |= {"falcon_mamba": falcon_mamba_config, "mamba2": mamba2_config}
     return makers[kind](**changes) if kind in makers else family_config(kind, **changes)
 
 

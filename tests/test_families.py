@@ -22,7 +22,7 @@ from lillama.families import FAMILIES, family_of
 from lillama.loading import count_params, load_model
 
 KINDS = sorted(FAMILIES)
-TIED = {"gemma", "gemma2", "mamba", "opt"}
+TIED = {"gemma", "gemma2", "mamba", "mamba2", "opt"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
 each_family = pytest.mark.parametrize("kind", KINDS)
