@@ -242,6 +242,23 @@ FAMILIES: dict[str, Family] = {
         expand="expand",
         scan_kept=17,
     ),
+    # every block has a mixer or attention, and experts or one MLP
+    "jamba": _moe(
+        "jamba",
+        ExpertsNaming(
+            runtime="feed_forward.experts",
+            hub="feed_forward.experts",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+        ),
+        {
+            **{name: f"feed_forward.{name}" for name in _MLP},
+            **{name: f"mamba.{name}" for name in _MIXER},
+        },
+        default=("in_proj", "out_proj"),
+        expand="mamba_expand",
+    ),
 }
 
 

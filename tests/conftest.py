@@ -148,6 +148,12 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    # a mixer and experts, then attention and one MLP
+    "jamba": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        **{"expert_layer_period": 2, "expert_layer_offset": 0, "mamba_proj_bias": True},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1},
+    },
 }
 
 
