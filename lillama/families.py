@@ -62,6 +62,8 @@ class Family:
     transformers puts the head. `before_blocks`: other modules with weights that the model runs
     before its first block. `inner_size`, `shared_size`: what the config calls the width of the MLP
     (of one expert where there are experts), and of the MLP that every token sees beside them.
+    `expand`: what it calls how many times wider than the model a state-space mixer is. `scan_kept`:
+    numbers that autograd keeps of a scan for each of the mixer's width, beyond those of an MLP.
     """
 
     model_type: str
@@ -73,8 +75,10 @@ class Family:
     head: str = "lm_head"
     runtime_head: str = "lm_head"
     before_blocks: tuple[str, ...] = ()
-    inner_size: str = "intermediate_size"
+    inner_size: str | None = "intermediate_size"
     shared_size: str | None = None
+    expand: str | None = None
+    scan_kept: int = 0
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -126,6 +130,18 @@ def _moe(
     )
 
 
+def _state_space(model_type: str, targets: Mapping[str, str], **more: Any) -> Family:
+    """A family whose blocks are one mixer each."""
+    return Family(
+        model_type=model_type,
+        targets=dict(targets),
+        default_targets=("in_proj", "out_proj"),
+        paper_strategy="uniform",
+        embedding="backbone.embeddings",
+        **more,
+    )
+
+
 _W_EXPERTS = ExpertsNaming(
     runtime="mlp.experts",
     hub="block_sparse_moe.experts",
@@ -137,6 +153,9 @@ _W_EXPERTS = ExpertsNaming(
 _PROJ_EXPERTS = ExpertsNaming(
     runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
 )
+# dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can be
+# asked for.
+_MIXER = {name: f"mixer.{name}" for name in ("in_proj", "out_proj", "x_proj")}
 _SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
 
 # mixtral and mamba first: vLLM's side looks a naming up in this order
@@ -148,19 +167,7 @@ FAMILIES: dict[str, Family] = {
         paper_strategy="bottom",
         embedding="model.embed_tokens",
     ),
-    # dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can
-    # be asked for.
-    "mamba": Family(
-        model_type="mamba",
-        targets={
-            "in_proj": "mixer.in_proj",
-            "out_proj": "mixer.out_proj",
-            "x_proj": "mixer.x_proj",
-        },
-        default_targets=("in_proj", "out_proj"),
-        paper_strategy="uniform",
-        embedding="backbone.embeddings",
-    ),
+    "mamba": _state_space("mamba", _MIXER),
     "llama": _dense("llama", {**_ATTENTION, **_MLP}),
     "mistral": _dense("mistral", {**_ATTENTION, **_MLP}),
     "qwen2": _dense("qwen2", {**_ATTENTION, **_MLP}),
@@ -219,6 +226,33 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": _moe("qwen3_moe", _PROJ_EXPERTS, _MLP, inner_size="moe_intermediate_size"),
     "olmoe": _moe("olmoe", _PROJ_EXPERTS, {}),
     "phimoe": _moe("phimoe", _W_EXPERTS, {}),
+    # norms without weights between x_proj and the scan
+    "falcon_mamba": _state_space("falcon_mamba", _MIXER),
+    # steps, B and C come out of in_proj; `scan_kept` is for the state size of 128 that is usual
+    "mamba2": _state_space(
+        "mamba2",
+        {name: _MIXER[name] for name in ("in_proj", "out_proj")},
+        inner_size=None,
+        expand="expand",
+        scan_kept=17,
+    ),
+    # every block has a mixer or attention, and experts or one MLP
+    "jamba": _moe(
+        "jamba",
+        ExpertsNaming(
+            runtime="feed_forward.experts",
+            hub="feed_forward.experts",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+        ),
+        {
+            **{name: f"feed_forward.{name}" for name in _MLP},
+            **{name: f"mamba.{name}" for name in _MIXER},
+        },
+        default=("in_proj", "out_proj"),
+        expand="mamba_expand",
+    ),
 }
 
 

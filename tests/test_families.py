@@ -22,7 +22,7 @@ from lillama.families import FAMILIES, family_of
 from lillama.loading import count_params, load_model
 
 KINDS = sorted(FAMILIES)
-TIED = {"gemma", "gemma2", "mamba", "opt"}
+TIED = {"gemma", "gemma2", "mamba", "mamba2", "opt"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
 each_family = pytest.mark.parametrize("kind", KINDS)
@@ -337,6 +337,8 @@ def test_targets_are_linear_layers_of_the_blocks(kind, base):
         found |= {name for name, m in block.named_modules() if type(m) is torch.nn.Linear}
     left_out = {
         "mamba": {"mixer.dt_proj"},
+        "falcon_mamba": {"mixer.dt_proj"},
+        "jamba": {"mamba.dt_proj"},
         "mixtral": {f"self_attn.{name}_proj" for name in "qkvo"},
         "qwen2_moe": {"mlp.shared_expert_gate"},
     }

@@ -121,22 +121,23 @@ def _batch_bytes(plan: Plan, options: PlanConfig, passes: int) -> int:
 
 
 def _widths(plan: Plan) -> tuple[float, int]:
-    """Numbers inside the MLP of a block for one token: of what every token sees, and of one
-    expert."""
+    """Numbers inside a block for one token at its widest, an MLP or a mixer: of what every token
+    sees, and of one expert."""
     config, family = plan.config, plan.family
-    inner = getattr(config, family.inner_size)
+    inner = getattr(config, family.inner_size) if family.inner_size else 0
+    mixer = getattr(config, family.expand) * config.hidden_size if family.expand else 0
     if family.experts is None:
-        return inner, 0
-    return getattr(config, family.shared_size) if family.shared_size else 0, inner
+        return max(inner, mixer), 0
+    return max(getattr(config, family.shared_size) if family.shared_size else 0, mixer), inner
 
 
 def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:
     """What autograd keeps of a block for so many tokens: about 12 tensors [rows, H] and 4 of the
-    width inside, 2 more where it is not an expert's (their gradients on the way back); where
-    attention is computed step by step, 5 of its square as well."""
+    width inside, 2 more where it is not an expert's (their gradients on the way back) and a scan's
+    own; where attention is computed step by step, 5 of its square as well."""
     config = plan.config
     width, expert = _widths(plan)
-    numbers = 12 * config.hidden_size + 6 * round(width)
+    numbers = 12 * config.hidden_size + (6 + plan.family.scan_kept) * round(width)
     if plan.family.experts is not None:
         numbers += 4 * config.num_experts_per_tok * expert
     if plan.attention == "eager" and hasattr(config, "num_attention_heads"):
