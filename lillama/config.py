@@ -85,6 +85,8 @@ class Recipe:
     evaluations: int = 6
     # False: the factors stay as they were initialised
     train: bool = True
+    # a factorised output head learns the teacher's predictions, as a last block
+    train_head: bool = True
     # how often the whole model, after its blocks, learns the teacher's predictions of all tokens
     # (compress/finetune.py); 0: not at all
     finetune_epochs: int = 0

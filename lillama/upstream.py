@@ -26,8 +26,9 @@ from lillama.checkpoint import (
 from lillama.checkpoint_writer import CheckpointWriter, check_space
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.describe import card_metadata, card_text
+from lillama.compress.outside import HEAD, REST
 from lillama.compress.pipeline import COPIED_FILES
-from lillama.compress.run import REST, pieces_of
+from lillama.compress.run import pieces_of
 from lillama.compress.student import copied_entry
 from lillama.errors import InputError
 from lillama.families import family_of
@@ -230,7 +231,8 @@ def import_upstream(folder: str | Path, out: str | Path, *, base: str | Path) ->
     upstream = open_upstream(source, teacher.block_path, len(teacher.blocks))
     dense = _kept_dense(path, config, teacher, upstream.ranks)
     model = _Base(path=path, teacher=teacher, ranks=upstream.ranks, dense=dense)
-    pieces = pieces_of(model.num_blocks)
+    # its code knows no shard of its own for what is behind the blocks: all is in the rest
+    pieces = [piece for piece in pieces_of(model.num_blocks) if piece != HEAD]
     for piece in pieces:
         found = upstream.read(piece)
         if found is not None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lillama.checkpoint import check_ranks, read_headers
-from lillama.compress.run import REST
+from lillama.compress.outside import REST
 from lillama.errors import InputError
 
 __all__ = ["Upstream", "is_in", "open_upstream", "some"]

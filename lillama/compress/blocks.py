@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -256,13 +257,16 @@ class TeacherBlocks:
         inside = f"{name}.".startswith(f"{self.block_path}.")
         return own and not inside and module not in self._loaded
 
-    def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """The model's prediction [b, T, V] from the states [b, T, H] behind its last block. Inside
-        `head` only."""
+    def logits(
+        self, hidden: Tensor, mask: Tensor | None, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The model's prediction [b, T, V] from the states [b, T, H] behind its last block, with
+        `weights` (by runtime name) in place of its own. Inside `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
         with self._blocks_as(lambda states, **kwargs: hidden):
-            return self._run(mask, inputs_embeds=self._nothing(*hidden.shape[:2])).logits
+            nothing = self._nothing(*hidden.shape[:2])
+            return self._run(mask, weights, inputs_embeds=nothing).logits
 
     def _nothing(self, *shape: int) -> Tensor:
         """Embeddings of no token, for what does not depend on them."""
@@ -314,9 +318,12 @@ class TeacherBlocks:
             for block in self.blocks:
                 del block.forward
 
-    def _run(self, mask: Tensor | None, **inputs: Tensor) -> Any:
+    def _run(
+        self, mask: Tensor | None, weights: dict[str, Tensor] | None = None, **inputs: Tensor
+    ) -> Any:
         attention_mask = None if mask is None else mask.to(self.device, torch.long)
-        return self.model(**inputs, attention_mask=attention_mask, use_cache=False)
+        given = {**inputs, "attention_mask": attention_mask, "use_cache": False}
+        return functional_call(self.model, weights, (), given) if weights else self.model(**given)
 
 
 def _finite(tensor: Tensor) -> bool:

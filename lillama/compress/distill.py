@@ -27,6 +27,7 @@ __all__ = [
     "TrainState",
     "held_out_loss",
     "learning_rate_at",
+    "shuffled",
     "train_block",
 ]
 
@@ -157,7 +158,7 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup_fraction: float)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _batches(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+def shuffled(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order.split(batch_size)
 
@@ -300,7 +301,7 @@ def train_block(
     """
     trainer = _Trainer(student, held_out, recipe, loss, device, name, peak_learning_rate)
     trainer.on_judge = on_judge
-    batches = _batches(len(train.target), recipe.batch_size, seed)
+    batches = shuffled(len(train.target), recipe.batch_size, seed)
     steps = len(batches)
     every = max(1, math.ceil(steps / recipe.evaluations))
     if resume is None:

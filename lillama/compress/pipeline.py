@@ -314,6 +314,7 @@ def _compress(
             "device": str(device),
             "ranks": ranks.world,
             "blocks": rows,
+            **({} if (head := run.head_report(writer)) is None else {"head": head}),
         }
         if ranks.is_first:
             _finish(writer, config, plan, report)

@@ -86,6 +86,12 @@ class Plan:
         """The token embeddings where they are factorised."""
         return next((m for m in self.matrices if m.block < 0 and m.name in self.ranks), None)
 
+    @property
+    def head(self) -> Matrix | None:
+        """The output head where it is factorised."""
+        last = self.outside[1]
+        return next((m for m in self.matrices if m.block == last and m.name in self.ranks), None)
+
     def ranks_of_block(self, block: int) -> dict[str, int]:
         return {
             m.name: self.ranks[m.name]
