@@ -31,10 +31,12 @@ from lillama.hub import at_revision
 
 __all__ = ["plan"]
 
-_PLAN, _ADVICE = (
-    {field.name: field.default for field in dataclasses.fields(config)}
-    for config in (PlanConfig, AdviceConfig)
-)
+
+def _defaults(config: type) -> dict[str, Any]:
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+_PLAN, _ADVICE = _defaults(PlanConfig), _defaults(AdviceConfig)
 ACTIVATION_MEMORY = f"{_PLAN['activation_memory'] // 2**30}GiB"
 
 Reduction = Annotated[

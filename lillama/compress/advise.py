@@ -1,6 +1,7 @@
 """What to expect of compressing a model, and the command to do it with: `lillama plan --advise` and
 `lillama.advise`. Nothing is written."""
 
+import bisect
 import logging
 import math
 import os
@@ -199,6 +200,15 @@ def _keeping(found: _Found, row: dict[str, Any]) -> AdvisedPreset | None:
     )
 
 
+def _may_keep(found: _Found, reduction: float) -> bool:
+    """Whether any preset keeps what is asked for, however long it takes."""
+    expected = found.expected(found.at(reduction))
+    assert expected is not None
+    presets = ADVISED_PRESETS if found.options.preset is None else (found.options.preset,)
+    kept = (forecast.loss(preset, expected)["retained_worst"] for preset in presets)
+    return max(kept) >= found.options.retain
+
+
 def _choose(found: _Found) -> tuple[dict[str, Any], AdvisedPreset, str]:
     """The forecast of what is advised, its preset, and why."""
     options = found.options
@@ -217,12 +227,15 @@ def _choose(found: _Found) -> tuple[dict[str, Any], AdvisedPreset, str]:
             _allowed(found, row)[-1],
             f"nothing is sure to keep {retain} at what you asked for",
         )
-    for reduction in reversed(_steps(found)):
+    steps = _steps(found)
+    # more reduction never costs less
+    count = bisect.bisect_left(steps, True, key=lambda step: not _may_keep(found, step))
+    for reduction in reversed(steps[:count]):
         row = _row(found, reduction)
         preset = _keeping(found, row)
         if preset is not None:
             return row, preset, f"the largest step of {STEP:.0%} that should keep {retain}"
-    row = _row(found, _steps(found)[0])
+    row = _row(found, steps[0])
     return row, _allowed(found, row)[-1], f"the smallest step; nothing is sure to keep {retain}"
 
 

@@ -38,6 +38,23 @@ def test_advise_is_json_and_covers_three_reductions(with_text):
     assert set(rows_of(with_text)) == {0.2, 0.4, 0.6, chosen}
 
 
+def test_advise_takes_the_largest_step_that_keeps(mixtral, text_file, with_text):
+    def kept(document: dict[str, Any], reduction: float) -> float:
+        presets = rows_of(document)[reduction]["presets"].values()
+        return max(row["retained_worst"] for row in presets)
+
+    retain = (kept(with_text, 0.2) + kept(with_text, 0.4)) / 2
+    options = {"text": text_file, "retain": retain, **FEW}
+    found = lillama.advise(mixtral, **options)
+    chosen = found["recommendation"]["reduction"]
+    assert "the largest step" in found["recommendation"]["why"]
+    assert 0.2 <= chosen < 0.4 and kept(found, chosen) >= retain
+    above = round(chosen + 0.05, 2)
+    found = lillama.advise(mixtral, reduction=above, **options)
+    assert "nothing is sure" in found["recommendation"]["why"]
+    assert kept(found, above) < retain
+
+
 def test_advise_predicts_more_loss_for_more_reduction(with_text):
     rows = [row for row in with_text["forecast"] if row["reachable"]]
     assert len(rows) >= 2
@@ -125,6 +142,7 @@ def choose(mamba, monkeypatch):
             }
 
         monkeypatch.setattr(module, "_row", row)
+        monkeypatch.setattr(module, "_may_keep", lambda found, step: step <= 0.25)
         monkeypatch.setattr(module._Found, "reachable", lambda self, step: step in LOSSES)
         found = module._Found(config, *[None] * 5, losses={}, tokens=None)  # type: ignore[arg-type]
         return module._choose(found)
@@ -138,7 +156,7 @@ def choose(mamba, monkeypatch):
         # the largest step that either keeps, by the cheapest that keeps it
         ({"retain": 0.95}, 0.25, "default", "the largest step"),
         ({"retain": 0.99}, 0.1, "default", "the largest step"),
-        ({"retain": 0.7}, 0.3, "fast", "the largest step"),
+        ({"retain": 0.8}, 0.25, "fast", "the largest step"),
         ({"retain": 0.999}, 0.05, "default", "nothing is sure"),
         # what was asked for
         ({"retain": 0.95, "reduction": 0.15}, 0.15, "fast", "fast is expected to keep 95%"),
