@@ -41,6 +41,7 @@ needs_harness = pytest.mark.skipif(
 )
 # what the harness and its packages say of themselves while they are imported or end
 quiet = pytest.mark.filterwarnings(
+    "ignore:You passed .quantization_config.:UserWarning",
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
     "ignore::ResourceWarning",
