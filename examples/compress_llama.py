@@ -47,7 +47,7 @@ def random_llama(folder: Path, text: str, hidden_size: int, num_layers: int) -> 
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--model", type=Path, help="a Llama; left out: a random one is made")
     parser.add_argument("--text", type=Path, help="calibration text; left out: Python's library")

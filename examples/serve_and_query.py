@@ -65,7 +65,7 @@ def stream(url: str, prompt: str, max_tokens: int) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> tuple[str, str]:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt", default="def read(path):")
     parser.add_argument("--max-tokens", type=int, default=32)

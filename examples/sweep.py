@@ -33,7 +33,7 @@ def plot(rows: list[dict], file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])

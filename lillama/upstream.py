@@ -61,6 +61,10 @@ class _Base:
     def num_blocks(self) -> int:
         return len(self.teacher.blocks)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(header.num_bytes for header in self.teacher.headers.values())
+
     def names_of(self, piece: str) -> list[str]:
         """The base's tensors that belong to a shard."""
         path = self.teacher.block_path
@@ -269,7 +273,7 @@ def _write(
     """Every shard, then the rest of OUT. Adds `bytes_after` to the report."""
     path = base.path
     with CheckpointWriter(out, recipe, pieces) as writer:
-        check_space(out, sum(file.stat().st_size for file in upstream.files))
+        check_space(out, round(base.num_bytes * (1 - report["reduction"])))
         for piece in pieces:
             if writer.done(piece) is None:
                 writer.add_shard(piece, _entries(piece, upstream.read(piece), base))

@@ -146,7 +146,7 @@ def test_import_upstream_writes_names_and_dtypes_as_compress_does(bases, tmp_pat
 
 # What is refused
 
-Damage = Callable[[Path], None]
+Damage = Callable[[Path], object]
 BLOCK = "checkpoints/model.layers.0.pt"
 FACTOR = "mlp.gate_proj.0.weight"
 
