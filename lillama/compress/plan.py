@@ -54,7 +54,8 @@ class Plan:
 
     @property
     def params_after(self) -> int:
-        return self.params_before - removed(self.matrices, self.ranks)
+        saved = (m.params_saved(self.ranks[m.name]) for m in self.matrices if m.name in self.ranks)
+        return self.params_before - sum(saved)
 
     @property
     def reduction(self) -> float:

@@ -182,7 +182,7 @@ class Run:
     def _saved(self, index: int) -> int:
         """Parameters that a block loses."""
         ranks = self.plan.ranks_of_block(index)
-        return sum(m.saved(ranks[m.name]) for m in self.plan.matrices if m.name in ranks)
+        return sum(m.params_saved(ranks[m.name]) for m in self.plan.matrices if m.name in ranks)
 
     def _add(
         self, writer: CheckpointWriter, index: int, student: nn.Module | None, **record: object

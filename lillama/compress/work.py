@@ -60,7 +60,9 @@ def _saved(plan: Plan, index: int) -> float:
     """Of those numbers, what factors do without."""
     ranks = plan.ranks_of_block(index)
     return sum(
-        m.saved(ranks[m.name]) * token_share(plan, m) for m in plan.matrices if m.name in ranks
+        m.params_saved(ranks[m.name]) * token_share(plan, m)
+        for m in plan.matrices
+        if m.name in ranks
     )
 
 
@@ -176,5 +178,5 @@ def decoded_numbers(plan: Plan, headers: Mapping[str, TensorHeader]) -> tuple[fl
         if matrix is plan.embedding:  # one row of one factor, and all of the other
             saved += matrix.K - rank * (matrix.K + 1)
         else:
-            saved += matrix.saved(rank) * token_share(plan, matrix)
+            saved += matrix.params_saved(rank) * token_share(plan, matrix)
     return dense, dense - saved
