@@ -34,10 +34,14 @@ class Matrix:
         return rank * (self.N + self.K - (rank if self.pivot else 0))
 
     @property
+    def order_bytes(self) -> int:
+        """What the order of its outputs takes beside its factors: N int32."""
+        return 4 * self.N if self.pivot else 0
+
+    @property
     def order(self) -> int:
-        """What the order of its outputs takes beside its factors: N int32, as much as 2 N numbers
-        of 16 bits. Counted so where numbers are wider, too."""
-        return 2 * self.N if self.pivot else 0
+        """The same as numbers of 16 bits; counted so where numbers are wider, too."""
+        return self.order_bytes // 2
 
     def rank_at(self, fraction: float) -> float:
         """The exact rank whose factors and order take `fraction` of what the weight takes."""

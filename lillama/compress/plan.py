@@ -20,7 +20,7 @@ from lillama.checkpoint import (
     read_config,
     read_headers,
 )
-from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
+from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import Family, family_of
@@ -69,7 +69,11 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
-        return self.bytes_before - round(removed(self.matrices, self.ranks) * self.item_bytes)
+        chosen = [m for m in self.matrices if m.name in self.ranks]
+        saved = sum(m.params_saved(self.ranks[m.name]) for m in chosen)
+        return (
+            self.bytes_before - round(saved * self.item_bytes) + sum(m.order_bytes for m in chosen)
+        )
 
     @property
     def blocks(self) -> list[int]:
@@ -128,7 +132,7 @@ class Plan:
                     "params_before": matrix.N * matrix.K,
                     "params_after": numbers,
                     "bytes_before": round(matrix.N * matrix.K * self.item_bytes),
-                    "bytes_after": round(numbers * self.item_bytes),
+                    "bytes_after": round(numbers * self.item_bytes) + matrix.order_bytes,
                     "flops_per_token_before": dense,
                     "flops_per_token_after": now,
                 }

@@ -71,7 +71,7 @@ def test_decoding_reads_all_but_idle_experts_and_embeddings(mixtral):
     embeddings = sizes["model.embed_tokens.weight"]
     # 2 of 4 experts, one row of the embeddings
     assert dense == sum(sizes.values()) - experts / 2 - embeddings + 32
-    saved = sum(m.saved(plan.ranks[m.name]) for m in plan.matrices if m.name in plan.ranks)
+    saved = sum(m.params_saved(plan.ranks[m.name]) for m in plan.matrices if m.name in plan.ranks)
     assert dense - compressed == saved / 2
 
 
