@@ -15,11 +15,12 @@ OPTIONS = {"tokens": 1500, "seq_len": 32, "learning_rate": 1e-3}
 
 @pytest.fixture(scope="module")
 def compressed(mixtral, mamba, text_file, tmp_path_factory):
-    """{kind: (base, OUT)}, untrained at 30%; the Mamba in the pivot gauge."""
+    """{kind: (base, OUT)}, untrained at 30 and 25%; the Mamba in the pivot gauge."""
     found = {}
-    for base, options in ((mixtral, {}), (mamba, {"gauge": "pivot"})):
+    plain, pivot = {"gauge": "plain", "reduction": 0.3}, {"gauge": "pivot"}
+    for base, options in ((mixtral, plain), (mamba, pivot)):
         out = tmp_path_factory.mktemp("compressed") / base.name
-        given = {"reduction": 0.3, "text": text_file, "tokens": 600, "seq_len": 32, **options}
+        given = {"reduction": 0.25, "text": text_file, "tokens": 600, "seq_len": 32, **options}
         lillama.compress(base, out, preset="fast", device="cpu", **given)
         found[base.name] = base, out
     return found
