@@ -26,7 +26,7 @@ TIED = {"gemma", "gemma2", "mamba", "mamba2", "opt"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
 each_family = pytest.mark.parametrize("kind", KINDS)
-# ranks by the loss, in the pivot gauge where that fits; every target with factors, plain
+# ranks by the loss, in the pivot gauge; every target with factors, plain
 each_preset = pytest.mark.parametrize("preset", ["default", "whitened"])
 
 
@@ -347,11 +347,11 @@ def test_targets_are_linear_layers_of_the_blocks(kind, base):
     assert set(family.default_targets) <= set(family.target_names)
 
 
-def test_gauge_is_pivot_where_all_targets_are_linear(base):
+def test_gauge_is_the_presets_for_linear_layers_and_experts(base):
     def gauge(kind: str, **options: Any) -> str:
         return make_plan(PlanConfig(model=base(kind), reduction=0.1, **options)).gauge
 
-    assert gauge("llama") == "pivot" and gauge("mixtral") == "plain"
+    assert gauge("llama") == gauge("mixtral") == gauge("qwen2_moe") == "pivot"
     assert gauge("llama", preset="paper") == "plain"
 
 
