@@ -9,7 +9,6 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
@@ -121,23 +120,33 @@ def has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def vllm(model: PreTrainedModel, keep: float, prompts: Tensor, new_tokens: int) -> Answering:
-    """vLLM's engine with the plugin, in this process, on a checkpoint of the model; its cache has
-    room for these prompts. Time to the first token includes what it schedules between prompts."""
+def vllm(
+    make: Callable[[], PreTrainedModel], keep: float, prompts: Tensor, new_tokens: int
+) -> Answering:
+    """vLLM's engine with the plugin, in this process, on a checkpoint of a model made for it; its
+    cache has room for these prompts."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or its memory is another process's
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
     from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
     batch, length = prompts.shape
     with TemporaryDirectory() as folder:
-        _save(model, keep, Path(folder))
+        model = make()
+        if keep < 1:
+            attach_quantizer(model, LillamaConfig(ranks=ranks_of(model, keep)))
+        model.save_pretrained(folder)
+        dtype = str(model.dtype).removeprefix("torch.")
+        kv_bytes = max(KV_BYTES, 2 * _kv_bytes(model, prompts, new_tokens))
+        del model
+        if prompts.device.type == "cuda":
+            torch.cuda.empty_cache()
         llm: Any = LLM(
             folder,
             skip_tokenizer_init=True,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype,
             max_model_len=length + new_tokens,
             max_num_seqs=batch,
-            kv_cache_memory_bytes=max(KV_BYTES, 2 * _kv_bytes(model, prompts, new_tokens)),
+            kv_cache_memory_bytes=kv_bytes,
             enable_prefix_caching=False,  # the same prompts come again
         )
     sampling = SamplingParams(
@@ -167,7 +176,7 @@ def vllm(model: PreTrainedModel, keep: float, prompts: Tensor, new_tokens: int) 
 
 
 def _kv_bytes(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> int:
-    """Of attention; a Mamba's states are far below KV_BYTES but for many rows."""
+    """Keys and values, or a Mamba's states in fp32, of all rows."""
     config: Any = model.config
     batch, positions = prompts.shape[0], prompts.shape[1] + new_tokens
     if config.model_type == "mamba":
@@ -177,12 +186,6 @@ def _kv_bytes(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> int:
     return 2 * model.dtype.itemsize * config.num_hidden_layers * heads * batch * positions
 
 
-def _save(model: PreTrainedModel, keep: float, folder: Path) -> None:
-    if keep < 1:
-        attach_quantizer(model, LillamaConfig(ranks=ranks_of(model, keep)))
-    model.save_pretrained(folder)
-
-
 # What is made of them
 class Once:
     """A variant's call: answers, and keeps the times and the peak memory of every answer.
@@ -190,7 +193,7 @@ class Once:
     Args:
         build: makes the answering at the first call, whose memory is counted too.
         device: of the model.
-        weights_bytes: of a model that was there before.
+        weights_bytes: of a model that was there before, 0 where build makes it.
     """
 
     def __init__(

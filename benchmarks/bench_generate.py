@@ -66,7 +66,11 @@ def _variants(
             lambda cache=cache: theirs(model, prompts, STEPS, cache, compiled=cuda)
         )
     if has_vllm():
-        found[f"vllm_{name}"] = variant(lambda: vllm(model, keep, prompts, STEPS), weights=0)
+        # another model: saving one with factors tells generate that it is quantised
+        found[f"vllm_{name}"] = variant(
+            lambda: vllm(lambda: model_of(shape, keep, dtype, device), keep, prompts, STEPS),
+            weights=0,
+        )
     return found
 
 
