@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SUITES = [
     *("low_rank_linear", "low_rank_linears", "pivot_low_rank_linear", "distill_loss"),
     *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block", "compress"),
-    "decode",
+    *("decode", "generate"),
 ]
 # suites with no more rows are printed whole
 FEW = 12
@@ -86,6 +86,25 @@ def _row_cells(name: str, row: Mapping[str, Any], rivals: Sequence[str]) -> list
     return cells
 
 
+def _answer_lines(name: str, row: Mapping[str, Any]) -> list[list[str]]:
+    """Of whole answers: a line for every variant."""
+    called = name.partition("[")[2].removesuffix("]")
+    lines = []
+    for variant, found in row["answers"].items():
+        peak = found["peak_gib"]
+        cells = [
+            f"{found['first_token_ms']:.1f}",
+            f"{found['token_ms']:.2f}",
+            f"{found['tokens_per_s']:.0f}",
+            "not measured" if peak is None else f"{peak:.1f}",
+            f"{found['copy_bandwidth_percent']:.0f}%",
+        ]
+        lines.append([called, variant, *cells])
+    lines += [[called, f"{variant}: failed", *[""] * 5] for variant in row["failed"]]
+    said = row["notes"].get("vllm")
+    return lines + ([[called, f"vllm: {said}", *[""] * 5]] if said == "not installed" else [])
+
+
 def suite_table(suite: Suite) -> str:
     """All rows of one file: medians without launches where there are any."""
     rivals = dict.fromkeys(
@@ -94,11 +113,16 @@ def suite_table(suite: Suite) -> str:
         for variant in (*row["modes"][headline_mode(row)], *row["failed"])
         if variant != "ours"
     )
-    head = ["shape", "ours, us (p20 to p80)", *(f"{rival}, us" for rival in rivals)]
-    head += ["GB/s", "TFLOP/s", "of the ceiling", "ours eager, us"]
+    if any("answers" in row for row in suite.rows.values()):
+        head = ["shape", "variant", "first token, ms", "a later one, ms", "tokens/s", "peak, GiB"]
+        head += ["of the copy's bandwidth"]
+        lines = [line for name, row in suite.rows.items() for line in _answer_lines(name, row)]
+    else:
+        head = ["shape", "ours, us (p20 to p80)", *(f"{rival}, us" for rival in rivals)]
+        head += ["GB/s", "TFLOP/s", "of the ceiling", "ours eager, us"]
+        lines = [_row_cells(name, row, list(rivals)) for name, row in suite.rows.items()]
     limits = next(iter(suite.rows.values()))["ceilings"]
     said = ", ".join(f"{name} {value:.0f}" for name, value in limits.items())
-    lines = [_row_cells(name, row, list(rivals)) for name, row in suite.rows.items()]
     return f"{suite.where}. Ceilings: {said}.\n\n{_table(head, lines)}"
 
 

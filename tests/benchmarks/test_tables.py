@@ -176,6 +176,31 @@ def test_a_rival_that_failed_is_said(root, capsys):
     capsys.readouterr()
 
 
+def test_whole_answers_have_a_line_for_every_variant(root, capsys):
+    times = {
+        "first_token_ms": 12.34,
+        "token_ms": 1.234,
+        "tokens_per_s": 800.4,
+        "peak_gib": 2.04,
+        "copy_bandwidth_percent": 61.2,
+    }
+    answers = {"ours": times, "transformers_40": times | {"peak_gib": None}}
+    rows = {
+        "bench_generate[x-B1-P128]": row(10, 50, transformers_40=20)
+        | {"answers": answers, "notes": {"vllm": "not installed"}, "failed": {"other": "why"}}
+    }
+    write(root, "nvidia-h200-2026-11-20-generate.json", rows)
+    assert tables.main([], root) == 0
+    lines = (root / "kernels" / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| x-B1")] == [
+        "| x-B1-P128 | ours | 12.3 | 1.23 | 800 | 2.0 | 61% |",
+        "| x-B1-P128 | transformers_40 | 12.3 | 1.23 | 800 | not measured | 61% |",
+        "| x-B1-P128 | other: failed |  |  |  |  |  |",
+        "| x-B1-P128 | vllm: not installed |  |  |  |  |  |",
+    ]
+    capsys.readouterr()
+
+
 def test_the_newest_file_of_each_gpu_and_suite_counts(root):
     slow = {name: row(20, 10, cublas=1, compiled=1, dense=1) for name in ROWS}
     loss = {"bench_distill_loss[x]": row(1, 1)}

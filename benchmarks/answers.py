@@ -1,0 +1,247 @@
+"""Whole answers by our engine, by transformers' generate and by vLLM: prompts in, greedy tokens
+out, and when each of them was there.
+
+All three give every token to the host as soon as it is chosen, so the host's clock times them.
+"""
+
+import gc
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks.decode_models import ranks_of
+from lillama.integrations.transformers import LillamaConfig, attach_quantizer
+from lillama.serve.attention import AttentionRunner
+from lillama.serve.decode import Decoder
+from lillama.serve.mamba import MambaRunner
+from lillama.serve.request import SamplingParams
+from lillama.serve.runner import Runner
+
+__all__ = ["Answer", "Cache", "Once", "assert_same", "has_vllm", "ours", "theirs", "vllm"]
+
+Cache = Literal["static", "own"]
+# Of the largest logit, fp32: tokens nearer than that may be chosen either way
+TOLERANCE = 1e-3
+KV_BYTES = 2**30  # vLLM's at least
+
+
+class Answer(NamedTuple):
+    """tokens[b][i] of each row; stamps_s[i]: from the start until all rows had token i."""
+
+    tokens: list[list[int]]
+    stamps_s: list[float]
+
+
+Answering = Callable[[], Answer]
+
+
+def ours(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> Answering:
+    """Prompts [b, T] one after the other, then steps of all, captured on a GPU: as the engine does
+    for requests that arrive together. The model's weights are laid out anew in place."""
+    batch, length = prompts.shape
+    runner: Runner
+    if model.config.model_type == "mamba":
+        runner = MambaRunner(model, batch, None)
+    else:
+        runner = AttentionRunner(model, batch, length + new_tokens)
+    decoder = Decoder(runner, batch)
+    greedy = SamplingParams(max_new_tokens=new_tokens)
+
+    @torch.inference_mode()
+    def answer() -> Answer:
+        start = time.perf_counter()
+        chosen = []
+        for slot, prompt in enumerate(prompts):
+            *_, done = runner.prefill(prompt)
+            assert done is not None
+            chosen.append(decoder.begin(slot, prompt, done, greedy, seed=0))
+        columns, stamps_s = [chosen], [time.perf_counter() - start]
+        while len(columns) < new_tokens:
+            columns.append(decoder.step([greedy] * batch))
+            stamps_s.append(time.perf_counter() - start)
+        tokens = [[one.token_id for one in row] for row in zip(*columns, strict=True)]
+        return Answer(tokens, stamps_s)
+
+    return answer
+
+
+class _Stamps(BaseStreamer):
+    """When generate gave each column of tokens to the host; the prompts come first."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.at.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def theirs(
+    model: PreTrainedModel, prompts: Tensor, new_tokens: int, cache: Cache, compiled: bool
+) -> Answering:
+    """transformers' generate with a static cache, whose steps it compiles where asked (on a GPU
+    only), or with the cache that the model makes by itself."""
+    generator: Any = model
+    generator.generation_config.eos_token_id = None  # on to the last token
+    given: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
+
+    def answer() -> Answer:
+        stamps = _Stamps()
+        start = time.perf_counter()
+        output = generator.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            disable_compile=not compiled,
+            streamer=stamps,
+            **given,
+        )
+        tokens = output[:, prompts.shape[1] :].tolist()
+        return Answer(tokens, [at - start for at in stamps.at[1:]])
+
+    return answer
+
+
+# vLLM
+def has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def vllm(
+    make: Callable[[], PreTrainedModel], keep: float, prompts: Tensor, new_tokens: int
+) -> Answering:
+    """vLLM's engine with the plugin, in this process, on a checkpoint of a model made for it; its
+    cache has room for these prompts."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or its memory is another process's
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
+
+    batch, length = prompts.shape
+    with TemporaryDirectory() as folder:
+        model = make()
+        if keep < 1:
+            attach_quantizer(model, LillamaConfig(ranks=ranks_of(model, keep)))
+        model.save_pretrained(folder)
+        dtype = str(model.dtype).removeprefix("torch.")
+        kv_bytes = max(KV_BYTES, 2 * _kv_bytes(model, prompts, new_tokens))
+        del model
+        if prompts.device.type == "cuda":
+            torch.cuda.empty_cache()
+        llm: Any = LLM(
+            folder,
+            skip_tokenizer_init=True,
+            dtype=dtype,
+            max_model_len=length + new_tokens,
+            max_num_seqs=batch,
+            kv_cache_memory_bytes=kv_bytes,
+            enable_prefix_caching=False,  # the same prompts come again
+        )
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE,
+    )
+    given = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
+    engine = llm.llm_engine
+
+    def answer() -> Answer:
+        start = time.perf_counter()
+        for row, prompt in enumerate(given):
+            engine.add_request(str(row), prompt, sampling)
+        tokens: list[list[int]] = [[] for _ in given]
+        stamps_s: list[float] = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
+            now = time.perf_counter() - start
+            stamps_s += [now] * (min(map(len, tokens)) - len(stamps_s))
+        return Answer(tokens, stamps_s)
+
+    return answer
+
+
+def _kv_bytes(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> int:
+    """Keys and values, or a Mamba's states in fp32, of all rows."""
+    config: Any = model.config
+    batch, positions = prompts.shape[0], prompts.shape[1] + new_tokens
+    if config.model_type == "mamba":
+        each = config.intermediate_size * (config.state_size + config.conv_kernel)
+        return 4 * config.num_hidden_layers * batch * each
+    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    return 2 * model.dtype.itemsize * config.num_hidden_layers * heads * batch * positions
+
+
+# What is made of them
+class Once:
+    """A variant's call: answers, and keeps the times and the peak memory of every answer.
+
+    Args:
+        build: makes the answering at the first call, whose memory is counted too.
+        device: of the model.
+        weights_bytes: of a model that was there before, 0 where build makes it.
+    """
+
+    def __init__(
+        self, build: Callable[[], Answering], device: torch.device, weights_bytes: int
+    ) -> None:
+        self._build, self._device, self._held = build, device, weights_bytes
+        self._answer: Answering | None = None
+        self.stamps_s: list[list[float]] = []
+        self.peaks_bytes: list[int] = []  # none on a CPU
+
+    def __call__(self) -> float:
+        """The mean seconds of a token after the first."""
+        cuda, first = self._device.type == "cuda", self._answer is None
+        before = torch.cuda.memory_allocated(self._device) if cuda else 0
+        if self._answer is None:
+            self._answer = self._build()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        stamps_s = self._answer().stamps_s
+        if cuda and first:
+            gc.collect()
+            self._held += torch.cuda.memory_allocated(self._device) - before
+        elif cuda:
+            peak = torch.cuda.max_memory_allocated(self._device) - before
+            self.peaks_bytes.append(self._held + peak)
+        self.stamps_s.append(stamps_s)
+        return (stamps_s[-1] - stamps_s[0]) / (len(stamps_s) - 1)
+
+
+@torch.inference_mode()
+def assert_same(found: Answer, wanted: Answer, model: PreTrainedModel, prompts: Tensor) -> None:
+    """Every row's tokens are the same, up to one that the model ranks within TOLERANCE of its
+    first: beyond it the two continue different texts.
+
+    Raises:
+        AssertionError: row, place and how far below the first.
+    """
+    given: Any = model
+    for row, (mine, right) in enumerate(zip(found.tokens, wanted.tokens, strict=True)):
+        assert len(mine) == len(right), f"row {row} has {len(mine)} tokens, not {len(right)}"
+        differ = (i for i, pair in enumerate(zip(mine, right, strict=True)) if pair[0] != pair[1])
+        place = next(differ, None)
+        if place is None:
+            continue
+        text = torch.cat([prompts[row], prompts.new_tensor(right[:place])])
+        logits = given(text[None], use_cache=False).logits[0, -1].float()
+        below = float((logits.amax() - logits[mine[place]]) / logits.abs().amax())
+        assert below < TOLERANCE, (
+            f"row {row} has token {mine[place]} at place {place}, transformers {right[place]}: "
+            f"{below:.1e} of the largest logit below the first"
+        )
