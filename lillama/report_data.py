@@ -23,7 +23,7 @@ from lillama.errors import InputError
 from lillama.families import Family, family_of
 from lillama.loading import skeleton
 
-__all__ = ["METRIC_NUMBERS", "Facts", "Layer", "RankedMatrix", "read_facts"]
+__all__ = ["METRIC_NUMBERS", "TRAINED", "Facts", "Layer", "RankedMatrix", "read_facts"]
 
 BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 BLOCK_NUMBERS = (
@@ -40,6 +40,11 @@ METRIC_NUMBERS = {
     "blocks": TOKEN_NUMBERS,
     "rows": TOKEN_NUMBERS,
     "words": ("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity"),
+}
+# what was trained on the base's predictions: the divergence before and after
+TRAINED = {
+    "head": ("held_out_kl_before", "held_out_kl_after"),
+    "finetune": ("kl_before", "kl_after"),
 }
 AGAINST_NUMBERS = ("retained", "kl", "top1_agreement")
 
@@ -145,6 +150,9 @@ def _read_report(out: Path) -> dict[str, Any]:
     for name in ("predicted_host_memory_bytes", "predicted_loss_increase", "ranks"):
         if report.get(name) is not None:
             _check_numbers(report, (name,), str(file))
+    for name, numbers in TRAINED.items():
+        if name in report:
+            _check_numbers(report[name], numbers, f"{file}: {name}")
     if not isinstance(report.get("blocks"), list):
         raise InputError(f"{file}: blocks must be a list; {wanted}")
     for place, row in enumerate(report["blocks"]):

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lillama.report_data import Facts
-from lillama.report_svg import Plot, plot_style
+from lillama.report_spectra import spectra_plot
+from lillama.report_svg import AFTER, BEFORE, WIDTH, Plot, colour_of, plot_style
 
 __all__ = ["plots_of"]
 
-WIDTH = 5.4  # inches; 389 units of SVG, near a phone's width, so that letters keep their size there
-BEFORE, AFTER = "#8b8f98", "#3f83f0"
 MAX_CELL_TEXTS = 12  # columns
 MAX_NAMED_CURVES = 14
 
@@ -97,18 +96,11 @@ def _heat_map(columns: Sequence[str], rows: Sequence[str], x_label: str) -> tupl
     return figure, axes
 
 
-def _colour(value: float) -> Any:
-    """0 to 1 as a colour (RGBA) that shows on white and on black."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](0.15 + 0.8 * min(1.0, value))
-
-
 def _key(axes: Any, entries: Sequence[tuple[float, str]], empty: str | None = None) -> None:
     """Above a heat map, what its colours mean, and `empty` cells."""
     from matplotlib.patches import Patch
 
-    handles = [Patch(facecolor=_colour(value), label=label) for value, label in entries]
+    handles = [Patch(facecolor=colour_of(value), label=label) for value, label in entries]
     if empty is not None:
         handles.append(Patch(facecolor="none", edgecolor=BEFORE, label=empty))
     axes.legend(
@@ -140,7 +132,7 @@ def _ranks(facts: Facts) -> Plot | None:
         share = row.rank / max(1, row.matrix.break_even_rank)
         shares.append((share, f"{row.label} of block {row.block}"))
         text = str(row.rank) if len(columns) <= MAX_CELL_TEXTS else ""
-        _cell(axes, x, y, _colour(share), text)
+        _cell(axes, x, y, colour_of(share), text)
     said = f"Heat map of {len(inside)} matrices in {len(blocks)} blocks, {dense} of them dense."
     if shares:
         low, high = min(shares), max(shares)
@@ -203,7 +195,7 @@ def _curves(facts: Facts) -> Plot | None:
     count = len(facts.curves)
     for place, points in enumerate(facts.curves.values()):
         steps, losses = zip(*points, strict=True)
-        colour = _colour(0.1 + 0.7 * place / max(1, count - 1))
+        colour = colour_of(0.1 + 0.7 * place / max(1, count - 1))
         axes.plot(steps, losses, color=colour, marker="o", markersize=2.5, linewidth=1.2)
     values = [loss for points in facts.curves.values() for _, loss in points]
     if min(values) > 0 and max(values) > 10 * min(values):
@@ -244,7 +236,7 @@ def _experts(facts: Facts) -> Plot | None:
             starved += is_starved
             text = f"{tokens:,}" if experts <= MAX_CELL_TEXTS else ""
             value = tokens / (2 * even) if even else 0.0
-            _cell(axes, x, y, _colour(value), f"{text}!" if is_starved else text)
+            _cell(axes, x, y, colour_of(value), f"{text}!" if is_starved else text)
     fewest = min((min(row["expert_tokens"]), row["index"]) for row in rows)
     return Plot(
         "experts",
@@ -285,5 +277,6 @@ def _costs(facts: Facts) -> Plot | None:
 def plots_of(facts: Facts) -> dict[str, Plot]:
     """{key: plot} of what there is to plot."""
     with plot_style():
-        made = [draw(facts) for draw in (_sizes, _ranks, _losses, _curves, _experts, _costs)]
+        draws = (_sizes, _ranks, spectra_plot, _losses, _curves, _experts, _costs)
+        made = [draw(facts) for draw in draws]
     return {plot.key: plot for plot in made if plot is not None}

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lillama.report_data import METRIC_NUMBERS, Facts
+from lillama.report_data import METRIC_NUMBERS, TRAINED, Facts
+from lillama.report_spectra import COLUMNS, NOTE, missing, rows_of
 from lillama.report_svg import Plot, Stylesheet, as_svg
 
 __all__ = ["Section", "command_of", "escape", "format_number", "sections_of"]
@@ -137,6 +138,7 @@ def _rank_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -
         rows.append((f"{place}: {row.label}", shape, rank, *map(format_number, numbers)))
     outside = [row.label for row in facts.matrices if row.block is None]
     more = f" Outside the blocks, in the table only: {', '.join(outside)}." if outside else ""
+    more += missing(facts)
     return _section(
         "ranks",
         "Ranks",
@@ -150,6 +152,19 @@ def _rank_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -
             ("matrix", "shape", "rank", "break-even rank", "parameters before", "parameters after"),
             rows,
         ),
+    )
+
+
+def _spectra_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -> Section | None:
+    rows = rows_of(facts)
+    if not rows:
+        return None
+    return _section(
+        "spectra",
+        "Spectra with the chosen cut",
+        _figure(plots.get("spectra"), styles),
+        _paragraph(NOTE),
+        _table("Loss left by rank", COLUMNS, rows),
     )
 
 
@@ -182,7 +197,22 @@ def _loss_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -
                  for block, points in facts.curves.items() for step, loss in points],
             ),
         ]  # fmt: skip
+    parts += [_paragraph(text) for text in _trained(facts)]
     return _section("loss", "Held-out loss by block", *parts)
+
+
+def _trained(facts: Facts) -> list[str]:
+    """A sentence each of what was trained on the base's predictions after the blocks."""
+    subjects = {"head": "The output head", "finetune": "The whole model"}
+    said = []
+    for part, (before, after) in TRAINED.items():
+        if (found := facts.report.get(part)) is not None:
+            numbers = format_number(found[before]), format_number(found[after])
+            said.append(
+                f"{subjects[part]} was then trained on the base's predictions: the held-out KL "
+                f"divergence went from {numbers[0]} to {numbers[1]} nats a token."
+            )
+    return said
 
 
 def _expert_section(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -> Section | None:
@@ -357,6 +387,7 @@ def sections_of(facts: Facts, plots: Mapping[str, Plot], styles: Stylesheet) -> 
         _quality_section(facts),
         _size_section(facts, plots, styles),
         _rank_section(facts, plots, styles),
+        _spectra_section(facts, plots, styles),
         _loss_section(facts, plots, styles),
         _expert_section(facts, plots, styles),
         _cost_section(facts, plots, styles),

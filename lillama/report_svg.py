@@ -14,7 +14,22 @@ from typing import Any
 
 from lillama.errors import InputError
 
-__all__ = ["INK", "Plot", "Stylesheet", "as_png", "as_svg", "check_matplotlib", "plot_style"]
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "INK",
+    "WIDTH",
+    "Plot",
+    "Stylesheet",
+    "as_png",
+    "as_svg",
+    "check_matplotlib",
+    "colour_of",
+    "plot_style",
+]
+
+WIDTH = 5.4  # inches; 389 units of SVG, near a phone's width, so that letters keep their size there
+BEFORE, AFTER = "#8b8f98", "#3f83f0"
 
 # stands for the page's text colour, and for black in a PNG
 INK = "#010203"
@@ -82,6 +97,13 @@ def plot_style() -> AbstractContextManager[None]:
         "figure.constrained_layout.use": True,
     }
     return rc_context(settings)
+
+
+def colour_of(value: float) -> Any:
+    """0 to 1 as a colour (RGBA) that shows on white and on black."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.15 + 0.8 * min(1.0, value))
 
 
 def as_svg(plot: Plot, styles: Stylesheet) -> str:

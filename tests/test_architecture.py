@@ -31,6 +31,7 @@ LAYERS = (
     {"compress", "serve"},
     {"evaluate_generations", "evaluate_speed", "evaluate_tasks", "evaluate_text"},
     {"evaluate", "export", "generate", "report_data", "report_svg", "upstream_files"},
+    {"report_spectra"},
     {"report_plots", "report_sections", "upstream"},
     {"report_page"},
     {"report"},
@@ -43,7 +44,7 @@ LAYERS = (
 # comes with torch, starlette and pydantic with fastapi.
 SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # Files that import the extra lillama[report], which is matplotlib
-REPORT_EXTRA = {"report_plots.py", "report_svg.py"}
+REPORT_EXTRA = {"report_plots.py", "report_spectra.py", "report_svg.py"}
 # Files that import the extra lillama[eval]
 EVAL_EXTRA = {"evaluate_tasks.py"}
 # The file that imports the extra lillama[data], which is datasets

@@ -20,7 +20,7 @@ from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_by
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
-from lillama.compress.search import search_ranks
+from lillama.compress.search import measured_curves, search_ranks
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data import TokenBlocks, calibration_blocks
@@ -126,7 +126,8 @@ def compress(
             device, activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
-        The report, as in report.json (under torchrun with the "rank" of this process):
+        The report, as in report.json but for `rank_losses` (under torchrun with the "rank" of this
+        process):
         `params_before, params_after, reduction, target_reduction, tokens, seconds,
         peak_memory_bytes, blocks[]` and more.
 
@@ -264,6 +265,7 @@ def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         report = json.loads((out / "report.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise InputError(f"{out} is in the way and is no finished run; move it away") from None
+    report.pop("rank_losses", None)
     if changed := differences(recorded, json.loads(json.dumps(recipe))):
         raise InputError(
             f"{out} is of another command ({'; '.join(changed)}); run that one again, delete the "
@@ -346,10 +348,11 @@ def _open_writer(
 def _finish(
     writer: CheckpointWriter, options: CompressConfig, plan: Plan, report: dict[str, Any]
 ) -> None:
+    curves = measured_curves(writer)
     copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
     writer.finish(
         config_json(options, plan),
-        report=report,
+        report=report if curves is None else {**report, "rank_losses": curves},
         model_card=model_card(options, report),
         copies=copies,
     )

@@ -2,7 +2,7 @@
 on."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lillama.checkpoint_writer import CheckpointWriter
@@ -20,9 +20,13 @@ from lillama.data import TokenBlocks
 from lillama.errors import LillamaError
 from lillama.shard_file import entries_of
 
-__all__ = ["search_ranks"]
+__all__ = ["MAX_POINTS", "measured_curves", "rank_losses", "search_ranks"]
 
 logger = logging.getLogger(__name__)
+
+# Points kept of a matrix's losses. A model of thousands of experts keeps fewer, so that its
+# report.json stays at a few MB.
+MAX_POINTS, MIN_POINTS, ALL_POINTS = 33, 9, 2**16
 
 
 def _candidates(plan: Plan) -> Sequence[Matrix]:
@@ -30,6 +34,36 @@ def _candidates(plan: Plan) -> Sequence[Matrix]:
     if not plan.ranks_are_final:
         return plan.matrices
     return [matrix for matrix in plan.matrices if matrix.name in plan.ranks]
+
+
+def rank_losses(
+    matrices: Sequence[Matrix], ranks: Mapping[str, int], losses: Mapping[str, Sequence[float]]
+) -> dict[str, dict[str, float]]:
+    """{matrix: {rank: loss left, nats a token, to 5 digits}}, as JSON holds it: at most MAX_POINTS
+    of the measured `losses`, evenly spaced from the smallest rank to the largest, and the matrix's
+    own of `ranks`. Matrices of one shape have the even ones in common."""
+    limit = min(MAX_POINTS, max(MIN_POINTS, ALL_POINTS // max(1, len(losses))))
+    found = {}
+    for matrix in matrices:
+        measured, last = losses.get(matrix.name, ()), len(matrix.ranks) - 1
+        if not measured:
+            continue
+        if last < limit:
+            places = set(range(last + 1))
+        else:
+            places = {round(i * last / (limit - 2)) for i in range(limit - 1)}
+        if (chosen := ranks.get(matrix.name, 0)) in matrix.ranks:
+            places.add(matrix.ranks.index(chosen))
+        found[matrix.name] = {
+            str(matrix.ranks[place]): float(f"{measured[place]:.5g}") for place in sorted(places)
+        }
+    return found
+
+
+def measured_curves(writer: CheckpointWriter) -> dict[str, dict[str, float]] | None:
+    """What `rank_losses` gave when the ranks were searched; None where nothing was measured."""
+    record = writer.journal.last(kind="allocation")
+    return None if record is None else record.get("rank_losses")
 
 
 def _measure(
@@ -40,7 +74,7 @@ def _measure(
     writer: CheckpointWriter,
     tick: Callable[[str, int], None],
 ) -> dict[str, object]:
-    """The journal's record: ranks and the loss they cost."""
+    """The journal's record: ranks, the loss they cost, and what other ranks would."""
     losses: dict[str, list[float]] = {}
 
     def on_block(index: int, found: dict[str, MatrixSensitivity]) -> None:
@@ -63,7 +97,8 @@ def _measure(
     chosen = {matrix.name: matrix.ranks.index(ranks[matrix.name])
               for matrix in plan.matrices if ranks.get(matrix.name) in matrix.ranks}  # fmt: skip
     increase = sum(losses[name][place] for name, place in chosen.items())
-    return {"ranks": ranks, "loss_increase": increase}
+    curves = rank_losses(matrices, ranks, losses)
+    return {"ranks": ranks, "loss_increase": increase, "rank_losses": curves}
 
 
 def search_ranks(
