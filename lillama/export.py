@@ -36,8 +36,10 @@ from lillama.errors import InputError, RunError
 from lillama.families import Family, family_of
 from lillama.integrations.transformers import dense_shapes, kept_dense
 from lillama.journal import locked
-from lillama.loading import count_params, skeleton
+from lillama.loading import count_params
+from lillama.modules.dense_linear import is_transposed
 from lillama.shard_file import DTYPES, Entry, entries_of, write_shard
+from lillama.skeleton import skeleton
 from lillama.version import __version__
 
 __all__ = ["export"]
@@ -49,7 +51,8 @@ MARK = ".export"
 
 @dataclass
 class _Source:
-    """What is read: `shapes` {matrix: (N, K)} of every factorised matrix and every `lr_W`."""
+    """What is read: `shapes` {matrix: (N, K)} of every factorised matrix and every `lr_W`;
+    `transposed`: the matrices that a dense checkpoint holds as [K, N]."""
 
     path: Path
     family: Family
@@ -58,6 +61,7 @@ class _Source:
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, int]]
     sentinels: set[str]
+    transposed: set[str]
     _open: dict[Path, Any] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
@@ -91,7 +95,7 @@ class _Source:
         return order
 
     def product(self, matrix: str) -> Tensor:
-        """B A [N, K] from fp32 products, in the dtype of A."""
+        """B A from fp32 products, in the dtype of A, as a dense checkpoint holds it."""
         A = self.read(f"{matrix}.lr_A")
         if self.is_pivot(matrix):
             # the rows that A holds come out as they are
@@ -99,7 +103,8 @@ class _Source:
             dense = torch.cat([A.float(), C @ A.float()])[order.long()]
         else:
             dense = self.read(f"{matrix}.lr_B").float() @ A.float()
-        return _finite(matrix, dense.to(A.dtype))
+        dense = _finite(matrix, dense.to(A.dtype))
+        return dense.mT.contiguous() if matrix in self.transposed else dense
 
 
 def _finite(matrix: str, value: Tensor) -> Tensor:
@@ -140,7 +145,8 @@ def _open_source(path: Path, format: str) -> _Source:
         {name for name in ranks if is_pivot(family, gauge, name)},
     )
     sentinels = set(sentinel_names(headers, family, ranks))
-    return _Source(path, family, ranks, gauge, headers, shapes, sentinels)
+    transposed = {name for name, module in model.named_modules() if is_transposed(module)}
+    return _Source(path, family, ranks, gauge, headers, shapes, sentinels, transposed)
 
 
 def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
@@ -166,7 +172,8 @@ def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[En
     """What takes the place of a matrix's factors."""
     dtype, (N, K) = DTYPES[source.headers[f"{matrix}.lr_A"].dtype], source.shapes[matrix]
     if format == "dense":
-        return [Entry(f"{matrix}.weight", dtype, (N, K), lambda: source.product(matrix))]
+        shape = (K, N) if matrix in source.transposed else (N, K)
+        return [Entry(f"{matrix}.weight", dtype, shape, lambda: source.product(matrix))]
     if source.becomes_pivot(matrix, format):
         return _pivot_entries(source, matrix, part)
     B = Entry(

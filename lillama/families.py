@@ -95,6 +95,11 @@ class Family:
         """Experts of a block; 0 for a dense family."""
         return 0 if self.experts is None else getattr(config, self.experts.count)
 
+    def inner_width(self, config: Any) -> int:
+        """Width of the MLP, or of one expert; GPT-2's config may leave it to be four hidden
+        sizes."""
+        return getattr(config, self.inner_size) or 4 * config.hidden_size
+
     @property
     def vocabulary(self) -> dict[str, str]:
         """{short name: hub name} of the token embeddings and the output head."""
@@ -212,6 +217,19 @@ FAMILIES: dict[str, Family] = {
         embedding="model.decoder.embed_tokens",
         before_blocks=("model.decoder.embed_positions", "model.decoder.project_in"),
         inner_size="ffn_dim",
+    ),
+    # transformers' Conv1D: the checkpoint holds the transposed weight
+    "gpt2": _dense(
+        "gpt2",
+        {
+            "c_attn": "attn.c_attn",
+            "attn_c_proj": "attn.c_proj",
+            "c_fc": "mlp.c_fc",
+            "mlp_c_proj": "mlp.c_proj",
+        },
+        embedding="transformer.wte",
+        before_blocks=("transformer.wpe",),
+        inner_size="n_inner",
     ),
     # some blocks may have one MLP in place of the experts, with the same three projections
     "qwen2_moe": _moe(

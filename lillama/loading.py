@@ -1,7 +1,6 @@
 """Open a model or tokenizer that is already on disk, dense or compressed, with errors a user can
 act on."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, 
 from lillama.errors import InputError
 from lillama.families import family_of
 from lillama.integrations.transformers import dense_shapes, register
+from lillama.skeleton import skeleton
 
 __all__ = [
     "check_vocabulary",
@@ -25,7 +25,6 @@ __all__ = [
     "count_params",
     "load_model",
     "load_tokenizer",
-    "skeleton",
 ]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -70,13 +69,6 @@ def check_vocabulary(token_ids: torch.Tensor, vocab_size: int) -> None:
             f"the tokenizer gives token {largest}, the model has {vocab_size}; "
             "they do not belong together"
         )
-
-
-def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the meta device: shapes and modules, no memory."""
-    config = copy.deepcopy(config)  # the model keeps and edits the object it is given
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(config)).eval()
 
 
 def count_params(

@@ -136,6 +136,7 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gpt2": {"n_inner": 64},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     # the first block is dense
     "qwen2_moe": {
@@ -180,7 +181,7 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) ->
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            matrices = ("proj", "fc1", "fc2", "dense", "query_key_value")
+            matrices = ("proj", "fc1", "fc2", "dense", "query_key_value", "c_attn", "c_fc")
             if parameter.ndim >= 2 and any(part in name for part in matrices):
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
             if name.endswith("bias"):

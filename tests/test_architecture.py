@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # Lowest first. A part imports from the layers below its own and from itself; the leaves also from
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
-LEAVES |= {"shard_file", "version"}
+LEAVES |= {"shard_file", "skeleton", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},

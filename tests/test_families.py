@@ -20,9 +20,11 @@ from lillama.config import PlanConfig
 from lillama.errors import InputError
 from lillama.families import FAMILIES, family_of
 from lillama.loading import count_params, load_model
+from lillama.modules.dense_linear import is_linear, is_transposed
+from lillama.skeleton import block_list, skeleton
 
 KINDS = sorted(FAMILIES)
-TIED = {"gemma", "gemma2", "mamba", "opt"}
+TIED = {"gemma", "gemma2", "gpt2", "mamba", "opt"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
 each_family = pytest.mark.parametrize("kind", KINDS)
@@ -93,6 +95,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 def multiplied_out(path: Path) -> dict[str, Tensor]:
     """The tensors of a compressed checkpoint with a matrix in place of every pair of factors."""
     found = tensors_of(path)
+    model = skeleton(read_config(path))
+    transposed = {f"{n}.weight" for n, module in model.named_modules() if is_transposed(module)}
     dense = {}
     for name, tensor in found.items():
         matrix, _, key = name.rpartition(".")
@@ -105,7 +109,8 @@ def multiplied_out(path: Path) -> dict[str, Tensor]:
             dense[f"{matrix}.weight"] = B[found[f"{matrix}.lr_order"].long()] @ tensor
         elif not key.startswith("lr_"):
             dense[name] = tensor
-    return dense
+    return {n: t.T.contiguous() if f"{n.removesuffix('.weight')}.lr_A" in found and n in transposed
+            else t for n, t in dense.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "padded"])
@@ -265,9 +270,9 @@ def test_eval_and_fast(kind, base, text_file, tmp_path, device):
     assert 0.9 < quality["retained"] < 1.1
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "qwen2_moe"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2_moe"])
 def test_export_dense_is_an_ordinary_checkpoint(kind, base, compressed, tmp_path, device):
-    """A head of another name, and blocks with and without experts."""
+    """Transposed weights, a head of another name, and blocks with and without experts."""
     out, _ = compressed(kind)
     lillama.export(out, tmp_path / "dense", format="dense")
     names = set(load_file(base(kind) / "model.safetensors"))
@@ -333,8 +338,8 @@ def test_targets_are_linear_layers_of_the_blocks(kind, base):
     family = FAMILIES[kind]
     model = load_model(base(kind), torch.device("cpu"))
     found = set()
-    for block in model.get_decoder().layers:  # type: ignore[union-attr]
-        found |= {name for name, m in block.named_modules() if type(m) is torch.nn.Linear}
+    for block in block_list(model)[1]:
+        found |= {name for name, module in block.named_modules() if is_linear(module)}
     left_out = {
         "mamba": {"mixer.dt_proj"},
         "mixtral": {f"self_attn.{name}_proj" for name in "qkvo"},

@@ -3,6 +3,7 @@ prepares them."""
 
 import contextlib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,14 +24,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from lillama.checkpoint import TensorHeader, read_headers
 from lillama.compress.calibrate import dense_experts_forward, experts_of
-from lillama.compress.plan import block_list
 from lillama.errors import InputError, RunError
 from lillama.families import Family
-from lillama.loading import skeleton
+from lillama.modules.dense_linear import is_transposed
+from lillama.skeleton import block_list, skeleton
 
 __all__ = ["TeacherBlocks"]
 
 logger = logging.getLogger(__name__)
+
+# arguments of a block that nothing is computed from when a whole text runs through it
+CACHES = ("cache_params", "layer_past", "past_key_values")
 
 
 class _Stop(Exception):
@@ -57,6 +61,9 @@ class TeacherBlocks:
         self.headers = read_headers(path)
         self.model = skeleton(config)
         self.block_path, self.blocks = block_list(self.model)
+        self._transposed = {
+            path for path, module in self.model.named_modules() if is_transposed(module)
+        }
         self._open: dict[Path, Any] = {}
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -144,6 +151,11 @@ class TeacherBlocks:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RunError(f"the weight {hub_name} holds NaN or infinity; repair the checkpoint")
         return tensor
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight [N, K] of the matrix with this hub name, otherwise as `read`."""
+        weight = self.read(f"{name}.weight")
+        return weight.mT.contiguous() if name in self._transposed else weight
 
     def _load(self, prefix: str) -> nn.Module:
         self._load_names(self.hub_names(prefix), prefix)
@@ -261,7 +273,7 @@ class TeacherBlocks:
         `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
-        with self._blocks_as(lambda states, **kwargs: hidden):
+        with self._blocks_as(lambda *args, **kwargs: hidden):
             return self._run(mask, inputs_embeds=self._nothing(*hidden.shape[:2])).logits
 
     def _nothing(self, *shape: int) -> Tensor:
@@ -287,15 +299,13 @@ class TeacherBlocks:
         calls: list[dict[str, Any]] = []
         last = len(self.blocks) - 1
 
-        def recorder(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                raise RunError(
-                    f"blocks of {self.model.config.model_type} take positional arguments"
-                )
+        def recorder(*args: Any, **kwargs: Any) -> Tensor:
+            # by name, as a model may give them by place
+            _, *names = inspect.signature(type(self.blocks[len(calls)]).forward).parameters
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            states = given.pop(names[0])
             hidden.append(states)
-            calls.append(
-                {k: v for k, v in kwargs.items() if k not in ("past_key_values", "cache_params")}
-            )
+            calls.append({k: v for k, v in given.items() if k not in CACHES})
             if len(calls) > last:
                 raise _Stop
             return states

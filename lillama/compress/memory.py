@@ -124,7 +124,7 @@ def _widths(plan: Plan) -> tuple[float, int]:
     """Numbers inside the MLP of a block for one token: of what every token sees, and of one
     expert."""
     config, family = plan.config, plan.family
-    inner = getattr(config, family.inner_size)
+    inner = family.inner_width(config)
     if family.experts is None:
         return inner, 0
     return getattr(config, family.shared_size) if family.shared_size else 0, inner

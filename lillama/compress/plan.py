@@ -16,9 +16,10 @@ from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import Family, family_of
-from lillama.loading import skeleton
+from lillama.modules.dense_linear import linear_shape
+from lillama.skeleton import block_list, skeleton
 
-__all__ = ["Plan", "block_list", "find_matrices", "make_plan", "plan"]
+__all__ = ["Plan", "find_matrices", "make_plan", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +135,6 @@ class Plan:
         }
 
 
-def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder blocks."""
-    decoder = model.get_decoder()
-    path = next(name for name, module in model.named_modules() if module is decoder)
-    blocks = decoder.get_submodule("layers")
-    assert isinstance(blocks, nn.ModuleList)
-    return f"{path}.layers", blocks
-
-
 def find_matrices(
     model: PreTrainedModel,
     family: Family,
@@ -173,7 +165,7 @@ def find_matrices(
     seen = set(family.vocabulary)
     for at, (short, name) in zip((-1, len(blocks)), family.vocabulary.items(), strict=True):
         if short in targets:
-            N, K = model.get_submodule(family.runtime_name(name)).get_parameter("weight").shape
+            N, K = linear_shape(model.get_submodule(family.runtime_name(name)))
             outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
     for index, block in enumerate(blocks):
         for short, name, N, K in _inside(block, family):
@@ -220,7 +212,7 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
     modules = dict(block.named_modules())
     for short, path in family.targets.items():
         if path in modules:
-            N, K = modules[path].get_parameter("weight").shape
+            N, K = linear_shape(modules[path])
             yield short, path, N, K
     naming = family.experts
     if naming is None or naming.runtime not in modules:

@@ -274,7 +274,7 @@ def _of_block(
     # an expert's "up" may share the moment of its "gate", which therefore comes last
     for matrix in sorted(targets, key=lambda m: keys[m.name][-1] != "up"):
         key = keys[matrix.name]
-        weight = teacher.read(f"{matrix.name}.weight").to(teacher.device)
+        weight = teacher.matrix(matrix.name).to(teacher.device)
         config = teacher.model.config
         experts = teacher.family.num_experts(config) if isinstance(key, tuple) else 1
         found[matrix.name] = _of_matrix(

@@ -61,7 +61,7 @@ def _factors(weight: Tensor, rank: int, fill: _Fill, moment: Moment | None, name
 def _fill_linear(
     new: LowRankLinear, name: str, path: str, teacher: TeacherBlocks, fill: _Fill
 ) -> None:
-    weight = teacher.read(f"{name}.weight").to(teacher.device)
+    weight = teacher.matrix(name).to(teacher.device)
     A, B = _factors(weight, new.rank, fill, fill.moments.pop(path), name)
     new.lr_A.copy_(A)
     new.lr_B.copy_(B)

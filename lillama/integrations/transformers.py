@@ -35,6 +35,7 @@ from lillama.checkpoint import (
 )
 from lillama.errors import InputError
 from lillama.families import FAMILIES, PROJECTIONS, Family, family_of
+from lillama.modules.dense_linear import is_transposed
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -167,7 +168,8 @@ def dense_shapes(
     for name in ranks:
         parsed = None if family.experts is None else family.experts.parse(name)
         tensor = f"{parsed[0]}.down_proj" if parsed else f"{family.runtime_name(name)}.weight"
-        found = parameters.get(tensor, parameters.get(tensor.removeprefix(f"{prefix}.")))
+        tensor = tensor if tensor in parameters else tensor.removeprefix(f"{prefix}.")
+        found = parameters.get(tensor)
         wanted_ndim = 2 if parsed is None else 3
         if (
             found is None
@@ -176,7 +178,8 @@ def dense_shapes(
         ):
             raise InputError(f"quantization_config names {name}, which is no matrix of this model")
         if parsed is None:
-            shapes[name] = (found.shape[0], found.shape[1])
+            transposed = is_transposed(model.get_submodule(tensor.rpartition(".")[0]))
+            shapes[name] = (found.shape[transposed], found.shape[not transposed])
         else:
             hidden, intermediate = found.shape[1:]
             down = parsed[2] == "down"

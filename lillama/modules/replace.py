@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lillama.families import PROJECTIONS, Family, family_of
+from lillama.modules.dense_linear import DenseLinear, is_linear, linear_shape
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -71,8 +72,8 @@ def replace_modules(
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():
         path, old = _find(root, family.runtime_name(name), base_prefix)
-        exact = type(old) in (nn.Linear, nn.Embedding)  # what a subclass does would be lost
-        if not exact or not isinstance(old, nn.Linear | nn.Embedding):
+        exact = is_linear(old) or type(old) is nn.Embedding  # what a subclass does would be lost
+        if not exact or not isinstance(old, DenseLinear | nn.Embedding):
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
@@ -82,7 +83,7 @@ def replace_modules(
             sizes = old.num_embeddings, old.embedding_dim
             new = LowRankEmbedding(*sizes, rank, old.padding_idx, **made)
         else:
-            sizes, bias = (old.in_features, old.out_features), old.bias is not None
+            sizes, bias = linear_shape(old)[::-1], old.bias is not None
             if name == family.head:
                 new = LowRankLinear(*sizes, rank, bias=bias, is_head=True, **made)
             else:
