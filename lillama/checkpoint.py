@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from lillama.errors import InputError
-from lillama.families import Family, family_of
+from lillama.families import Family, check_model_type
 
 __all__ = [
     "FACTOR_SUFFIXES",
@@ -73,7 +73,7 @@ def read_config(path: Path) -> PretrainedConfig:
         model_type = json.loads(file.read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file} is not a JSON object: {error}") from error
-    family_of(str(model_type))
+    check_model_type(str(model_type))
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # a config class may fail on a bad value in any way

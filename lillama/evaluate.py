@@ -27,7 +27,7 @@ from lillama.checkpoint import (
 from lillama.config import EvalConfig
 from lillama.data import EvaluationText, evaluation_blocks
 from lillama.errors import InputError, RunError
-from lillama.families import family_of
+from lillama.families_generic import family_for
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import (
     check_vocabulary,
@@ -61,7 +61,7 @@ def stored_size(path: Path) -> tuple[int, int]:
     headers = read_headers(path)
     if compression is None:
         return count_params(config), tensor_bytes(headers)
-    family, ranks = family_of(config.model_type), compression["ranks"]
+    family, ranks = family_for(config), compression["ranks"]
     gauge = compression.get("gauge", "plain")
     return count_params(config, ranks, gauge), tensor_bytes(
         headers, skip=sentinel_names(headers, family, ranks)

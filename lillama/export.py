@@ -33,7 +33,8 @@ from lillama.compress.describe import card_metadata, card_text
 from lillama.compress.gauge import plain_of, rounded, to_pivot
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
-from lillama.families import Family, family_of
+from lillama.families import Family
+from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, kept_dense
 from lillama.journal import locked
 from lillama.loading import count_params
@@ -121,7 +122,8 @@ def _open_source(path: Path, format: str) -> _Source:
     values = compression_of(config)
     if values is None:
         raise InputError(f"{path} is not compressed by lillama; there is nothing to export")
-    family, ranks = family_of(config.model_type), values["ranks"]
+    model = skeleton(config)
+    family, ranks = family_for(config, model), values["ranks"]
     gauge = values.get("gauge", "plain")
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
@@ -136,7 +138,6 @@ def _open_source(path: Path, format: str) -> _Source:
                 "keep it as it is"
             )
     headers = read_headers(path)
-    model = skeleton(config)
     shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
     check_factors(
         {name: header.shape for name, header in headers.items()},

@@ -15,7 +15,7 @@ from transformers import (
 
 from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, read_headers
 from lillama.errors import InputError
-from lillama.families import family_of
+from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, register
 from lillama.skeleton import skeleton
 
@@ -80,7 +80,7 @@ def count_params(
     params = sum(parameter.numel() for parameter in model.parameters())
     if not ranks:
         return params
-    family = family_of(config.model_type)
+    family = family_for(config, model)
     for name, (N, K) in dense_shapes(model, family, ranks).items():
         rank = ranks[name]
         identity = rank if is_pivot(family, gauge, name) else 0

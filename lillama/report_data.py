@@ -19,7 +19,8 @@ from lillama.compress.allocate import Matrix
 from lillama.compress.plan import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
-from lillama.families import Family, family_of
+from lillama.families import Family
+from lillama.families_generic import family_for
 from lillama.skeleton import block_list, skeleton
 
 __all__ = ["Facts", "Layer", "RankedMatrix", "read_facts"]
@@ -316,7 +317,8 @@ def read_facts(options: ReportConfig) -> Facts:
     if compression is None:
         raise InputError(f"{out} is a dense model; report is about what `lillama compress` wrote")
     report, recipe = _read_report(out), _read_recipe(out)
-    family, model = family_of(config.model_type), skeleton(config)
+    model = skeleton(config)
+    family = family_for(config, model)
     matrices = _matrices(model, family, compression, recipe)
     headers = read_headers(out)
     skipped = set(sentinel_names(headers, family, compression["ranks"]))

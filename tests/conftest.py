@@ -128,6 +128,12 @@ def mamba_config(**changes: object) -> MambaConfig:
     return MambaConfig(**{**values, **changes})
 
 
+DEEPSEEK: dict[str, object] = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    **{"first_k_dense_replace": 1, "moe_intermediate_size": 32, "num_key_value_heads": 4},
+    **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+}
+
 # What a tiny model of the other families has that is not in `family_config`
 FAMILY_CHANGES: dict[str, dict[str, object]] = {
     # a window shorter than the tests' texts
@@ -137,6 +143,9 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
     "gpt2": {"n_inner": 64},
+    # the first block is dense; queries through one matrix, or through two
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "norm_topk_prob": False},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 16, "n_group": 2, "topk_group": 2},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     # the first block is dense
     "qwen2_moe": {

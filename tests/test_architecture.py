@@ -23,6 +23,7 @@ LEAVES |= {"shard_file", "skeleton", "version"}
 LAYERS = (
     LEAVES,
     {"modules"},
+    {"families_generic"},
     {"integrations"},
     {"loading"},
     {"compress", "serve"},

@@ -54,8 +54,9 @@ def compressed(base, text_file, tmp_path_factory, device):
         if (kind, preset) not in made:
             out = tmp_path_factory.mktemp("families") / kind
             options = {**OPTIONS, "device": str(device), "preset": preset}
-            if preset == "whitened" and FAMILIES[kind].experts is not None:
-                # random routers decide by so little that the first steps only send tokens elsewhere
+            if preset == "whitened" and (FAMILIES[kind].experts is not None or kind == "gpt2"):
+                # random routers decide by so little that the first steps only send tokens
+                # elsewhere; two steps make GPT-2's first block worse
                 options["tokens"] = 6000
             report = lillama.compress(base(kind), out, text=text_file, **options)
             made[kind, preset] = out, report
@@ -345,7 +346,13 @@ def test_targets_are_linear_layers_of_the_blocks(kind, base):
         "mixtral": {f"self_attn.{name}_proj" for name in "qkvo"},
         "qwen2_moe": {"mlp.shared_expert_gate"},
     }
-    assert set(family.targets.values()) == found - left_out.get(kind, set())
+    # of the two ways to queries these models have one
+    absent = {
+        "deepseek_v2": {"self_attn.q_a_proj", "self_attn.q_b_proj"},
+        "deepseek_v3": {"self_attn.q_proj"},
+    }
+    wanted = set(family.targets.values()) - absent.get(kind, set())
+    assert wanted == found - left_out.get(kind, set())
     assert set(family.default_targets) <= set(family.target_names)
 
 
@@ -375,7 +382,7 @@ def test_docs_list_every_family():
 
 def test_unknown_family_names_the_known_ones():
     with pytest.raises(InputError) as caught:
-        family_of("gpt2")
+        family_of("no-such")
     assert ", ".join(KINDS) in str(caught.value) and "families.py" in str(caught.value)
 
 

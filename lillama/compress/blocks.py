@@ -100,8 +100,11 @@ class TeacherBlocks:
             if module is self.model.get_input_embeddings()
         )
         self._loaded: set[nn.Module] = set()
+        # whether the model takes the first of what a block returns; seen when it runs
+        self._in_tuples = False
         present = dict(self.model.named_modules())
-        for name in filter(present.__contains__, family.before_blocks):
+        self._before = [name for name in family.before_blocks if name in present]
+        for name in self._before:
             # small, and needed for every batch
             self._loaded.add(self._load(name).to(dtype))
 
@@ -246,8 +249,8 @@ class TeacherBlocks:
         Raises:
             RunError: as `block`.
         """
-        inside = f"{self.block_path}."
-        outside = [name for name, target in self.runtime.items() if not target.startswith(inside)]
+        there = tuple(f"{path}." for path in (self.block_path, *self._before))
+        outside = [name for name, target in self.runtime.items() if not target.startswith(there)]
         self._load_names(outside, "what is outside the blocks")
         self.model.tie_weights()
         modules = [m for name, m in self.model.named_modules() if self._is_outside(name, m)]
@@ -273,8 +276,11 @@ class TeacherBlocks:
         `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
-        with self._blocks_as(lambda *args, **kwargs: hidden):
+        with self._blocks_as(lambda *args, **kwargs: self._returned(hidden)):
             return self._run(mask, inputs_embeds=self._nothing(*hidden.shape[:2])).logits
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._in_tuples else hidden
 
     def _nothing(self, *shape: int) -> Tensor:
         """Embeddings of no token, for what does not depend on them."""
@@ -294,23 +300,30 @@ class TeacherBlocks:
         """
         return self._record(mask, input_ids=input_ids.to(self.device))
 
+    def embedded(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+        """What the model makes of its embeddings [b, T, H] before its first block (positions, a
+        scale), for gradients at them: hidden states of block 0, as in `inputs`."""
+        return self._record(mask, inputs_embeds=embeddings)[0]
+
     def _record(self, mask: Tensor | None, **inputs: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         hidden: list[Tensor] = []
         calls: list[dict[str, Any]] = []
         last = len(self.blocks) - 1
 
-        def recorder(*args: Any, **kwargs: Any) -> Tensor:
+        def recorder(*args: Any, **kwargs: Any) -> Any:
             # by name, as a model may give them by place
             _, *names = inspect.signature(type(self.blocks[len(calls)]).forward).parameters
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             states = given.pop(names[0])
             hidden.append(states)
+            self._in_tuples |= states.ndim < hidden[0].ndim
             calls.append({k: v for k, v in given.items() if k not in CACHES})
             if len(calls) > last:
                 raise _Stop
-            return states
+            return self._returned(states)
 
-        with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.no_grad():
+        wanted = any(value.requires_grad for value in inputs.values())
+        with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.set_grad_enabled(wanted):
             self._run(mask, **inputs)
         return hidden[0], calls
 

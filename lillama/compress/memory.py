@@ -127,7 +127,7 @@ def _widths(plan: Plan) -> tuple[float, int]:
     inner = family.inner_width(config)
     if family.experts is None:
         return inner, 0
-    return getattr(config, family.shared_size) if family.shared_size else 0, inner
+    return family.shared_width(config), inner
 
 
 def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:

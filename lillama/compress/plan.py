@@ -15,7 +15,8 @@ from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, 
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
-from lillama.families import Family, family_of
+from lillama.families import FAMILIES, Family
+from lillama.families_generic import family_for
 from lillama.modules.dense_linear import linear_shape
 from lillama.skeleton import block_list, skeleton
 
@@ -242,6 +243,19 @@ def _gauge(options: PlanConfig, family: Family) -> Gauge:
     return options.recipe.gauge if fits else "plain"
 
 
+def _tell_found(family: Family) -> None:
+    """Say of a family that is not declared what was found in the model."""
+    if family.model_type in FAMILIES:
+        return
+    logger.warning(
+        "model_type %r is not tested; factorised by default: %s; on request: %s; embeddings %s, "
+        "head %s%s",
+        family.model_type, ", ".join(family.default_targets),
+        ", ".join(sorted(set(family.targets) - set(family.default_targets))) or "nothing more",
+        family.embedding, family.head, "".join(f"; {text}" for text in family.left_out),
+    )  # fmt: skip
+
+
 def _check_vocabulary_targets(options: PlanConfig) -> None:
     if options.recipe.init != "fisher":
         raise InputError(
@@ -261,8 +275,9 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     config = read_config(path)
     if compression_of(config) is not None:
         raise InputError(f"{path} is itself compressed by lillama; give the dense base model")
-    family = family_of(config.model_type)
     model = skeleton(config)
+    family = family_for(config, model)
+    _tell_found(family)
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     vocabulary = options.recipe.vocabulary and strategy == "global"
     gauge = options.gauge or _gauge(options, family)

@@ -101,7 +101,9 @@ def student_structure(
     student = copy.deepcopy(block, shared)
     prefix = f"{teacher.block_path}.{index}."
     ranks = {name.removeprefix(prefix): rank for name, rank in plan.ranks_of_block(index).items()}
-    replaced = replace_modules(student, plan.config, ranks, device="meta", dtype=teacher.dtype)
+    replaced = replace_modules(
+        student, plan.config, ranks, device="meta", dtype=teacher.dtype, family=plan.family
+    )
     for old in replaced.values():
         # it holds the module it belongs to: in a cycle the dense weights would outlive the block
         old.__dict__.pop("forward", None)
@@ -259,6 +261,7 @@ def _values(
     student has none of its own}."""
     prefix = f"{teacher.block_path}.{index}"
     one_to_one = _one_to_one(teacher, index)
+    parameters = dict(student.named_parameters())
     experts = teacher.family.experts
     values: dict[str, Tensor | str] = {}
     for name in teacher.hub_names(prefix):
@@ -279,8 +282,8 @@ def _values(
                 rows = order.argsort()[low_rank.rank :]
                 values[f"{matrix}.lr_C"] = low_rank.lr_B.detach()[rows]
                 values[f"{matrix}.lr_order"] = order
-        elif name in one_to_one:
-            values[name] = student.get_parameter(one_to_one[name]).detach()
+        elif one_to_one.get(name) in parameters:
+            values[name] = parameters[one_to_one[name]].detach()
         else:
             values[name] = name
     return values

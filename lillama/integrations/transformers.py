@@ -34,7 +34,8 @@ from lillama.checkpoint import (
     sentinel,
 )
 from lillama.errors import InputError
-from lillama.families import FAMILIES, PROJECTIONS, Family, family_of
+from lillama.families import FAMILIES, PROJECTIONS, Family
+from lillama.families_generic import family_for
 from lillama.modules.dense_linear import is_transposed
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
@@ -208,6 +209,8 @@ class LillamaQuantizer(HfQuantizer):
     quantization_config: LillamaConfig  # type: ignore[assignment]
     # a dense checkpoint cannot be loaded with our config: compress it instead
     requires_calibration = True
+    # of the model that is being loaded
+    _family: Family | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -230,7 +233,7 @@ class LillamaQuantizer(HfQuantizer):
         return {name: rank for name, rank in ranks.items() if has_head or name != family.head}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        family = family_of(model.config.model_type)
+        family = family_for(model.config)
         ranks = self._ranks(model, family)
         gauge = self.quantization_config.gauge
         shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
@@ -252,7 +255,9 @@ class LillamaQuantizer(HfQuantizer):
             base_prefix=model.base_model_prefix,
             device="meta",
             pivot=gauge == "pivot",
+            family=family,
         )
+        self._family = family
         dense_names = [
             f"{path}.{key}" for path, old in replaced.items() for key, _ in old.named_parameters()
         ]
@@ -264,7 +269,8 @@ class LillamaQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list, *args: Any, **kwargs: Any
     ) -> list:
-        namings = [family.experts for family in FAMILIES.values() if family.experts is not None]
+        families = [*FAMILIES.values(), *([self._family] if self._family else [])]
+        namings = [family.experts for family in families if family.experts is not None]
         # a name stands for the same projection in every family
         shorts = {naming.hub_projection(p): p for naming in namings for p in PROJECTIONS}
         ours = [
@@ -281,7 +287,7 @@ class LillamaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        family = family_of(model.config.model_type)
+        family = family_for(model.config)
         state = model.state_dict(keep_vars=True)
         for name, wanted in self._shapes.items():
             if name in state and tuple(state[name].shape) != wanted:
@@ -322,7 +328,7 @@ class LillamaQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For save_pretrained: experts one by one without padding, and the sentinel."""
-        family = family_of(model.config.model_type)
+        family = family_for(model.config)
         state = model.state_dict()
         for path, module in _factorised(model):
             if not isinstance(module, LowRankExperts) or family.experts is None:

@@ -57,17 +57,19 @@ def replace_modules(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     pivot: bool = False,
+    family: Family | None = None,
 ) -> dict[str, nn.Module]:
     """Replace in `root` every module that `ranks` names; return {runtime name: dense module}.
 
     `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
     `base_prefix`. Factors are left unset (zeros for experts) and have the dense weight's device and
     dtype where none is given; biases are not copied. `pivot`: linear layers in the pivot gauge.
+    `family`: of the model, where it is not declared.
 
     Raises:
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
     """
-    family = family_of(config.model_type)
+    family = family_of(config.model_type) if family is None else family
     linears, experts = group_ranks(family, ranks, family.num_experts(config))
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():

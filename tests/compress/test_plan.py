@@ -244,6 +244,8 @@ def test_plan_model_quantized_by_something_else_is_refused(mixtral, tmp_path):
 
 
 def test_plan_unknown_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(InputError, match="'gpt2' is not supported; supported are gemma, .*mixtral"):
+    (tmp_path / "config.json").write_text('{"model_type": "no-such"}')
+    with pytest.raises(
+        InputError, match="'no-such' is not supported; supported are deepseek_v2, .*mixtral"
+    ):
         lillama.plan(tmp_path, 0.2)
