@@ -37,6 +37,12 @@ def family_for(config: PretrainedConfig, model: PreTrainedModel | None = None) -
     declared = FAMILIES.get(config.model_type)
     if declared is not None:
         return declared
+    # asked here: a decoder that is built alone calls itself one
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"model_type {config.model_type!r} cannot be compressed: it has an encoder, only "
+            "decoders are found by themselves"
+        )
     return find_family(skeleton(config) if model is None else model)
 
 
@@ -91,10 +97,7 @@ def find_family(model: PreTrainedModel) -> Family:
 
 def _problem(model: PreTrainedModel) -> str | None:
     """Why a model is none that blocks can be taken out of; None where it is."""
-    config = model.config
-    if config.is_encoder_decoder:
-        return "it has an encoder, only decoders are found by themselves"
-    absent = [name for name in FIELDS if not isinstance(getattr(config, name, None), int)]
+    absent = [name for name in FIELDS if not isinstance(getattr(model.config, name, None), int)]
     if absent:
         return f"its config has no {absent[0]} of its own"
     if model.get_input_embeddings() is None or model.get_output_embeddings() is None:
@@ -244,8 +247,10 @@ def _naming(
     """How checkpoints call each expert's matrices, seen in what transformers makes of marked ones;
     or why that does not fit."""
     num_experts = module.get_parameter("down_proj").shape[0]
-    marked = {"gate_up_proj": torch.tensor([[[0.0], [1.0]]]), "down_proj": torch.tensor([[[2.0]]])}
-    stacked = {f"{block}.{path}.{k}": v.repeat(num_experts, 1, 1) for k, v in marked.items()}
+    marked = {"gate_up_proj": [[[0.0], [1.0]]], "down_proj": [[[2.0]]]}
+    # with numbers, also where models are being built on the meta device
+    tensors = {key: torch.tensor(value, device="cpu") for key, value in marked.items()}
+    stacked = {f"{block}.{path}.{k}": v.repeat(num_experts, 1, 1) for k, v in tensors.items()}
     names: list[str] = [""] * 3
     hub = ""
     found: dict[str, Tensor] = revert_weight_conversion(model, stacked)

@@ -225,15 +225,24 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
             yield short, f"{naming.hub}.{expert}.{short}", N, K
 
 
-def _bytes_before(path: Path, model: PreTrainedModel, params: int, needs_weights: bool) -> int:
-    """From the headers, without what the model's own code leaves out of old checkpoints; a folder
-    with only config.json is counted in the config's dtype."""
+def _bytes_before(
+    path: Path, model: PreTrainedModel, params: int, needs_weights: bool
+) -> tuple[int, int]:
+    """Of all tensors and of buffers among them. From the headers, without what the model's own code
+    leaves out of old checkpoints; a folder with only config.json is counted in the config's
+    dtype."""
     if needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
         ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
-        headers = read_headers(path).items()
-        return sum(header.num_bytes for name, header in headers if not ignored.search(name))
+        # these patterns are for tensors that the model has not: GPT-2's fit its biases as well
+        own, buffers = model.state_dict().keys(), {name for name, _ in model.named_buffers()}
+        sizes = {
+            name: header.num_bytes
+            for name, header in read_headers(path).items()
+            if name in own or not ignored.search(name)
+        }
+        return sum(sizes.values()), sum(size for name, size in sizes.items() if name in buffers)
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
-    return params * dtype_of(model.config).itemsize
+    return params * dtype_of(model.config).itemsize, 0
 
 
 def _gauge(options: PlanConfig, family: Family) -> Gauge:
@@ -286,7 +295,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
-    bytes_before = _bytes_before(path, model, params, needs_weights)
+    bytes_before, buffer_bytes = _bytes_before(path, model, params, needs_weights)
     return Plan(
         config=config,
         family=family,
@@ -295,7 +304,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         ranks=allocate(matrices, params, options.reduction, strategy, rules),
         params_before=params,
         bytes_before=bytes_before,
-        item_bytes=bytes_before / params,
+        item_bytes=(bytes_before - buffer_bytes) / params,
         block_path=block_list(model)[0],
         attention=str(model.config._attn_implementation),
         max_reduction=max_removable(matrices, strategy, rules) / params,
