@@ -254,6 +254,12 @@ FAMILIES: dict[str, Family] = {
         before_blocks=("model.decoder.embed_positions", "model.decoder.project_in"),
         inner_size="ffn_dim",
     ),
+    "cohere": _dense("cohere", {**_ATTENTION, **_MLP}),
+    "glm4": _dense(
+        "glm4",
+        {**_ATTENTION, "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"},
+    ),
+    "starcoder2": _dense("starcoder2", {**_ATTENTION, "c_fc": "mlp.c_fc", "c_proj": "mlp.c_proj"}),
     # multi-head latent attention: queries through one narrow matrix or two, keys and values through
     # two; the first blocks may be dense
     "deepseek_v2": _moe("deepseek_v2", _ROUTED_EXPERTS, {**_MLP, **_SHARED_EXPERTS}, **_DEEPSEEK),

@@ -188,7 +188,8 @@ def _stacked(blocks: nn.ModuleList) -> Iterator[tuple[int, str, nn.Module]]:
     """(block, path in it, module) of everything that holds stacked matrices."""
     for index, block in enumerate(blocks):
         for path, module in block.named_modules():
-            if any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)):
+            stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+            if stacked and not isinstance(module, nn.Conv1d):
                 yield index, path, module
 
 
@@ -219,8 +220,9 @@ def _uncommon(model: PreTrainedModel, module: Any) -> str | None:
     if shapes.keys() != {"gate_up_proj", "down_proj"} or any(len(s) != 3 for s in shapes.values()):
         return f"holds {', '.join(shapes)}, not gate_up_proj and down_proj alone"
     (E, double, H), (E_down, H_down, inner) = shapes["gate_up_proj"], shapes["down_proj"]
-    plain = not (module.is_transposed or module.has_bias) and module.is_concatenated
-    if (E, double, H) != (E_down, 2 * inner, H_down) or not plain or not module.has_gate:
+    form = ("is_concatenated", "has_gate", "has_bias", "is_transposed")
+    plain = [getattr(module, name, None) for name in form] == [True, True, False, False]
+    if (E, double, H) != (E_down, 2 * inner, H_down) or not plain:
         return "lays its matrices out in a way of its own"
     if getattr(module, "has_post_expert_norm", False):
         return "norms what its experts put out"

@@ -143,6 +143,9 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
     "gpt2": {"n_inner": 64},
+    "cohere": {"logit_scale": 2.0},
+    "glm4": {"head_dim": 8},
+    "starcoder2": {"sliding_window": 8, "use_bias": True},
     # the first block is dense; queries through one matrix, or through two
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "norm_topk_prob": False},
     "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 16, "n_group": 2, "topk_group": 2},

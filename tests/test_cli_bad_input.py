@@ -180,7 +180,7 @@ def test_cli_model_of_an_unknown_architecture(fails, copy, mamba):
     (path / "config.json").write_text(json.dumps({**config, "model_type": "no-such"}))
     message = fails(2, model=path)
     assert (
-        "unknown architecture: model_type 'no-such' is not supported; supported are deepseek_v2,"
+        "unknown architecture: model_type 'no-such' is not supported; supported are cohere,"
         in message
     )
 

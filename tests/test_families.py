@@ -24,7 +24,7 @@ from lillama.modules.dense_linear import is_linear, is_transposed
 from lillama.skeleton import block_list, skeleton
 
 KINDS = sorted(FAMILIES)
-TIED = {"gemma", "gemma2", "gpt2", "mamba", "opt"}
+TIED = {"cohere", "gemma", "gemma2", "gpt2", "mamba", "opt", "starcoder2"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
 each_family = pytest.mark.parametrize("kind", KINDS)

@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32, "device": "cpu"}
 # Not Mamba: its mixer reads the weights of its layers, which only a declaration can allow.
 DECLARED = (
-    *("deepseek_v2", "deepseek_v3", "gemma", "gemma2", "gpt2", "gpt_neox", "llama", "mistral"),
-    *("mixtral", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3"),
-    "qwen3_moe",
+    *("cohere", "deepseek_v2", "deepseek_v3", "gemma", "gemma2", "glm4", "gpt2", "gpt_neox"),
+    *("llama", "mistral", "mixtral", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_moe", "starcoder2"),
 )
 # Never declared: biases beside layers without, and two norms a block; scaled embeddings and
 # logits; a norm of the embeddings, and blocks that return tuples
@@ -196,6 +196,22 @@ def test_gradients_at_scaled_embeddings_are_scaled(base):
     embeddings, gradient = torch.randn(2, 5, 32, requires_grad=True), torch.randn(2, 5, 32)
     teacher.embedded(embeddings, None).backward(gradient)
     assert torch.equal(embeddings.grad, 3 * gradient)
+
+
+def test_blocks_that_are_told_of_the_tokens_are_refused(base, monkeypatch):
+    config = read_config(base("stablelm"))
+    teacher = TeacherBlocks(base("stablelm"), config, family_for(config), CPU, torch.float32)
+    rotary: Any = type(teacher.model.get_decoder().rotary_emb)
+    forward = rotary.forward
+
+    def of_tokens(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = forward(self, x, position_ids)
+        return cos + x.sum(), sin
+
+    monkeypatch.setattr(rotary, "forward", of_tokens)
+    with pytest.raises(InputError, match="the argument position_embeddings of its blocks depends"):
+        with teacher.embeddings():
+            teacher.inputs(*token_ids())
 
 
 def test_layers_that_a_module_reads_itself_stay_dense(make_model):

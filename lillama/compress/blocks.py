@@ -3,7 +3,6 @@ prepares them."""
 
 import contextlib
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,18 +22,16 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lillama.checkpoint import TensorHeader, read_headers
+from lillama.compress.arguments import by_name, check_arguments
 from lillama.compress.calibrate import dense_experts_forward, experts_of
 from lillama.errors import InputError, RunError
-from lillama.families import Family
+from lillama.families import FAMILIES, Family
 from lillama.modules.dense_linear import is_transposed
 from lillama.skeleton import block_list, skeleton
 
 __all__ = ["TeacherBlocks"]
 
 logger = logging.getLogger(__name__)
-
-# arguments of a block that nothing is computed from when a whole text runs through it
-CACHES = ("cache_params", "layer_past", "past_key_values")
 
 
 class _Stop(Exception):
@@ -100,6 +97,7 @@ class TeacherBlocks:
             if module is self.model.get_input_embeddings()
         )
         self._loaded: set[nn.Module] = set()
+        self._checked = family.model_type in FAMILIES  # whose tests do
         # whether the model takes the first of what a block returns; seen when it runs
         self._in_tuples = False
         present = dict(self.model.named_modules())
@@ -298,7 +296,12 @@ class TeacherBlocks:
         input_ids [b, T], mask [b, T] bool or None -> hidden [b, T, H] and one dict a block (masks,
         rotary embeddings), the same objects where the model shares them. Inside `embeddings` only.
         """
-        return self._record(mask, input_ids=input_ids.to(self.device))
+        found = self._record(mask, input_ids=input_ids.to(self.device))
+        if not self._checked:
+            self._checked = True
+            others = self.arguments((input_ids.shape[0], input_ids.shape[1]), mask)
+            check_arguments(self.model.config.model_type, found[1], others)
+        return found
 
     def embedded(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
         """What the model makes of its embeddings [b, T, H] before its first block (positions, a
@@ -311,13 +314,10 @@ class TeacherBlocks:
         last = len(self.blocks) - 1
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
-            # by name, as a model may give them by place
-            _, *names = inspect.signature(type(self.blocks[len(calls)]).forward).parameters
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            states = given.pop(names[0])
+            states, given = by_name(self.blocks[len(calls)], args, kwargs)
             hidden.append(states)
             self._in_tuples |= states.ndim < hidden[0].ndim
-            calls.append({k: v for k, v in given.items() if k not in CACHES})
+            calls.append(given)
             if len(calls) > last:
                 raise _Stop
             return self._returned(states)

@@ -246,6 +246,6 @@ def test_plan_model_quantized_by_something_else_is_refused(mixtral, tmp_path):
 def test_plan_unknown_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such"}')
     with pytest.raises(
-        InputError, match="'no-such' is not supported; supported are deepseek_v2, .*mixtral"
+        InputError, match="'no-such' is not supported; supported are cohere, .*mixtral"
     ):
         lillama.plan(tmp_path, 0.2)
