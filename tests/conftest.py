@@ -145,7 +145,8 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     "gpt2": {"n_inner": 64},
     "cohere": {"logit_scale": 2.0},
     "glm4": {"head_dim": 8},
-    "starcoder2": {"sliding_window": 8, "use_bias": True},
+    # key heads so wide that there is a rank between 8 and what saves nothing
+    "starcoder2": {"sliding_window": 8, "use_bias": True, "num_key_value_heads": 4},
     # the first block is dense; queries through one matrix, or through two
     "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "norm_topk_prob": False},
     "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 16, "n_group": 2, "topk_group": 2},
