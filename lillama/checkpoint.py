@@ -13,7 +13,7 @@ lillama fail instead of serving random weights.
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "check_ranks",
     "compression_of",
     "dtype_of",
+    "hub_headers",
     "is_pivot",
     "read_config",
     "read_headers",
@@ -50,12 +51,14 @@ GAUGES = ("plain", "pivot")
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One tensor of a checkpoint, as the shard's header tells it."""
+    """One tensor of a checkpoint, as its shard tells it; `stored_name` where the shard calls it
+    otherwise than we do."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    stored_name: str | None = None
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -196,6 +199,22 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     for file in _shard_files(path):
         headers.update(read_shard_headers(file))
     return headers
+
+
+def hub_headers(path: Path, family: Family, block_path: str) -> dict[str, TensorHeader]:
+    """As `read_headers`, with the base model's prefix where the checkpoint has none: those that
+    were saved without a head, as the hub's GPT-2 and OPT. `block_path`: runtime path of the
+    blocks."""
+    headers = read_headers(path)
+    prefix = f"{block_path.partition('.')[0]}."
+    if any(name.startswith(prefix) for name in headers):
+        return headers
+    return {
+        name if name.startswith(f"{family.head}.") else prefix + name: replace(
+            header, stored_name=name
+        )
+        for name, header in headers.items()
+    }
 
 
 def _first(family: Family, ranks: Iterable[str]) -> str:

@@ -114,7 +114,7 @@ def _problem(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 

@@ -305,20 +305,6 @@ def test_targets_that_no_block_has_are_refused(make_checkpoint):
         make_plan(options)
 
 
-def test_names_without_the_prefix_are_refused(base, text_file, tmp_path):
-    """As some checkpoints of OPT have them, which transformers reads."""
-    other = shutil.copytree(base("opt"), tmp_path / "other")
-    tensors = load_file(other / "model.safetensors")
-    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    save_file(renamed, other / "model.safetensors", metadata={"format": "pt"})
-    assert torch.equal(
-        logits(load_model(other, torch.device("cpu"))),
-        logits(load_model(base("opt"), torch.device("cpu"))),
-    )
-    with pytest.raises(InputError, match="has no model.decoder.layers.0.* save_pretrained first"):
-        lillama.compress(other, tmp_path / "out", text=text_file, device="cpu", **OPTIONS)
-
-
 def test_tensors_that_the_model_does_not_use_are_left_out(
     base, text_file, tmp_path, device, caplog
 ):

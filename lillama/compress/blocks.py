@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lillama.checkpoint import TensorHeader, read_headers
+from lillama.checkpoint import TensorHeader, hub_headers
 from lillama.compress.arguments import by_name, check_arguments
 from lillama.compress.calibrate import dense_experts_forward, experts_of
 from lillama.errors import InputError, RunError
@@ -55,9 +55,9 @@ class TeacherBlocks:
         self.family = family
         self.device = device
         self.dtype = dtype
-        self.headers = read_headers(path)
         self.model = skeleton(config)
         self.block_path, self.blocks = block_list(self.model)
+        self.headers = hub_headers(path, family, self.block_path)
         self._transposed = {
             path for path, module in self.model.named_modules() if is_transposed(module)
         }
@@ -146,7 +146,7 @@ class TeacherBlocks:
         """
         header: TensorHeader = self.headers[hub_name]
         try:
-            tensor = self._handle(header.file).get_tensor(hub_name)
+            tensor = self._handle(header.file).get_tensor(header.stored_name or hub_name)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read {hub_name} from {header.file}: {error}") from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -174,7 +174,11 @@ class TeacherBlocks:
         """Fill the parameters that these tensors become; `prefix` is for messages."""
         mapping: Any = get_model_conversion_mapping(self.model)
         try:
-            slices = {name: self._handle(self.headers[name].file).get_slice(name) for name in names}
+            slices = {}
+            for name in names:
+                header = self.headers[name]
+                stored = header.stored_name or name
+                slices[name] = self._handle(header.file).get_slice(stored)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read the shards of {prefix}: {error}") from error
         info, _ = convert_and_load_state_dict_in_model(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, read_headers
+from lillama.checkpoint import compression_of, dtype_of, hub_headers, is_pivot, read_config
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
@@ -226,7 +226,7 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
 
 
 def _bytes_before(
-    path: Path, model: PreTrainedModel, params: int, needs_weights: bool
+    path: Path, model: PreTrainedModel, family: Family, params: int, needs_weights: bool
 ) -> tuple[int, int]:
     """Of all tensors and of buffers among them. From the headers, without what the model's own code
     leaves out of old checkpoints; a folder with only config.json is counted in the config's
@@ -237,7 +237,7 @@ def _bytes_before(
         own, buffers = model.state_dict().keys(), {name for name, _ in model.named_buffers()}
         sizes = {
             name: header.num_bytes
-            for name, header in read_headers(path).items()
+            for name, header in hub_headers(path, family, block_list(model)[0]).items()
             if name in own or not ignored.search(name)
         }
         return sum(sizes.values()), sum(size for name, size in sizes.items() if name in buffers)
@@ -295,7 +295,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
-    bytes_before, buffer_bytes = _bytes_before(path, model, params, needs_weights)
+    bytes_before, buffer_bytes = _bytes_before(path, model, family, params, needs_weights)
     return Plan(
         config=config,
         family=family,
@@ -354,7 +354,7 @@ def plan(
     if any(config.model.glob("*.safetensors*")):
         from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
 
-        headers = read_headers(config.model)
+        headers = hub_headers(config.model, found.family, found.block_path)
         memory = peak_memory(found, config, headers, resident_bytes())
         rows = document.pop("matrices")
         document |= {"peak_memory_bytes": memory, "matrices": rows}

@@ -85,7 +85,8 @@ def replace_modules(
             sizes = old.num_embeddings, old.embedding_dim
             new = LowRankEmbedding(*sizes, rank, old.padding_idx, **made)
         else:
-            sizes, bias = linear_shape(old)[::-1], old.bias is not None
+            N, K = linear_shape(old)
+            sizes, bias = (K, N), old.bias is not None
             if name == family.head:
                 new = LowRankLinear(*sizes, rank, bias=bias, is_head=True, **made)
             else:
