@@ -64,11 +64,11 @@ def find_family(model: PreTrainedModel) -> Family:
     experts, left_out = _experts(model, block_path, blocks)
     linears = _linears(blocks, left_out)
     if not linears and experts is None:
-        classes = ", ".join(sorted({type(block).__name__ for block in blocks}))
+        holders = {type(m).__name__ for m in blocks.modules() if _has_matrix(m)}
         raise InputError(
-            f"model_type {kind!r} cannot be compressed: its blocks ({classes}) hold neither "
-            "nn.Linear nor Conv1D nor stacked experts of the common form"
-            + "".join(f"; {text}" for text in left_out)
+            f"model_type {kind!r} cannot be compressed: its blocks hold neither nn.Linear nor "
+            "Conv1D nor stacked experts of the common form; their matrices belong to "
+            f"{', '.join(sorted(holders)) or 'nothing'}" + "".join(f"; {text}" for text in left_out)
         )
     dense = [path for path in linears if experts is None or not linears[path][1]]
     shorts = _short_names(linears)
@@ -112,6 +112,10 @@ def _problem(model: PreTrainedModel) -> str | None:
         if any(True for _ in model.get_submodule(path).parameters(recurse=False)):
             return "it has weights outside its blocks that belong to no module of their own"
     return None
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
 def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -246,7 +246,7 @@ def test_a_block_with_nothing_to_factorise_is_refused(make_model):
     for _, module in block_list(model)[1].named_modules():
         if isinstance(module, nn.Linear):
             module.__class__ = Own
-    with pytest.raises(InputError, match=r"'llama' cannot be compressed: its blocks \(LlamaDec"):
+    with pytest.raises(InputError, match=r"'llama' cannot be compressed: .* belong to Own$"):
         find_family(model)
 
 
