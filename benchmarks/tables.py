@@ -22,7 +22,7 @@ __all__ = ["main", "render", "suite_table", "targets_table"]
 
 ROOT = Path(__file__).parents[1]
 SUITES = [
-    *("low_rank_linear", "low_rank_linears", "distill_loss"),
+    *("low_rank_linear", "low_rank_linears", "pivot_low_rank_linear", "distill_loss"),
     *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block", "compress"),
     "decode",
 ]

@@ -3,11 +3,11 @@
 A compressed model is a sharded safetensors checkpoint in the model's own hub names. The weight
 `<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N, R];
 `config.json` carries the ranks. Token embeddings [V, H] are stored as any matrix with N = V and
-K = H. In gauge "pivot" linear layers have `<name>.lr_C` [N - R, R] and `<name>.lr_order` [N]
-(int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a stacked experts module that is
-only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers
-would try to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without
-lillama fail instead of serving random weights.
+K = H. In gauge "pivot" all but embeddings and head have `<name>.lr_C` [N - R, R] and
+`<name>.lr_order` [N] (int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a stacked
+experts module that is only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as
+`.weight` transformers would try to stack it). One mis-shaped tensor under a dense name, the
+sentinel, makes a load without lillama fail instead of serving random weights.
 """
 
 import json
@@ -15,6 +15,7 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -27,9 +28,12 @@ __all__ = [
     "FORMAT_VERSION",
     "GAUGES",
     "QUANT_METHOD",
+    "SHARD_INDEX",
+    "SINGLE_SHARD",
     "TensorHeader",
     "check_factors",
     "check_ranks",
+    "check_unquantized",
     "compression_of",
     "dtype_of",
     "hub_headers",
@@ -47,6 +51,18 @@ QUANT_METHOD = "lillama"
 FORMAT_VERSION = 1
 FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_C", ".lr_order", ".lr_W")
 GAUGES = ("plain", "pivot")
+SINGLE_SHARD = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+# How tensors end whose integers are packed weights, and what belongs to them: GPTQ and AWQ;
+# compressed-tensors; bitsandbytes; MXFP4. Integers elsewhere are buffers, such as old models' masks
+_PACKED = re.compile(
+    r"(^|\.)(weight|qweight|qzeros|weight_packed|weight_zero_point|absmax|quant_map|SCB|\w+_blocks"
+    r"|\w+_scales)$"
+)
+_UNQUANTIZED = (
+    "give the original checkpoint in bf16, fp16 or fp32, which is usually of the same name without "
+    "-GPTQ, -AWQ, -FP8, -INT4, -bnb-4bit or the like (its model card names it as base_model)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,10 @@ def read_config(path: Path) -> PretrainedConfig:
         InputError: not a folder, no or broken config.json, unknown architecture.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is not a checkpoint folder; give the path of a local model")
+        raise InputError(
+            f"{path} is not a checkpoint folder; give the path of a local model, or the name of "
+            "one of the Hub (ORG/NAME)"
+        )
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path} is not a checkpoint: it has no config.json")
@@ -97,7 +116,9 @@ def compression_of(config: PretrainedConfig) -> dict | None:
         InputError: the model is quantized by something else, its format version is unknown, or its
             ranks cannot be used.
     """
-    found = getattr(config, "quantization_config", None)
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None and getattr(config, "compression_config", None) is not None:
+        found = {"quant_method": "compressed-tensors"}  # as its first versions wrote it
     if found is None:
         return None
     values = found.to_dict() if hasattr(found, "to_dict") else found
@@ -105,8 +126,8 @@ def compression_of(config: PretrainedConfig) -> dict | None:
         raise InputError(f"quantization_config must be an object, got {values!r}")
     if values.get("quant_method") != QUANT_METHOD:
         raise InputError(
-            f"the model is quantized with {values.get('quant_method')!r}; "
-            "give the unquantized checkpoint"
+            f"the model is quantized with {values.get('quant_method')!r}, and compressing works on "
+            f"plain weights; {_UNQUANTIZED}"
         )
     if values.get("format_version") != FORMAT_VERSION:
         raise InputError(
@@ -123,11 +144,9 @@ def compression_of(config: PretrainedConfig) -> dict | None:
 
 
 def is_pivot(family: Family, gauge: str, name: str) -> bool:
-    """Whether a factorised matrix is stored in the pivot gauge: experts never are, nor embeddings
-    and head, of which it would take R of V + H rows only."""
-    if gauge != "pivot" or name in family.vocabulary.values():
-        return False
-    return family.experts is None or family.experts.parse(name) is None
+    """Whether a factorised matrix is stored in the pivot gauge: embeddings and head never are, of
+    which it would take R of V + H rows only."""
+    return gauge == "pivot" and name not in family.vocabulary.values()
 
 
 def check_ranks(ranks: object) -> None:
@@ -140,9 +159,9 @@ def check_ranks(ranks: object) -> None:
 
 
 def _shard_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
+    index = path / SHARD_INDEX
     if not index.is_file():
-        single = path / "model.safetensors"
+        single = path / SINGLE_SHARD
         if single.is_file():
             return [single]
         hint = "; only safetensors are read" if any(path.glob("*.bin")) else ""
@@ -201,11 +220,11 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def hub_headers(path: Path, family: Family, block_path: str) -> dict[str, TensorHeader]:
-    """As `read_headers`, with the base model's prefix where the checkpoint has none: those that
-    were saved without a head, as the hub's GPT-2 and OPT. `block_path`: runtime path of the
-    blocks."""
-    headers = read_headers(path)
+def hub_headers(
+    headers: dict[str, TensorHeader], family: Family, block_path: str
+) -> dict[str, TensorHeader]:
+    """The headers with the base model's prefix where the checkpoint has none: those that were saved
+    without a head, as the hub's GPT-2 and OPT. `block_path`: runtime path of the blocks."""
     prefix = f"{block_path.partition('.')[0]}."
     if any(name.startswith(prefix) for name in headers):
         return headers
@@ -215,6 +234,22 @@ def hub_headers(path: Path, family: Family, block_path: str) -> dict[str, Tensor
         )
         for name, header in headers.items()
     }
+
+
+def check_unquantized(headers: Mapping[str, TensorHeader]) -> None:
+    """For a dense model: every weight is a float of 16 bits or more.
+
+    Raises:
+        InputError: float8 or smaller, or packed integers, whatever config.json says.
+    """
+    for name, header in headers.items():
+        is_small = re.fullmatch(r"F[468](_\w+)?", header.dtype)
+        is_packed = header.dtype.lstrip("UI").isdigit() and _PACKED.search(name)
+        if is_small or is_packed:
+            raise InputError(
+                f"{name} in {header.file.name} is of dtype {header.dtype}: the weights are "
+                f"quantized; {_UNQUANTIZED}"
+            )
 
 
 def _first(family: Family, ranks: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from lillama.errors import InputError, RunError
 from lillama.journal import Journal, locked
 from lillama.shard_file import Entry, file_sha256, write_shard
 
-__all__ = ["CheckpointWriter", "check_space", "differences", "disk_errors", "sync"]
+__all__ = ["CheckpointWriter", "check_out", "check_space", "differences", "disk_errors", "sync"]
 
 
 @contextlib.contextmanager
@@ -43,6 +43,18 @@ def _is_ours(path: Path) -> bool:
         return config["quantization_config"]["quant_method"] == QUANT_METHOD
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raises InputError where OUT exists and may not be replaced."""
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise InputError(f"{out} exists; choose another OUT or pass --overwrite")
+        empty = out.is_dir() and not any(out.iterdir())
+        if out.is_symlink() or not (empty or _is_ours(out)):
+            raise InputError(
+                f"{out} is not a model compressed by lillama; --overwrite does not replace it"
+            )
 
 
 class CheckpointWriter:
@@ -95,14 +107,7 @@ class CheckpointWriter:
         if self.staging.is_dir() and not self.staging.is_symlink():
             self._check_holder()
         self._put_back()
-        if out.exists() or out.is_symlink():
-            if not overwrite:
-                raise InputError(f"{out} exists; choose another OUT or pass --overwrite")
-            empty = out.is_dir() and not any(out.iterdir())
-            if out.is_symlink() or not (empty or _is_ours(out)):
-                raise InputError(
-                    f"{out} is not a model compressed by lillama; --overwrite does not replace it"
-                )
+        check_out(out, overwrite)
         try:
             with disk_errors(self.staging):
                 resumed = self._enter_staging()

@@ -5,20 +5,22 @@ import dataclasses
 import logging
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from huggingface_hub import constants
+from huggingface_hub.utils import enable_progress_bars
 from rich.logging import RichHandler
-from rich.table import Table
 
+from lillama.cli_eval import evaluate
 from lillama.cli_options import (
     ActivationMemory,
     BatchSize,
+    CalibrationTexts,
     CheckpointSeconds,
     DeviceOption,
     DtypeOption,
+    Epochs,
     EventsOption,
     FormatOption,
     GaugeOption,
@@ -31,6 +33,7 @@ from lillama.cli_options import (
     Packing,
     PresetOption,
     Reduction,
+    Revision,
     Seed,
     SeqLen,
     StrategyOption,
@@ -39,19 +42,23 @@ from lillama.cli_options import (
     TokensOption,
     TrainingTokens,
     TrainOption,
+    names,
 )
 from lillama.cli_output import errors, print_json, print_rows, progress_bar
+from lillama.cli_plan import plan
 from lillama.cli_report import report
+from lillama.cli_sample import sample
 from lillama.cli_serve import serve
+from lillama.cli_upstream import import_upstream
 from lillama.config import (
     CompressConfig,
-    EvalConfig,
     ExportConfig,
     FinetuneConfig,
     GenerateConfig,
     parse_bytes,
 )
 from lillama.errors import InputError, LillamaError
+from lillama.hub import at_revision
 from lillama.version import __version__
 
 __all__ = ["app", "main"]
@@ -71,18 +78,10 @@ def _defaults(config: type) -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(config)}
 
 
-_COMPRESS, _EVAL, _EXPORT, _FINETUNE, _GENERATE = map(
-    _defaults, (CompressConfig, EvalConfig, ExportConfig, FinetuneConfig, GenerateConfig)
+_COMPRESS, _EXPORT, _FINETUNE, _GENERATE = map(
+    _defaults, (CompressConfig, ExportConfig, FinetuneConfig, GenerateConfig)
 )
 ACTIVATION_MEMORY = f"{_COMPRESS['activation_memory'] // 2**30}GiB"
-
-
-def _names(values: str | None) -> tuple[str, ...] | None:
-    return (
-        None
-        if values is None
-        else tuple(part.strip() for part in values.split(",") if part.strip())
-    )
 
 
 @app.command()
@@ -90,7 +89,8 @@ def compress(
     model: Model,
     out: Out,
     reduction: Reduction,
-    text: Texts,
+    text: CalibrationTexts = None,
+    revision: Revision = None,
     tokens: TokensOption = None,
     seq_len: SeqLen = _COMPRESS["seq_len"],
     preset: PresetOption = _COMPRESS["preset"],
@@ -114,16 +114,16 @@ def compress(
 
     with progress_bar() as progress:
         report = run(
-            model,
+            at_revision(model, revision),
             out,
             reduction=reduction,
-            text=tuple(text),
+            text=tuple(text or ()),
             progress=progress,
             tokens=tokens,
             seq_len=seq_len,
             preset=preset,
             strategy=strategy,
-            targets=_names(targets),
+            targets=names(targets),
             gauge=gauge,
             loss=loss,
             packing=packing,
@@ -145,94 +145,28 @@ def compress(
     print_rows(f"{out}: {len(blocks)} blocks compressed", report)
 
 
-@app.command()
-def plan(
-    model: Model,
-    reduction: Reduction,
-    preset: PresetOption = _COMPRESS["preset"],
-    strategy: StrategyOption = None,
-    targets: TargetsOption = None,
-    gauge: GaugeOption = None,
-    tokens: TokensOption = None,
-    seq_len: SeqLen = _COMPRESS["seq_len"],
-    train: TrainOption = _COMPRESS["train"],
-    activation_memory: ActivationMemory = ACTIVATION_MEMORY,
-    as_json: Json = False,
-) -> None:
-    """Show what a compression would do and need; reads headers only."""
-    from lillama.compress.plan import plan as run
-
-    document = run(
-        model,
-        reduction,
-        preset=preset,  # type: ignore[arg-type]
-        strategy=strategy,  # type: ignore[arg-type]
-        targets=_names(targets),
-        gauge=gauge,  # type: ignore[arg-type]
-        tokens=tokens,
-        seq_len=seq_len,
-        train=train,
-        activation_memory=parse_bytes("--activation-memory", activation_memory),
-    )
-    if as_json:
-        print_json(document)
-        return
-    table = Table(title=f"{model}, --reduction {reduction}")
-    for column in ("matrix", "shape", "rank", "break-even", "params before", "params after"):
-        table.add_column(column, justify="left" if column == "matrix" else "right")
-    for row in document.pop("matrices"):
-        shape = f"{row['shape'][0]} x {row['shape'][1]}"
-        numbers = (row["rank"], row["break_even_rank"], row["params_before"], row["params_after"])
-        table.add_row(row["name"], shape, *(f"{number:,}" for number in numbers))
-    Console().print(table)
-    print_rows("whole model", document)
+app.command()(plan)
 
 
-@app.command("eval")
-def evaluate(
-    model: Model,
-    text: Texts,
-    seq_len: SeqLen = _EVAL["seq_len"],
-    against: Annotated[
-        Path | None, typer.Option(help="The base model, to compare with.", show_default=False)
-    ] = None,
-    batch_size: BatchSize = _EVAL["batch_size"],
-    dtype: DtypeOption = _EVAL["dtype"],
-    device: DeviceOption = _EVAL["device"],
-    as_json: Json = False,
-) -> None:
-    """Perplexity and bits per byte on held-out text; with --against also what was retained."""
-    from lillama.evaluate import evaluate as run
-
-    with progress_bar() as progress:
-        report = run(
-            model,
-            tuple(text),
-            against=against,
-            progress=progress,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device,
-        )
-    if as_json:
-        print_json(report)
-    else:
-        print_rows(str(model), report)
+app.command("eval")(evaluate)
 
 
 @app.command()
 def finetune(
     model: Model,
     out: Out,
-    base: Annotated[Path, typer.Option(help="The dense base model.", show_default=False)],
+    base: Annotated[str, typer.Option(help="The dense base model.", show_default=False)],
     text: Texts,
+    revision: Revision = None,
     tokens: TrainingTokens = _FINETUNE["tokens"],
     seq_len: SeqLen = _FINETUNE["seq_len"],
     batch_size: BatchSize = _FINETUNE["batch_size"],
+    packing: Packing = _FINETUNE["packing"],
+    epochs: Epochs = _FINETUNE["epochs"],
     learning_rate: LearningRate = _FINETUNE["learning_rate"],
     seed: Seed = _FINETUNE["seed"],
     device: DeviceOption = _FINETUNE["device"],
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a compressed MODEL end to end on its base model's predictions."""
@@ -240,7 +174,7 @@ def finetune(
 
     with progress_bar() as progress:
         report = run(
-            model,
+            at_revision(model, revision),
             out,
             base=base,
             text=tuple(text),
@@ -248,9 +182,12 @@ def finetune(
             tokens=tokens,
             seq_len=seq_len,
             batch_size=batch_size,
+            packing=packing,
+            epochs=epochs,
             learning_rate=learning_rate,
             seed=seed,
             device=device,
+            overwrite=overwrite,
         )
     if as_json:
         print_json(report)
@@ -262,6 +199,7 @@ def finetune(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    revision: Revision = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = _GENERATE[
         "max_new_tokens"
     ],
@@ -273,7 +211,7 @@ def generate(
     from lillama.generate import generate as run
 
     text = run(
-        model,
+        at_revision(model, revision),
         prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -287,13 +225,14 @@ def generate(
 def export(
     model: Model,
     out: Out,
+    revision: Revision = None,
     format: FormatOption = _EXPORT["format"],
     as_json: Json = False,
 ) -> None:
     """Write a compressed MODEL in another format: dense, for tools that know nothing of lillama."""
     from lillama.export import export as run
 
-    report = run(model, out, format=format)
+    report = run(at_revision(model, revision), out, format=format)
     if as_json:
         print_json(report)
     else:
@@ -301,7 +240,9 @@ def export(
 
 
 app.command()(report)
+app.command()(sample)
 app.command()(serve)
+app.command()(import_upstream)
 
 
 def _version(shown: bool) -> None:
@@ -327,16 +268,18 @@ def _root(
     package.propagate = False
     if context.invoked_subcommand is None:
         raise InputError(
-            "no command given; use compress, finetune, plan, eval, generate, export, report or "
-            "serve (see --help)"
+            "no command given; use compress, finetune, plan, eval, generate, export, report, "
+            "sample, serve or import-upstream (see --help)"
         )
 
 
 def _quiet_transformers() -> None:
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # the Hub's as well
     transformers_logging.set_verbosity_error()
+    if errors.is_terminal and constants.HF_HUB_DISABLE_PROGRESS_BARS is not True:
+        enable_progress_bars()  # of downloads
 
 
 def main() -> None:

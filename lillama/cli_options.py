@@ -9,9 +9,11 @@ import typer
 __all__ = [
     "ActivationMemory",
     "BatchSize",
+    "CalibrationTexts",
     "CheckpointSeconds",
     "DeviceOption",
     "DtypeOption",
+    "Epochs",
     "EventsOption",
     "FormatOption",
     "GaugeOption",
@@ -24,6 +26,7 @@ __all__ = [
     "Packing",
     "PresetOption",
     "Reduction",
+    "Revision",
     "Seed",
     "SeqLen",
     "StrategyOption",
@@ -32,17 +35,42 @@ __all__ = [
     "TokensOption",
     "TrainOption",
     "TrainingTokens",
+    "names",
 ]
 
 Model = Annotated[
-    Path, typer.Argument(help="Local checkpoint folder (safetensors).", show_default=False)
+    str,
+    typer.Argument(
+        help="Checkpoint folder (safetensors), or ORG/NAME of the Hugging Face Hub.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a MODEL of the Hub.", show_default=False),
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward pass.")]
+Epochs = Annotated[int, typer.Option(help="How often every token is seen.")]
 LearningRate = Annotated[float, typer.Option(help="Of AdamW, at its peak.")]
 Texts = Annotated[
-    list[Path],
-    typer.Option("--text", help="UTF-8 text or jsonl file; repeat for more.", show_default=False),
+    list[str],
+    typer.Option(
+        "--text",
+        help="UTF-8 text or jsonl file; wikitext2, c4, slimorca or ultrachat; or a dataset of the "
+        "Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]][#FIELD]; repeat for more.",
+        show_default=False,
+    ),
+]
+CalibrationTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text or jsonl file; wikitext2, c4, slimorca or ultrachat; or a "
+        "dataset of the Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]][#FIELD]; repeat for more. Without "
+        "any the model writes its own.",
+        show_default=False,
+    ),
 ]
 Reduction = Annotated[
     float,
@@ -53,8 +81,8 @@ Reduction = Annotated[
 PresetOption = Annotated[
     str,
     typer.Option(
-        help="default; fast: no training; whitened: no gradients, uniform ranks; paper: the "
-        "published recipe."
+        help="default; fast: no training; best: then the whole model too; whitened: no gradients, "
+        "uniform ranks; paper: the published recipe."
     ),
 ]
 StrategyOption = Annotated[
@@ -67,16 +95,14 @@ StrategyOption = Annotated[
 GaugeOption = Annotated[
     str | None,
     typer.Option(
-        help="How factors are stored: plain, or pivot (linear layers only): more rank at one "
-        "size; the preset's choice when left out.",
+        help="How factors are stored: plain, or pivot: more rank at one size; the "
+        "preset's choice when left out.",
         show_default=False,
     ),
 ]
 FormatOption = Annotated[
     str,
-    typer.Option(
-        help="dense: factors multiplied out; plain or pivot: the other gauge (linear layers only)."
-    ),
+    typer.Option(help="dense: factors multiplied out; plain or pivot: the other gauge."),
 ]
 TargetsOption = Annotated[
     str | None,
@@ -121,3 +147,12 @@ ActivationMemory = Annotated[
         help="Host memory for activations between blocks; what exceeds it goes to files by OUT."
     ),
 ]
+
+
+def names(values: str | None) -> tuple[str, ...] | None:
+    """ "a, b" -> ("a", "b")"""
+    return (
+        None
+        if values is None
+        else tuple(part.strip() for part in values.split(",") if part.strip())
+    )

@@ -33,21 +33,33 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
     )
     # on a file or pipe rich would still write an empty line
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
-        task = bar.add_task("start", total=None)
+    bar = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    task = bar.add_task("start", total=None)
 
-        def update(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total)
+    def update(stage: str, done: int, total: int) -> None:
+        bar.start()  # only now: before, downloads draw their own bars
+        bar.update(task, description=stage, completed=done, total=total)
 
+    try:
         yield update
+    finally:
+        bar.stop()
 
 
 def print_json(document: Any) -> None:
     print(json.dumps(document), flush=True)
 
 
+def _flat(rows: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in rows.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", found) for inner, found in _flat(value))
+        else:
+            yield key, value
+
+
 def print_rows(title: str, rows: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False)
-    for key, value in rows.items():
+    for key, value in _flat(rows):
         table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
     Console().print(table)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lillama.cli_options import DeviceOption, DtypeOption, Model
-from lillama.config import ServeConfig
+from lillama.cli_options import DeviceOption, DtypeOption, Model, Revision
+from lillama.config_serve import ServeConfig
+from lillama.hub import at_revision
 
 __all__ = ["serve"]
 
@@ -41,6 +42,7 @@ MaxChoices = Annotated[int, typer.Option(help="Prompts times n of one request.")
 
 def serve(
     model: Model,
+    revision: Revision = None,
     host: Host = _SERVE["host"],
     port: Port = _SERVE["port"],
     device: DeviceOption = _SERVE["device"],
@@ -64,7 +66,7 @@ def serve(
         print(f"lillama: {model} is at {url}; Ctrl-C ends it", file=sys.stderr, flush=True)
 
     run(
-        model,
+        at_revision(model, revision),
         on_ready=ready,
         host=host,
         port=port,

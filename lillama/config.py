@@ -1,4 +1,5 @@
-"""Every default of the project, in frozen dataclasses. Nothing else holds one."""
+"""Every default of the project, in frozen dataclasses; those of eval and serve are in
+config_eval.py and config_serve.py. Nothing else holds one."""
 
 import dataclasses
 import math
@@ -8,30 +9,36 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lillama.errors import InputError
+from lillama.hub import recorded_model
+from lillama.hub_text import HubText
 
 __all__ = [
     "PRESETS",
     "RANK_MULTIPLE",
     "CompressConfig",
-    "EvalConfig",
     "ExportConfig",
     "ExportFormat",
     "FinetuneConfig",
     "Gauge",
     "GenerateConfig",
     "Loss",
+    "LossForm",
     "PlanConfig",
     "Preset",
     "Recipe",
     "ReportConfig",
-    "ServeConfig",
+    "SampleConfig",
     "Strategy",
+    "check_at_least",
+    "check_choice",
+    "check_device",
     "parse_bytes",
 ]
 
-Preset = Literal["default", "fast", "whitened", "paper"]
+Preset = Literal["default", "fast", "best", "whitened", "paper"]
 Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
+LossForm = Literal["l1_cosine", "nmse"]
 Gauge = Literal["plain", "pivot"]
 ExportFormat = Literal["dense", "plain", "pivot"]
 
@@ -72,13 +79,20 @@ class Recipe:
     vocabulary_floor: float = 0.5
     # experts count with their share of those tokens, and to this part as if all had the same
     share_floor: float = 0.3
+    # what a block's output is compared by: `lillama_kernels.distill_loss`
+    form: LossForm = "nmse"
     # how often a block is judged on held-out tokens while it trains
     evaluations: int = 6
     # False: the factors stay as they were initialised
     train: bool = True
+    # a factorised output head learns the teacher's predictions, as a last block
+    train_head: bool = True
+    # how often the whole model, after its blocks, learns the teacher's predictions of all tokens
+    # (compress/finetune.py); 0: not at all
+    finetune_epochs: int = 0
     # calibration tokens where the caller names no number; moments alone need few
     tokens: int = 2_000_000
-    # where the caller names none; pivot only where every target is a linear layer, else plain
+    # where the caller names none; embeddings and head are plain in any case
     gauge: Gauge = "pivot"
 
     def peak_learning_rate(self, hidden_size: int) -> float:
@@ -100,6 +114,7 @@ _DEFAULT = Recipe(
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "fast": dataclasses.replace(_DEFAULT, train=False, tokens=262_144),
+    "best": dataclasses.replace(_DEFAULT, finetune_epochs=3),
     "whitened": dataclasses.replace(
         _DEFAULT,
         init="whitened",
@@ -117,18 +132,21 @@ PRESETS: dict[str, Recipe] = {
         warmup_fraction=0.0,
         weight_decay=0.01,
         gradient_clip=None,
+        form="l1_cosine",
         vocabulary=False,
         gauge="plain",
     ),
 }
 
 
-def _choice(name: str, value: str | None, choices: tuple[str, ...], optional: bool = False) -> None:
+def check_choice(
+    name: str, value: str | None, choices: tuple[str, ...], optional: bool = False
+) -> None:
     if value not in choices and not (optional and value is None):
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _at_least(name: str, value: int, minimum: int) -> None:
+def check_at_least(name: str, value: int, minimum: int) -> None:
     if value < minimum:
         raise InputError(f"{name} must be at least {minimum}, got {value}")
 
@@ -146,7 +164,7 @@ def parse_bytes(name: str, text: str) -> int:
     return round(float(found[1]) * 1024**power)
 
 
-def _device(value: str) -> None:
+def check_device(value: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {value!r}")
 
@@ -174,17 +192,22 @@ class PlanConfig:
                 "--reduction must lie between 0 and 1, both excluded (the share of the whole "
                 f"model's parameters to remove), got {self.reduction}"
             )
-        _choice("--preset", self.preset, tuple(PRESETS))
-        _choice("--strategy", self.strategy, get_args(Strategy), optional=True)
-        _choice("--gauge", self.gauge, get_args(Gauge), optional=True)
-        _at_least("--tokens", self.num_tokens, 1)
-        _at_least("--seq-len", self.seq_len, 2)
-        _at_least("--activation-memory", self.activation_memory, 0)
+        check_choice("--preset", self.preset, tuple(PRESETS))
+        check_choice("--strategy", self.strategy, get_args(Strategy), optional=True)
+        check_choice("--gauge", self.gauge, get_args(Gauge), optional=True)
+        check_at_least("--tokens", self.num_tokens, 1)
+        check_at_least("--seq-len", self.seq_len, 2)
+        check_at_least("--activation-memory", self.activation_memory, 0)
         object.__setattr__(self, "train", self.train and self.recipe.train)
 
     @property
     def recipe(self) -> Recipe:
         return PRESETS[self.preset]
+
+    @property
+    def finetune(self) -> bool:
+        """Whether the whole model is trained after its blocks."""
+        return self.train and self.recipe.finetune_epochs > 0
 
     @property
     def num_tokens(self) -> int:
@@ -197,7 +220,8 @@ class CompressConfig(PlanConfig):
     """Options of `lillama compress`."""
 
     out: Path
-    text: tuple[Path, ...]
+    # none: what the model writes by itself
+    text: tuple[Path | HubText, ...] = ()
     loss: Loss = "joint"
     packing: bool = True
     seed: int = 0
@@ -211,15 +235,13 @@ class CompressConfig(PlanConfig):
 
     def __post_init__(self) -> None:
         PlanConfig.__post_init__(self)
-        if not self.text:
-            raise InputError("compress needs calibration text; give at least one --text FILE")
         if not self.checkpoint_seconds >= 0:
             raise InputError(
                 f"--checkpoint-seconds must be at least 0, got {self.checkpoint_seconds}"
             )
-        _choice("--loss", self.loss, get_args(Loss))
-        _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
-        _device(self.device)
+        check_choice("--loss", self.loss, get_args(Loss))
+        check_choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        check_device(self.device)
 
     def recorded(self) -> dict[str, object]:
         """What recipe.json stores: every option that decides the result, as plain JSON values."""
@@ -233,32 +255,11 @@ class CompressConfig(PlanConfig):
         }
         values = dataclasses.asdict(self)
         plain = {k: v for k, v in values.items() if k not in skipped}
-        plain["model"] = str(self.model)
+        plain |= recorded_model(self.model)
         plain["text"] = [str(path) for path in self.text]
         plain["targets"] = None if self.targets is None else list(self.targets)
         plain["tokens"] = self.num_tokens
         return {**plain, "preset_values": dataclasses.asdict(self.recipe)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Options of `lillama eval`."""
-
-    model: Path
-    text: tuple[Path, ...]
-    against: Path | None = None
-    seq_len: int = 512
-    batch_size: int = 8
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise InputError("eval needs text; give at least one --text FILE")
-        _at_least("--seq-len", self.seq_len, 2)
-        _at_least("--batch-size", self.batch_size, 1)
-        _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
-        _device(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,34 +269,43 @@ class FinetuneConfig:
     model: Path
     out: Path
     base: Path
-    text: tuple[Path, ...]
+    text: tuple[Path | HubText, ...]
     tokens: int = 2_000_000
     seq_len: int = 512
     batch_size: int = 8
+    packing: bool = True
+    # how often every token is seen
+    epochs: int = 1
     # of AdamW, at its peak
     learning_rate: float = 1e-3
     seed: int = 0
     device: str = "auto"
+    overwrite: bool = False
     # how often the model is judged on held-out tokens
     evaluations: int = 8
 
     def __post_init__(self) -> None:
         if not self.text:
             raise InputError("finetune needs training text; give at least one --text FILE")
-        _at_least("--tokens", self.tokens, 1)
-        _at_least("--seq-len", self.seq_len, 2)
-        _at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--tokens", self.tokens, 1)
+        check_at_least("--seq-len", self.seq_len, 2)
+        check_at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--epochs", self.epochs, 1)
         if not 0 < self.learning_rate < math.inf:
             raise InputError(
                 f"--learning-rate must be a finite number > 0, got {self.learning_rate}"
             )
-        _device(self.device)
+        check_device(self.device)
 
     def recorded(self) -> dict[str, object]:
         """Plain JSON values of what decides the result."""
-        plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
+        plain = {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("out", "device", "overwrite")
+        }
         texts = {"text": [str(path) for path in self.text]}
-        return {**plain, "model": str(self.model), "base": str(self.base), **texts}
+        return {**plain, **recorded_model(self.model), **recorded_model(self.base, "base"), **texts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,7 +317,7 @@ class ExportConfig:
     format: ExportFormat = "dense"
 
     def __post_init__(self) -> None:
-        _choice("--format", self.format, get_args(ExportFormat))
+        check_choice("--format", self.format, get_args(ExportFormat))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,10 +334,38 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InputError("--prompt must not be empty")
-        _at_least("--max-new-tokens", self.max_new_tokens, 1)
+        check_at_least("--max-new-tokens", self.max_new_tokens, 1)
         if not 0 <= self.temperature < math.inf:
             raise InputError(f"--temperature must be a finite number >= 0, got {self.temperature}")
-        _device(self.device)
+        check_device(self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleConfig:
+    """Options of `lillama sample`."""
+
+    model: Path
+    out: Path
+    tokens: int = 2_000_000
+    seq_len: int = 512
+    temperature: float = 1.0
+    # sequences written side by side
+    batch_size: int = 64
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_at_least("--tokens", self.tokens, 1)
+        check_at_least("--seq-len", self.seq_len, 2)
+        check_at_least("--batch-size", self.batch_size, 1)
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"--temperature must be a finite number > 0, got {self.temperature}")
+        check_device(self.device)
+
+    def recorded(self) -> dict[str, object]:
+        """Plain JSON values of what decides the text."""
+        plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
+        return {**plain, **recorded_model(self.model)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,57 +377,3 @@ class ReportConfig:
     eval: Path | None = None
     png: Path | None = None
     open: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """Options of `lillama serve`."""
-
-    model: Path
-    host: str = "127.0.0.1"
-    # 0: one that is free
-    port: int = 8000
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    # requests computed together, and those that may wait for a place
-    max_batch: int = 8
-    max_queue: int = 64
-    # tokens of prompt and output together; None: what the model allows
-    max_length: int | None = None
-    # None: the name of the model's folder
-    served_name: str | None = None
-    # one key a line; None: everybody may ask
-    api_key_file: Path | None = None
-    # from a request's arrival to the end of its answer
-    request_timeout_s: float = 600.0
-    # how long a client may take to send a header, to send a body, to take in what it was sent, and
-    # to send the next request on a connection
-    client_timeout_s: float = 20.0
-    # how long requests that were accepted may go on after SIGTERM
-    drain_s: float = 30.0
-    max_body_bytes: int = 2 * 2**20
-    # a process may have 1,024 files open unless told otherwise
-    max_connections: int = 512
-    # prompts times n of one HTTP request
-    max_choices: int = 16
-
-    def __post_init__(self) -> None:
-        if not self.host:
-            raise InputError("--host must not be empty; 127.0.0.1 is this machine alone")
-        if not 0 <= self.port <= 65535:
-            raise InputError(f"--port must lie between 0 and 65535, got {self.port}")
-        if self.served_name == "":
-            raise InputError("--served-name must not be empty")
-        _device(self.device)
-        _choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
-        for name in ("max_batch", "max_queue", "max_body_bytes", "max_connections", "max_choices"):
-            _at_least("--" + name.replace("_", "-"), getattr(self, name), 1)
-        if self.max_length is not None:
-            _at_least("--max-length", self.max_length, 2)
-        for name in ("request_timeout_s", "client_timeout_s", "drain_s"):
-            value = getattr(self, name)
-            if not (0 < value < math.inf or (name == "drain_s" and value == 0)):
-                raise InputError(
-                    f"--{name.replace('_', '-')} must be a finite number of seconds > 0, "
-                    f"got {value}"
-                )

@@ -1,27 +1,30 @@
-"""Text, jsonl and chat files in, blocks of token ids out.
+"""Documents in, blocks of token ids out.
 
-The one thing to know: a plain text file is read in pieces of about 64 KiB that end at line ends and
-are tokenised one by one, so a seeded sample comes from all over a large file without tokenising the
-whole of it. The same files, tokenizer and seed give the same blocks on every machine.
+The one thing to know: a plain text file comes in pieces of about 64 KiB that are tokenised one by
+one, so a seeded sample comes from all over a large file without tokenising the whole of
+it. The same texts, tokenizer and seed give the same blocks on every machine.
 Letters: n blocks, T = seq_len.
 """
 
 import hashlib
 import itertools
-import json
+import logging
+import math
 import random
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lillama.documents import Document, read_documents
 from lillama.errors import InputError
+from lillama.hub_text import HubText
 
 __all__ = [
     "Document",
@@ -32,23 +35,13 @@ __all__ = [
     "read_documents",
 ]
 
-_Paths = Sequence[Path | str]
-_PIECE_BYTES = 64 * 1024
+logger = logging.getLogger(__name__)
+
+_Texts = Sequence[Path | str | HubText]
 # Documents per tokenizer call: enough to keep its threads busy, few enough to stop early.
 _BATCH_SIZE = 16
 # A padded sample keeps seq_len tokens; text beyond this length per token is not even tokenised.
 _MAX_CHARS_PER_TOKEN = 128
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A jsonl row (where: FILE:LINE; text or messages) or a piece of a text file (where: FILE)."""
-
-    where: str
-    text: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    is_piece: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,128 +81,43 @@ class EvaluationText:
     num_tokens: int
 
 
-def read_documents(path: Path | str, *, text_key: str = "text") -> Iterator[Document]:
-    """Read a file lazily; a byte order mark is dropped, line ends stay as they are.
-
-    `.jsonl`, `.json`: one JSON object a line, its text under `text_key`, or else a chat under
-    `messages` or `conversations` (ShareGPT); rows without text are skipped. Any other suffix:
-    plain UTF-8 text; the pieces joined are the file's text.
-
-    Raises:
-        InputError: file missing, a folder, without text, not UTF-8; a row that cannot be used.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"text file {path} is a folder; give the files in it one by one")
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"text file {path}: {error.strerror}; check the path") from error
-    is_rows = path.suffix.lower() in (".jsonl", ".json")
-    has_text = False
-    with file:
-        for document in _rows(file, path, text_key) if is_rows else _pieces(file, path):
-            has_text = has_text or document.text is None or not document.text.isspace()
-            yield document
-    if not has_text:
-        raise InputError(f"text file {path} is empty or only white space; give a file with text")
-
-
-def _decode(raw: bytes, path: Path, offset: int) -> str:
-    """UTF-8 to text; `raw` begins at byte `offset` of the file."""
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = f"byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
-        raise InputError(f"text file {path} is not UTF-8: {at}; convert it to UTF-8") from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _pieces(file: BinaryIO, path: Path) -> Iterator[Document]:
-    buffer, offset = b"", 0
-    while buffer := buffer + file.read(_PIECE_BYTES - len(buffer)):
-        cut = len(buffer) if len(buffer) < _PIECE_BYTES else _cut(buffer)
-        if text := _decode(buffer[:cut], path, offset):
-            yield Document(str(path), text=text, is_piece=True)
-        buffer, offset = buffer[cut:], offset + cut
-
-
-def _cut(buffer: bytes) -> int:
-    """After the last line end, else before the last space, else between two characters."""
-    line_end = buffer.rfind(b"\n") + 1
-    space = buffer.rfind(b" ")
-    if line_end or space > 0:
-        return line_end or space
-    cut = len(buffer) - 1
-    # 0b10xxxxxx continues a character; a character has at most 4 bytes
-    while cut > max(1, len(buffer) - 4) and buffer[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return cut
-
-
-def _rows(file: BinaryIO, path: Path, text_key: str) -> Iterator[Document]:
-    offset = 0
-    for number, raw in enumerate(file, start=1):
-        line = _decode(raw, path, offset).strip()
-        offset += len(raw)
-        if line:
-            document = _row(line, f"{path}:{number}", text_key)
-            if document.text is None or document.text.strip():
-                yield document
-
-
-def _row(line: str, where: str, text_key: str) -> Document:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error}); give one JSON object per line") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is a JSON {type(row).__name__}; give one JSON object per line")
-    if text_key in row:
-        return Document(where, text=_string(row[text_key], f"{where}: {text_key!r}"))
-    for key in ("messages", "conversations"):
-        if key in row:
-            return Document(where, messages=_chat(row[key], f"{where}: {key!r}", key))
-    keys = ", ".join(repr(key) for key in row) or "none"
-    raise InputError(
-        f"{where} has no key {text_key!r}, its keys: {keys}; give {text_key!r} with a string, or "
-        "'messages' or 'conversations' with a chat"
-    )
-
-
-def _string(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{what} must be a string, got {type(value).__name__}; repair the line")
-    # JSON can spell "\ud800", which no UTF-8 text can hold
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{what} holds half a surrogate pair, no valid text; repair the line")
-    return value
-
-
-def _chat(turns: Any, what: str, key: str) -> list[dict[str, Any]]:
-    """Chat messages with role and content, from these or from ShareGPT's `conversations`."""
-    is_list = isinstance(turns, list) and len(turns) > 0
-    if not is_list or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{what} must be a list of objects, not empty; got {str(turns)[:60]!r}")
-    role_key, content_key = ("role", "content") if key == "messages" else ("from", "value")
-    messages = []
-    for turn in turns:
-        role = _string(turn.get(role_key), f"{what}: {role_key!r}")
-        content = _string(turn.get(content_key), f"{what}: {content_key!r}")
-        if key == "conversations":
-            if role not in _SHAREGPT_ROLES:
-                raise InputError(f"{what}: 'from' must be human, gpt or system, got {role!r}")
-            turn = {"role": _SHAREGPT_ROLES[role], "content": content}
-        messages.append(turn)
-    return messages
-
-
-def _all_documents(paths: _Paths, text_key: str) -> Iterator[Document]:
+def _all_documents(
+    paths: _Texts,
+    tokenizer: Any,
+    text_key: str,
+    read_hub: Callable[[HubText], Iterator[Document]],
+) -> Iterator[Document]:
     # the same text twice would put held-out text among the training text
-    if len({Path(path).resolve() for path in paths}) < len(paths):
+    names = {str(path) if isinstance(path, HubText) else Path(path).resolve() for path in paths}
+    if len(names) < len(paths):
         raise InputError(f"a text file is given twice: {', '.join(map(str, paths))}; give it once")
+    is_told = bool(tokenizer.chat_template)
     for path in paths:
-        yield from read_documents(path, text_key=text_key)
+        is_hub = isinstance(path, HubText)
+        for document in read_hub(path) if is_hub else read_documents(path, text_key=text_key):
+            if document.messages is not None and not is_told:
+                is_told = True
+                logger.warning(
+                    "%s is a chat, but the tokenizer has no chat template: messages are joined by "
+                    "empty lines, without roles (an instruct model's tokenizer has a template)",
+                    document.where,
+                )
+            yield document
+
+
+def _enough(
+    documents: Iterable[Document], tokenizer: Any, tokens: float, longest: float
+) -> Iterator[Document]:
+    """The first documents that hold so many tokens, each counted up to `longest`; a stream of the
+    Hub may have no end."""
+    found = 0.0
+    # as the blocks are made: longer text is cut
+    chars = None if longest == math.inf else int(longest) * _MAX_CHARS_PER_TOKEN
+    for document, _, row in _encoded(documents, tokenizer, special=False, max_chars=chars):
+        yield document
+        found += min(len(row), longest) if len(row) >= 2 else 0
+        if found >= tokens:
+            return
 
 
 def _render(document: Document, tokenizer: Any) -> str:
@@ -285,7 +193,7 @@ def _samples(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def calibration_blocks(
-    paths: _Paths,
+    paths: _Texts,
     tokenizer: PreTrainedTokenizerBase,
     *,
     tokens: int,
@@ -295,9 +203,10 @@ def calibration_blocks(
     packing: bool = True,
     text_key: str = "text",
 ) -> tuple[TokenBlocks, TokenBlocks]:
-    """Draw (training, held-out) blocks, seeded, from all over the files.
+    """Draw (training, held-out) blocks, seeded, from all over the texts.
 
     Args:
+        paths: files, or datasets of the Hub, of which no more is read than may be needed.
         tokens: training tokens; packed: ceil(tokens / T) blocks, padded: at least so many real.
         held_out_blocks: further blocks from all over the text, overlapping no training block.
         packing: one stream cut into blocks. Otherwise a block is a sample (a row, or a paragraph
@@ -309,7 +218,15 @@ def calibration_blocks(
     _at_least("--tokens", tokens, 1)
     _at_least("--seq-len", seq_len, 2)
     _at_least("held_out_blocks", held_out_blocks, 0)
-    documents = _all_documents(paths, text_key)
+
+    def read_hub(text: HubText) -> Iterator[Document]:
+        # padded, every sample counts up to seq_len, and the last of the training ones may run over
+        spare, longest = (1, math.inf) if packing else (seq_len, seq_len)
+        wanted = tokens + (held_out_blocks + 1) * seq_len + spare
+        found = text.documents(seed)
+        return found if text.is_running else _enough(found, tokenizer, wanted, longest)
+
+    documents = _all_documents(paths, tokenizer, text_key, read_hub)
     documents = list(documents if packing else _samples(documents))
     random.Random(seed).shuffle(documents)
     make = _packed if packing else _padded
@@ -377,7 +294,7 @@ def _pad(rows: list[list[int]], seq_len: int, pad: int) -> TokenBlocks:
 
 
 def evaluation_blocks(
-    paths: _Paths, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text_key: str = "text"
+    paths: _Texts, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text_key: str = "text"
 ) -> EvaluationText:
     """Tokenise all the text in file order and cut it into blocks of seq_len and a tail.
 
@@ -385,8 +302,9 @@ def evaluation_blocks(
         InputError: seq_len < 2, an unusable file (`read_documents`), fewer than 2 tokens.
     """
     _at_least("--seq-len", seq_len, 2)
+    documents = _all_documents(paths, tokenizer, text_key, HubText.documents)
     stream, num_bytes = array("q"), 0
-    for ids, size in _stream(_all_documents(paths, text_key), tokenizer):
+    for ids, size in _stream(documents, tokenizer):
         stream.extend(ids)
         num_bytes += size
     if len(stream) < 2:

@@ -1,9 +1,8 @@
 """How much a compressed model still knows: perplexity on held-out text, and its divergence from
 the base.
 
-Text is cut into blocks of seq_len tokens; each block predicts its tokens from the second on (the
-convention of GPTQ and SparseGPT). Figures are comparable only at equal tokenizer and seq_len; bits
-per byte also across tokenizers.
+Figures are comparable only at equal definition (evaluate_text.py), tokenizer and seq_len; bits per
+byte also across tokenizers.
 """
 
 import math
@@ -24,10 +23,15 @@ from lillama.checkpoint import (
     sentinel_names,
     tensor_bytes,
 )
-from lillama.config import EvalConfig
-from lillama.data import EvaluationText, evaluation_blocks
+from lillama.config_eval import EvalConfig
 from lillama.errors import InputError, RunError
+from lillama.evaluate_generations import check_generations
+from lillama.evaluate_speed import measure_speed
+from lillama.evaluate_tasks import check_harness, run_tasks
+from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
 from lillama.families_generic import family_for
+from lillama.hub_checkpoint import find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import (
     check_vocabulary,
@@ -68,47 +72,50 @@ def stored_size(path: Path) -> tuple[int, int]:
     )
 
 
-def _token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [b, T, V], labels [b, T] -> negative log-likelihood [b, T-1] of labels[:, 1:]."""
-    flat = logits[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(flat, labels[:, 1:].flatten(), reduction="none").view(len(labels), -1)
+def _token_nll(logits: Tensor, batch: ScoredBatch) -> Tensor:
+    """logits [b, T, V] -> negative log-likelihood [targets that count]."""
+    flat = logits[:, : batch.targets.shape[1]].float().flatten(0, 1)
+    nll = F.cross_entropy(flat, batch.targets.flatten(), reduction="none")
+    return nll if batch.scored is None else nll[batch.scored.flatten()]
+
+
+def _log_probs(logits: Tensor, batch: ScoredBatch) -> Tensor:
+    """logits [b, T, V] -> log-probabilities [targets that count, V]."""
+    flat = logits[:, : batch.targets.shape[1]].flatten(0, 1)
+    kept = flat if batch.scored is None else flat[batch.scored.flatten()]
+    return F.log_softmax(kept.float(), -1)
 
 
 @torch.no_grad()
 def _add_batch(
-    sums: _Sums, ids: Tensor, model: PreTrainedModel, base: PreTrainedModel | None
+    sums: _Sums, batch: ScoredBatch, model: PreTrainedModel, base: PreTrainedModel | None
 ) -> None:
-    logits = model(input_ids=ids, use_cache=False).logits
-    nll = _token_nll(logits, ids)
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    nll = _token_nll(logits, batch)
     sums.nll += float(nll.double().sum())
     sums.predicted += nll.numel()
     if base is None:
         return
-    base_logits = base(input_ids=ids, use_cache=False).logits
-    sums.base_nll += float(_token_nll(base_logits, ids).double().sum())
-    ours = F.log_softmax(logits[:, :-1].float(), -1)
-    theirs = F.log_softmax(base_logits[:, :-1].float(), -1)
+    base_logits = base(input_ids=batch.input_ids, use_cache=False).logits
+    sums.base_nll += float(_token_nll(base_logits, batch).double().sum())
+    ours, theirs = _log_probs(logits, batch), _log_probs(base_logits, batch)
     sums.kl += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
     sums.agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
 
 
 def _measure(
-    text: EvaluationText,
+    text: ScoredText,
     model: PreTrainedModel,
     base: PreTrainedModel | None,
-    batch_size: int,
     progress: Progress | None,
 ) -> _Sums:
     device = model.device
     sums = _Sums()
-    batches = [batch for batch in text.input_ids.split(batch_size) if len(batch)]
-    if text.tail is not None:
-        batches.append(text.tail)
-    total = sum(batch.numel() for batch in batches)
+    total = sum(batch.input_ids.numel() for batch in text.batches)
     done = 0
-    for batch in batches:
+    for batch in text.batches:
         _add_batch(sums, batch.to(device), model, base)
-        done += batch.numel()
+        done += batch.input_ids.numel()
         if progress is not None:
             progress("eval", done, total)
         for name, nll in (("MODEL", sums.nll), ("--against", sums.base_nll)):
@@ -120,57 +127,139 @@ def _measure(
     return sums
 
 
-def _perplexity(nll: float, predicted: int) -> float:
-    mean = nll / predicted
+def _exp(mean: float, unit: str) -> float:
     if mean > 700:
-        raise RunError(f"the mean loss is {mean:.0f} nats a token; the model is broken")
+        raise RunError(f"the mean loss is {mean:.0f} nats a {unit}; the model is broken")
     return math.exp(mean)
+
+
+def _figures(nll: float, predicted: int, text: ScoredText) -> dict[str, float]:
+    """The perplexities of one model. Of words: those of lm-evaluation-harness under its names."""
+    if text.num_words is None:
+        per_byte = nll / predicted / math.log(2) * (text.num_tokens / text.num_bytes)
+        return {"perplexity": _exp(nll / predicted, "token"), "bits_per_byte": per_byte}
+    return {
+        "word_perplexity": _exp(nll / text.num_words, "word"),
+        "byte_perplexity": _exp(nll / text.num_bytes, "byte"),
+        "bits_per_byte": nll / text.num_bytes / math.log(2),
+        "token_perplexity": _exp(nll / predicted, "token"),
+    }
+
+
+def _quality(sums: _Sums, text: ScoredText, with_base: bool) -> dict[str, Any]:
+    report: dict[str, Any] = _figures(sums.nll, sums.predicted, text)
+    report["tokens"] = sums.predicted
+    if text.num_words is not None:
+        report["words"] = text.num_words
+    if with_base:
+        base = _figures(sums.base_nll, sums.predicted, text)
+        report |= {f"base_{name}": value for name, value in base.items()}
+        report |= {
+            "retained": math.exp((sums.base_nll - sums.nll) / sums.predicted),
+            "kl": sums.kl / sums.predicted,
+            "top1_agreement": sums.agree / sums.predicted,
+        }
+    return report
+
+
+def _context(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Tokens that the model was made for, found as lm-evaluation-harness finds them."""
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        length = getattr(model.config, name, None)
+        if length is not None:
+            return int(length)
+    length = tokenizer.model_max_length
+    # transformers writes 1e30 for "not known"
+    return 2048 if length >= 1e12 else int(length)
+
+
+def _with_text(
+    config: EvalConfig,
+    tokenizer: Any,
+    ours: PreTrainedModel,
+    base: PreTrainedModel | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Perplexity, and what else the options ask of the text."""
+    text = scored_text(
+        config.metric,
+        config.text,
+        tokenizer,
+        seq_len=config.window or _context(ours, tokenizer),
+        batch_size=config.batch_size,
+    )
+    check_vocabulary(text.token_ids, ours.config.vocab_size)
+    sums = _measure(text, ours, base, progress)
+    report = {"metric": config.metric, **_quality(sums, text, base is not None)}
+    if config.generations:
+        report["generations"] = check_generations(
+            ours,
+            base,
+            tokenizer,
+            text.token_ids,
+            count=config.generations,
+            retained=report.get("retained"),
+            progress=progress,
+        )
+    if config.speed:
+        report["speed"] = measure_speed(ours, base, text.token_ids, progress=progress)
+    return report
 
 
 def evaluate(
     model: str | Path,
-    text: str | Path | list[str | Path] | tuple[str | Path, ...],
+    text: str | Path | list[str | Path] | tuple[str | Path, ...] = (),
     *,
     against: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Perplexity of a checkpoint on text it has not seen. Same as `lillama eval`; exported as
-    `lillama.eval`.
+    """How good a checkpoint still is: perplexity on text it has not seen, tasks, what it writes,
+    how fast. Same as `lillama eval`; exported as `lillama.eval`. docs/evaluation.md has the
+    definitions.
 
     Args:
-        model: local checkpoint folder, dense or compressed.
+        model: checkpoint folder, dense or compressed, or ORG/NAME[@REVISION] of the Hub.
         text: file or files (text or jsonl).
         against: the base model's folder; adds its figures and the divergence from it.
-        progress: called as progress("eval", done, total), in tokens.
-        options: the other fields of `lillama.config.EvalConfig`: seq_len, batch_size, dtype,
-        device.
+        progress: called as progress(stage, done, total); stage "eval" counts tokens.
+        options: the other fields of `lillama.config_eval.EvalConfig`: metric, seq_len, batch_size,
+            tasks, task_path, limit, generations, speed, dtype, device.
 
     Returns:
-        `perplexity, bits_per_byte, tokens, params, bytes`; with `against` also `base_perplexity,
-        retained` (base perplexity / perplexity), `kl` (mean KL(base || model) per token, nats) and
+        `params, bytes`. With text `metric, tokens` and for blocks and rows `perplexity,
+        bits_per_byte`, for words `word_perplexity, byte_perplexity, bits_per_byte,
+        token_perplexity, words`; with tasks `tasks` and `lm_eval`; `generations` and `speed` where
+        asked for. With `against` the same of the base under `base_...`, and of text also `retained`
+        (base perplexity / perplexity, by token), `kl` (mean KL(base || model) per token, nats) and
         `top1_agreement`.
 
     Raises:
-        InputError: a model or text that cannot be used. RunError: the loss is not finite.
+        InputError: a model, text or task that cannot be used, or lillama[eval] is missing.
+        RunError: the loss is not finite.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
+    plain: dict[str, Any] = {}
+    if options.get("task_path") is not None:
+        plain["task_path"] = Path(options["task_path"])
+    if isinstance(tasks := options.get("tasks", ()), str):
+        plain["tasks"] = (tasks,)
     config = EvalConfig(
-        model=Path(model),
-        text=tuple(Path(file) for file in files),
-        against=None if against is None else Path(against),
-        **options,
+        model=find_model(model),
+        text=find_texts(text, evaluation=True),
+        against=None if against is None else find_model(against),
+        **{**options, **plain},
     )
+    if config.tasks:
+        check_harness()
     device = choose_device(config.device)
     params, num_bytes = stored_size(config.model)
+    report: dict[str, Any] = {"params": params, "bytes": num_bytes}
     tokenizer = load_tokenizer(config.model)
-    blocks = evaluation_blocks(config.text, tokenizer, seq_len=config.seq_len)
     ours = load_model(config.model, device, config.dtype)
-    for ids in (blocks.input_ids, blocks.tail):
-        if ids is not None and ids.numel():
-            check_vocabulary(ids, ours.config.vocab_size)
     base = None
     if config.against is not None:
+        base_params, base_bytes = stored_size(config.against)
+        report |= {"base_params": base_params, "base_bytes": base_bytes}
         base = load_model(config.against, device, config.dtype)
         if base.config.vocab_size != ours.config.vocab_size:
             raise InputError(
@@ -178,22 +267,16 @@ def evaluate(
                 f"{ours.config.vocab_size}; they are not a model and its base"
             )
     with fast_mamba():
-        sums = _measure(blocks, ours, base, config.batch_size, progress)
-    tokens_per_byte = blocks.num_tokens / blocks.num_bytes
-    report = {
-        "perplexity": _perplexity(sums.nll, sums.predicted),
-        "bits_per_byte": sums.nll / sums.predicted / math.log(2) * tokens_per_byte,
-        "tokens": sums.predicted,
-        "params": params,
-        "bytes": num_bytes,
-    }
-    if base is not None:
-        base_perplexity = _perplexity(sums.base_nll, sums.predicted)
-        report |= {
-            "base_perplexity": base_perplexity,
-            "base_bits_per_byte": sums.base_nll / sums.predicted / math.log(2) * tokens_per_byte,
-            "retained": base_perplexity / report["perplexity"],
-            "kl": sums.kl / sums.predicted,
-            "top1_agreement": sums.agree / sums.predicted,
-        }
+        if config.text:
+            report = {**_with_text(config, tokenizer, ours, base, progress), **report}
+        if config.tasks:
+            report |= run_tasks(
+                ours,
+                base,
+                tokenizer,
+                config.tasks,
+                include_path=config.task_path,
+                batch_size=config.batch_size,
+                limit=config.limit,
+            )
     return report

@@ -35,6 +35,8 @@ from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
 from lillama.families import Family
 from lillama.families_generic import family_for
+from lillama.hub import model_name
+from lillama.hub_checkpoint import find_model
 from lillama.integrations.transformers import dense_shapes, kept_dense
 from lillama.journal import locked
 from lillama.loading import count_params
@@ -127,16 +129,12 @@ def _open_source(path: Path, format: str) -> _Source:
     gauge = values.get("gauge", "plain")
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
-    if format == "pivot":
-        others = [n for n in ranks if not is_pivot(family, "pivot", n)]
-        # embeddings and head are copied, whatever the gauge
-        experts = [n for n in others if n not in family.vocabulary.values()]
-        if experts or len(others) == len(ranks):
-            found = "factorised experts" if experts else "no factorised ones"
-            raise InputError(
-                f"--format pivot is for linear layers; {path} has {found}; use --format dense, or "
-                "keep it as it is"
-            )
+    # embeddings and head are copied, whatever the gauge
+    if format == "pivot" and not any(is_pivot(family, format, name) for name in ranks):
+        raise InputError(
+            f"--format pivot is for linear layers and experts; {path} has no factorised ones; use "
+            "--format dense, or keep it as it is"
+        )
     headers = read_headers(path)
     shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
     check_factors(
@@ -256,11 +254,11 @@ def _config_json(source: _Source, format: str, reduction: float) -> dict[str, An
     return values
 
 
-def _card(source: _Source, format: str, base_path: Path) -> str:
-    base = card_text(base_path.name)
+def _card(source: _Source, format: str, base_path: Path, hub_id: str | None) -> str:
+    base = card_text(hub_id or base_path.name)
     if format == "dense":
-        return f"""{card_metadata(base_path, "low-rank")}
-# {card_text(source.path.name)}, multiplied out
+        return f"""{card_metadata(base_path, "low-rank", hub_id=hub_id)}
+# {card_text(model_name(source.path))}, multiplied out
 
 {base} was compressed with lillama: weight matrices became low-rank factors. `lillama export`
 ({__version__}) multiplied these out again, so this is an ordinary checkpoint of the size of
@@ -337,8 +335,7 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
         out: folder to create; it appears when all is done.
         options: `format`: "dense" multiplies the factors out, into a checkpoint in the base model's
             hub names that needs no lillama; "plain" and "pivot" change the gauge of linear layers
-            (of a model with factorised experts: not at all; factorised embeddings and head are
-            copied).
+            and experts (factorised embeddings and head are copied).
 
     Returns:
         `format`, `matrices` (how many were converted), `params, bytes_before, bytes_after`.
@@ -347,7 +344,7 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
         InputError: arguments or a checkpoint that cannot be used. RunError: the run failed (disk
             full, a product that overflows); nothing was written.
     """
-    config = ExportConfig(model=Path(model), out=Path(out), **options)
+    config = ExportConfig(model=find_model(model), out=Path(out), **options)
     source = _open_source(config.model, config.format)
     _check_out(config.out)
     check_space(config.out, _new_bytes(source, config.format))
@@ -362,12 +359,14 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
     if config.format != "dense":
         params = count_params(model_config, source.ranks, config.format)
     base = Path(str(values.get("base_model") or "the base model"))
+    # only a model of the Hub has a revision
+    hub_id = str(base) if values.get("base_revision") else None
     with disk_errors(config.out), _staging(config.out) as staging:
         num_bytes = _write_shards(source, staging, config.format)
         for file in _copies(source.path):
             shutil.copyfile(file, staging / file.name)
         texts = {
-            "README.md": _card(source, config.format, base),
+            "README.md": _card(source, config.format, base, hub_id),
             "config.json": json.dumps(
                 _config_json(source, config.format, 1 - params / before), indent=2
             )

@@ -2,7 +2,7 @@
 
 To add one: name the nn.Linear layers inside a block, those to factorise unless told, the stacked
 experts if it has any, and what its checkpoints call embeddings and head. The blocks are found by
-themselves (`compress.plan.block_list`).
+themselves (`lillama.skeleton.block_list`).
 
 Two names meet here. The hub name is how a checkpoint calls a matrix
 (`...block_sparse_moe.experts.3.w1`); the runtime name is where transformers puts it
@@ -71,7 +71,10 @@ class Family:
     transformers puts the head. `before_blocks`: other modules with weights that the model runs
     before its first block. `inner_size`, `shared_size`: what the config calls the width of the MLP
     (of one expert where there are experts), and of the MLP that every token sees beside them, or
-    the width itself. `left_out`: what `lillama.families_generic` found and leaves dense, and why.
+    the width itself. `expand`: what it calls how many times wider than the model a state-space
+    mixer is. `scan_kept`: numbers that autograd keeps of a scan for each of the mixer's width,
+    beyond those of an MLP. `left_out`: what `lillama.families_generic` found and leaves dense, and
+    why.
     """
 
     model_type: str
@@ -83,20 +86,16 @@ class Family:
     head: str = "lm_head"
     runtime_head: str = "lm_head"
     before_blocks: tuple[str, ...] = ()
-    inner_size: str | int = "intermediate_size"
+    inner_size: str | int | None = "intermediate_size"
     shared_size: str | int | None = None
+    expand: str | None = None
+    scan_kept: int = 0
     left_out: tuple[str, ...] = ()
 
     @property
     def target_names(self) -> tuple[str, ...]:
         inside = () if self.experts is None else self.experts.projections
         return tuple(dict.fromkeys((*self.targets, *inside, *self.vocabulary)))
-
-    @property
-    def linear_targets(self) -> tuple[str, ...]:
-        """Those that are linear layers in every block."""
-        inside = () if self.experts is None else self.experts.projections
-        return tuple(name for name in self.targets if name not in inside)
 
     def runtime_name(self, name: str) -> str:
         """Where transformers puts a linear layer or the embeddings with this hub name."""
@@ -107,8 +106,10 @@ class Family:
         return 0 if self.experts is None else getattr(config, self.experts.count)
 
     def inner_width(self, config: Any) -> int:
-        """Width of the MLP, or of one expert; GPT-2's config may leave it to be four hidden
-        sizes."""
+        """Width of the MLP, or of one expert; 0 where there is none. GPT-2's config may leave it to
+        be four hidden sizes."""
+        if self.inner_size is None:
+            return 0
         return _width(config, self.inner_size) or 4 * config.hidden_size
 
     def shared_width(self, config: Any) -> int:
@@ -157,6 +158,18 @@ def _moe(
     )
 
 
+def _state_space(model_type: str, targets: Mapping[str, str], **more: Any) -> Family:
+    """A family whose blocks are one mixer each."""
+    return Family(
+        model_type=model_type,
+        targets=dict(targets),
+        default_targets=("in_proj", "out_proj"),
+        paper_strategy="uniform",
+        embedding="backbone.embeddings",
+        **more,
+    )
+
+
 _W_EXPERTS = ExpertsNaming(
     runtime="mlp.experts",
     hub="block_sparse_moe.experts",
@@ -168,6 +181,9 @@ _W_EXPERTS = ExpertsNaming(
 _PROJ_EXPERTS = ExpertsNaming(
     runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
 )
+# dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can be
+# asked for.
+_MIXER = {name: f"mixer.{name}" for name in ("in_proj", "out_proj", "x_proj")}
 _SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
 
 # of DeepSeek
@@ -195,19 +211,7 @@ FAMILIES: dict[str, Family] = {
         paper_strategy="bottom",
         embedding="model.embed_tokens",
     ),
-    # dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can
-    # be asked for.
-    "mamba": Family(
-        model_type="mamba",
-        targets={
-            "in_proj": "mixer.in_proj",
-            "out_proj": "mixer.out_proj",
-            "x_proj": "mixer.x_proj",
-        },
-        default_targets=("in_proj", "out_proj"),
-        paper_strategy="uniform",
-        embedding="backbone.embeddings",
-    ),
+    "mamba": _state_space("mamba", _MIXER),
     "llama": _dense("llama", {**_ATTENTION, **_MLP}),
     "mistral": _dense("mistral", {**_ATTENTION, **_MLP}),
     "qwen2": _dense("qwen2", {**_ATTENTION, **_MLP}),
@@ -289,6 +293,33 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": _moe("qwen3_moe", _PROJ_EXPERTS, _MLP, inner_size="moe_intermediate_size"),
     "olmoe": _moe("olmoe", _PROJ_EXPERTS, {}),
     "phimoe": _moe("phimoe", _W_EXPERTS, {}),
+    # norms without weights between x_proj and the scan
+    "falcon_mamba": _state_space("falcon_mamba", _MIXER),
+    # steps, B and C come out of in_proj; `scan_kept` is for the state size of 128 that is usual
+    "mamba2": _state_space(
+        "mamba2",
+        {name: _MIXER[name] for name in ("in_proj", "out_proj")},
+        inner_size=None,
+        expand="expand",
+        scan_kept=17,
+    ),
+    # every block has a mixer or attention, and experts or one MLP
+    "jamba": _moe(
+        "jamba",
+        ExpertsNaming(
+            runtime="feed_forward.experts",
+            hub="feed_forward.experts",
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+        ),
+        {
+            **{name: f"feed_forward.{name}" for name in _MLP},
+            **{name: f"mamba.{name}" for name in _MIXER},
+        },
+        default=("in_proj", "out_proj"),
+        expand="mamba_expand",
+    ),
 }
 
 

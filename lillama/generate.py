@@ -7,6 +7,7 @@ import torch
 
 from lillama.config import GenerateConfig
 from lillama.errors import InputError
+from lillama.hub_checkpoint import find_model
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
@@ -17,7 +18,7 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
     """Continue `prompt`. Same as `lillama generate`.
 
     Args:
-        model: local checkpoint folder.
+        model: local checkpoint folder, or ORG/NAME[@REVISION] of the Hub.
         prompt: text, not empty.
         options: the other fields of `lillama.config.GenerateConfig`: max_new_tokens, temperature
             (0 is greedy), seed, device.
@@ -28,7 +29,7 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
     Raises:
         InputError: a model or prompt that cannot be used.
     """
-    config = GenerateConfig(model=Path(model), prompt=prompt, **options)
+    config = GenerateConfig(model=find_model(model), prompt=prompt, **options)
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.model)
     loaded = load_model(config.model, device)

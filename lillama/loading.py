@@ -13,7 +13,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lillama.checkpoint import compression_of, dtype_of, is_pivot, read_config, read_headers
+from lillama.checkpoint import (
+    check_unquantized,
+    compression_of,
+    dtype_of,
+    is_pivot,
+    read_config,
+    read_headers,
+)
 from lillama.errors import InputError
 from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, register
@@ -98,8 +105,10 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
         InputError: no checkpoint, truncated, unknown architecture, or factors that do not fit.
     """
     config = read_config(path)
-    compression_of(config)
-    read_headers(path)
+    compression = compression_of(config)
+    headers = read_headers(path)
+    if compression is None:
+        check_unquantized(headers)
     register()
     wanted = torch.float32 if device.type == "cpu" else dtype_of(config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(

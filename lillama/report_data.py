@@ -23,7 +23,7 @@ from lillama.families import Family
 from lillama.families_generic import family_for
 from lillama.skeleton import block_list, skeleton
 
-__all__ = ["Facts", "Layer", "RankedMatrix", "read_facts"]
+__all__ = ["METRIC_NUMBERS", "Facts", "Layer", "RankedMatrix", "read_facts"]
 
 BLOCK_NUMBERS = (
     *("index", "held_out_loss_before", "held_out_loss_after", "steps", "best_step"),
@@ -33,8 +33,14 @@ REPORT_NUMBERS = (
     *("params_before", "params_after", "reduction", "target_reduction", "bytes_before"),
     *("bytes_after", "tokens", "seconds", "peak_memory_bytes"),
 )
-EVAL_NUMBERS = ("perplexity", "bits_per_byte", "tokens", "params", "bytes")
-AGAINST_NUMBERS = ("base_perplexity", "base_bits_per_byte", "retained", "kl", "top1_agreement")
+# of one model, by what `lillama eval --metric` was
+TOKEN_NUMBERS = ("perplexity", "bits_per_byte")
+METRIC_NUMBERS = {
+    "blocks": TOKEN_NUMBERS,
+    "rows": TOKEN_NUMBERS,
+    "words": ("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity"),
+}
+AGAINST_NUMBERS = ("retained", "kl", "top1_agreement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,19 @@ def _check_numbers(values: Any, names: tuple[str, ...], place: str) -> None:
             raise InputError(f"{place}: {name} must be a finite number, got {found!r}")
 
 
+def _check_rows(values: Any, place: str) -> None:
+    """An object of names, numbers and words, and of such objects; None where nothing is known."""
+    if not isinstance(values, dict):
+        raise InputError(f"{place} must be an object, got {type(values).__name__}")
+    for name, found in values.items():
+        if isinstance(found, dict):
+            _check_rows(found, f"{place}.{name}")
+        elif isinstance(found, int | float):
+            _check_numbers(values, (name,), place)
+        elif not isinstance(found, str | None):
+            raise InputError(f"{place}: {name} must be a number, got {found!r}")
+
+
 def _read_report(out: Path) -> dict[str, Any]:
     wanted = "`lillama compress` writes it into OUT: give that folder"
     file = out / "report.json"
@@ -158,9 +177,20 @@ def _read_quality(file: Path, params: int) -> dict[str, Any]:
         found = _object_of(text, file, wanted)
     except InputError:
         found = _object_of(text.rpartition("\n")[2], file, wanted)
-    _check_numbers(found, EVAL_NUMBERS, str(file))
-    if "base_perplexity" in found:
-        _check_numbers(found, AGAINST_NUMBERS, str(file))
+    _check_numbers(found, ("params", "bytes"), str(file))
+    # a file of tasks alone has no text; older files name no metric
+    if "metric" in found or "tasks" not in found:
+        metric = found.setdefault("metric", "blocks")
+        if metric not in METRIC_NUMBERS:
+            raise InputError(f"{file}: metric must be one of {', '.join(METRIC_NUMBERS)}")
+        names = METRIC_NUMBERS[metric]
+        _check_numbers(found, (*names, "tokens"), str(file))
+        if "retained" in found or f"base_{names[0]}" in found:
+            _check_numbers(found, (*(f"base_{n}" for n in names), *AGAINST_NUMBERS), str(file))
+    for part in ("tasks", "generations", "speed"):
+        _check_rows(found.get(part, {}), f"{file}: {part}")
+    for task, values in found.get("tasks", {}).items():
+        _check_rows(values, f"{file}: tasks.{task}")
     if found["params"] != params:
         raise InputError(
             f"{file} is about another model: it has {found['params']:,} parameters, OUT {params:,}"

@@ -4,8 +4,9 @@ import html
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from lillama.report_data import Facts
+from lillama.report_data import METRIC_NUMBERS, Facts
 from lillama.report_svg import Plot, Stylesheet, as_svg
 
 __all__ = ["Section", "command_of", "escape", "format_number", "sections_of"]
@@ -32,6 +33,8 @@ def command_of(facts: Facts) -> str:
     """The line that makes OUT again: every option that recipe.json recorded."""
     options = facts.recipe["options"]
     words = ["lillama", "compress", str(options.get("model")), str(facts.out)]
+    if options.get("revision") is not None:
+        words += ["--revision", str(options["revision"])]
     words += ["--reduction", str(options.get("reduction"))]
     for file in options["text"]:
         words += ["--text", str(file)]
@@ -241,20 +244,40 @@ def _quality_section(facts: Facts) -> Section:
             "</code> measures it, <code>--eval eval.json</code> then shows it here."
         )
         return _section("quality", "Quality", f"<p>{text}</p>")
-    base = "base_perplexity" in quality
+    rows: list[tuple[str, str, str]] = []
+    said: list[str] = []
+    if "metric" in quality:
+        rows, said = _text_figures(facts, quality)
+    if said and "retained" not in quality:
+        said.append("The file has no comparison: run eval with --against MODEL.")
+    caption = "Quality on the text that eval was given"
+    against = "base_params" in quality or "retained" in quality
+    parts = [
+        _table(caption, ("figure", "compressed", "base"), rows) if rows else "",
+        _task_table(quality["tasks"]) if quality.get("tasks") else "",
+        _pair_table("What both wrote", quality.get("generations", {})),
+        _pair_table("Speed and memory of transformers' generate", quality.get("speed", {})),
+        _paragraph(" ".join(said)) if said else "",
+    ]
+    title = "Quality against the base" if against else "Quality"
+    return _section("quality", title, *(part for part in parts if part))
+
+
+def _text_figures(
+    facts: Facts, quality: Mapping[str, Any]
+) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Rows of the table, and sentences below it."""
+    names = METRIC_NUMBERS[quality["metric"]]
     rows = [
         (
             name.replace("_", " "),
             format_number(quality[name]),
             format_number(quality.get(f"base_{name}")),
         )
-        for name in ("perplexity", "bits_per_byte")
+        for name in names
     ]
-    facts_of = [f"{quality['tokens']:,} tokens were predicted."]
-    if base:
-        increase = math.log(quality["perplexity"] / quality["base_perplexity"])
-        predicted = facts.report.get("predicted_loss_increase")
-        against = "" if predicted is None else f" (predicted before training: {predicted:.6g})"
+    said = [f"{quality['tokens']:,} tokens were predicted, by the definition {quality['metric']}."]
+    if "retained" in quality:
         rows += [
             ("retained (base perplexity / perplexity)", format_number(quality["retained"]), "1"),
             ("mean KL divergence from the base, nats a token", format_number(quality["kl"]), "0"),
@@ -264,15 +287,46 @@ def _quality_section(facts: Facts) -> Section:
                 "1",
             ),
         ]
-        facts_of.append(f"The loss changed by {increase:.6g} nats a token{against}.")
-    else:
-        facts_of.append("The file has no comparison: run eval with --against MODEL.")
-    return _section(
-        "quality",
-        "Quality against the base" if base else "Quality",
-        _table("Quality on the text that eval was given", ("figure", "compressed", "base"), rows),
-        _paragraph(" ".join(facts_of)),
-    )
+        increase = -math.log(quality["retained"]) if quality["retained"] > 0 else math.inf
+        predicted = facts.report.get("predicted_loss_increase")
+        against = "" if predicted is None else f" (predicted before training: {predicted:.6g})"
+        said.append(f"The loss changed by {increase:.6g} nats a token{against}.")
+    warning = quality.get("generations", {}).get("warning")
+    if warning:
+        said.append(f"Warning: {warning}.")
+    return rows, said
+
+
+def _cell(value: object) -> str:
+    return format_number(value) if isinstance(value, int | float | None) else str(value)
+
+
+def _task_table(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """A row for every metric of every task, its standard error behind it."""
+    rows = []
+    for task, found in tasks.items():
+        for name in found:
+            if f"{name}_stderr" not in found or name.startswith("base_"):
+                continue
+            cells = (name, f"{name}_stderr", f"base_{name}", f"base_{name}_stderr")
+            cells = (*cells, f"{name}_recovery_percent")
+            rows.append((f"{task}, {name}", *(_cell(found.get(cell)) for cell in cells)))
+    columns = ("task", "compressed", "standard error", "base", "standard error", "recovered, %")
+    return _table("Tasks of lm-evaluation-harness", columns, rows) if rows else ""
+
+
+def _pair_table(caption: str, found: Mapping[str, Any]) -> str:
+    """A row for every figure, the base's beside it."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        flat |= {f"{name} {key}".strip(): one for key, one in inner}
+    rows = [
+        (name.replace("_", " "), _cell(value), _cell(flat.get(f"base_{name}")))
+        for name, value in flat.items()
+        if not name.startswith("base_") and name != "warning"
+    ]
+    return _table(caption, ("figure", "compressed", "base"), rows) if rows else ""
 
 
 def _again_section(facts: Facts) -> Section:

@@ -162,6 +162,12 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    # a mixer and experts, then attention and one MLP
+    "jamba": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+        **{"expert_layer_period": 2, "expert_layer_offset": 0, "mamba_proj_bias": True},
+        **{"attn_layer_period": 2, "attn_layer_offset": 1},
+    },
 }
 
 
@@ -183,8 +189,44 @@ def family_config(model_type: str, **changes: object) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **values)
 
 
+def falcon_mamba_config(**changes: object) -> PretrainedConfig:
+    """Embeddings and head are two matrices, as in the published one; with biases, unlike it."""
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "state_size": 8,
+        "num_hidden_layers": 2,
+        "time_step_rank": 4,
+        "use_bias": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model("falcon_mamba", **{**values, **changes})
+
+
+def mamba2_config(**changes: object) -> PretrainedConfig:
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "state_size": 8,
+        "head_dim": 16,
+        "num_heads": 4,
+        "n_groups": 2,
+        "num_hidden_layers": 2,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model("mamba2", **{**values, **changes})
+
+
 def config_of(kind: str, changes: dict[str, object]) -> PretrainedConfig:
     makers = {"mixtral": mixtral_config, "mamba": mamba_config}
+    makers |= {"falcon_mamba": falcon_mamba_config, "mamba2": mamba2_config}
     return makers[kind](**changes) if kind in makers else family_config(kind, **changes)
 
 
@@ -245,6 +287,8 @@ def make_low_rank(make_model):
             if isinstance(new, LowRankExperts):
                 copy_dense_experts(new, old)
                 stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
+                for order in (part["lr_order"] for part in stored if "lr_order" in part):
+                    order.copy_(torch.randperm(len(order)))
             else:
                 stored = [dict(new.named_parameters())]
                 if getattr(new, "bias", None) is not None:

@@ -11,8 +11,10 @@ from transformers import AutoConfig
 
 import lillama
 from lillama.checkpoint import (
+    TensorHeader,
     check_factors,
     check_ranks,
+    check_unquantized,
     compression_of,
     read_config,
     read_headers,
@@ -62,7 +64,7 @@ def test_read_config_broken_json(tmp_path, content):
 @pytest.mark.parametrize("model_type", ["t5", "no-such-thing", None, ["mixtral"]])
 def test_read_config_unknown_architecture(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(InputError, match="unknown architecture: .*supported are .*mamba, mistral"):
+    with pytest.raises(InputError, match="unknown architecture: .*supported are .*mamba, mamba2"):
         read_config(tmp_path)
 
 
@@ -93,8 +95,52 @@ def test_compression_of_dict_and_of_config_object():
 
 
 def test_compression_of_other_quantizer_raises():
-    with pytest.raises(InputError, match="quantized with 'awq'; give the unquantized checkpoint"):
+    with pytest.raises(InputError, match="quantized with 'awq'.*the original checkpoint in bf16"):
         compression_of(quantized(quant_method="awq", bits=4))
+
+
+@pytest.mark.parametrize(
+    "method", ["fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "aqlm", None]
+)
+def test_compression_of_any_quantizer_says_what_to_take(method):
+    with pytest.raises(InputError, match=r"in bf16, fp16 or fp32, .*without -GPTQ, -AWQ, -FP8"):
+        compression_of(quantized(quant_method=method))
+
+
+def test_compression_of_the_first_compressed_tensors_key():
+    config = AutoConfig.for_model("mixtral", compression_config={"format": "pack-quantized"})
+    with pytest.raises(InputError, match="quantized with 'compressed-tensors'"):
+        compression_of(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "refused"),
+    [
+        ("layers.0.q_proj.weight", "F8_E4M3", True),
+        ("layers.0.q_proj.weight", "F8_E5M2", True),
+        ("layers.0.q_proj.weight", "F4", True),
+        ("layers.0.q_proj.weight", "I8", True),  # bitsandbytes
+        ("layers.0.q_proj.weight", "U8", True),
+        ("layers.0.q_proj.qweight", "I32", True),  # GPTQ, AWQ
+        ("layers.0.q_proj.weight_packed", "I32", True),  # compressed-tensors
+        ("layers.0.mlp.experts.down_proj_blocks", "U8", True),  # MXFP4
+        ("layers.0.q_proj.weight", "BF16", False),
+        ("layers.0.q_proj.weight", "F16", False),
+        ("layers.0.q_proj.weight", "F32", False),
+        ("layers.0.q_proj.weight", "F64", False),
+        # buffers of old checkpoints
+        ("gpt_neox.layers.0.attention.bias", "U8", False),
+        ("gpt_neox.layers.0.attention.bias", "BOOL", False),
+        ("embeddings.position_ids", "I64", False),
+    ],
+)
+def test_check_unquantized(name, dtype, refused):
+    headers = {"a": TensorHeader(Path("s"), "F32", (2,), 8)}
+    headers[name] = TensorHeader(Path("shard"), dtype, (2, 2), 4)
+    if not refused:
+        return check_unquantized(headers)
+    with pytest.raises(InputError, match=f"{name} in shard is of dtype {dtype}: .*in bf16, fp16"):
+        check_unquantized(headers)
 
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])

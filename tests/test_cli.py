@@ -219,7 +219,8 @@ def test_cli_without_a_command_is_one_line(lillama_command):
     assert_one_line(
         lillama_command(),
         2,
-        "no command given; use compress, finetune, plan, eval, generate, export, report or serve",
+        "no command given; use compress, finetune, plan, eval, generate, export, report, "
+        "sample, serve or import-upstream",
     )
     assert_one_line(lillama_command("--verbose"), 2, "no command given")
 
@@ -233,7 +234,7 @@ def test_cli_without_a_command_is_one_line(lillama_command):
         (["plan", "m"], ["Missing option", "--reduction"]),
         (["plan", "m", "--reduction", "a lot"], ["Invalid value for '--reduction'"]),
         (["plan", "m", "--reduction", "0.2", "--rank", "8"], ["No such option", "--rank"]),
-        (["eval", "m"], ["Missing option", "--text"]),
+        (["eval", "m"], ["give at least one --text FILE, or --tasks"]),
         (["generate", "m"], ["Missing option", "--prompt"]),
         (["plan", "m", "extra", "--reduction", "0.2"], ["extra"]),
     ],
@@ -246,8 +247,8 @@ def test_cli_usage_error_is_one_line(arguments, parts, lillama_command):
     ("options", "part"),
     [
         (
-            ["--preset", "best"],
-            "--preset must be one of default, fast, whitened, paper, got 'best'",
+            ["--preset", "bset"],
+            "--preset must be one of default, fast, best, whitened, paper, got 'bset'",
         ),
         (["--strategy", "middle"], "--strategy must be one of global, uniform, bottom, top"),
         (["--loss", "both"], "--loss must be one of joint, teacher, student"),

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lillama import data
+from lillama import data, documents
 from lillama.data import TokenBlocks, calibration_blocks, evaluation_blocks, read_documents
 from lillama.errors import InputError
 
@@ -47,7 +47,7 @@ def tokenizer():
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 64)
 
 
 def numbered_lines(num_lines: int) -> str:
@@ -116,7 +116,7 @@ def test_read_documents_default_piece_size(tmp_path):
     "text", ["\u20ac\U0001f600\u00e9" * 20, "a\u20ac" * 20, "\u20ac \u20ac" * 9]
 )
 def test_read_documents_never_splits_a_character(tmp_path, monkeypatch, size, text):
-    monkeypatch.setattr(data, "_PIECE_BYTES", size)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", size)
     pieces = texts_of(write(tmp_path / "a.txt", text))
     assert "".join(pieces) == text
     assert len(pieces) >= len(text.encode()) // size
@@ -429,7 +429,7 @@ def test_calibration_blocks_padded_held_out_is_from_all_over(tmp_path, tokenizer
 
 
 def test_calibration_blocks_padded_plain_text_by_paragraphs(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_PIECE_BYTES", 8)
+    monkeypatch.setattr(documents, "_PIECE_BYTES", 8)
     # "x" is one token: no sample
     text = "\r\none\r\n  two\r\n\r\nthree and a long line\n \t\n\n\nfour\n\nx\n"
     options = {"tokens": 30, "seq_len": 40, "held_out_blocks": 0, "packing": False}

@@ -24,7 +24,7 @@ from lillama.modules.dense_linear import is_linear, is_transposed
 from lillama.skeleton import block_list, skeleton
 
 KINDS = sorted(FAMILIES)
-TIED = {"cohere", "gemma", "gemma2", "gpt2", "mamba", "opt", "starcoder2"}
+TIED = {"cohere", "gemma", "gemma2", "gpt2", "mamba", "mamba2", "opt", "starcoder2"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
 each_family = pytest.mark.parametrize("kind", KINDS)
@@ -331,6 +331,8 @@ def test_targets_are_linear_layers_of_the_blocks(kind, base):
         found |= {name for name, module in block.named_modules() if is_linear(module)}
     left_out = {
         "mamba": {"mixer.dt_proj"},
+        "falcon_mamba": {"mixer.dt_proj"},
+        "jamba": {"mamba.dt_proj"},
         "mixtral": {f"self_attn.{name}_proj" for name in "qkvo"},
         "qwen2_moe": {"mlp.shared_expert_gate"},
     }

@@ -13,6 +13,11 @@ from lillama_kernels.mamba_mixer_step import (
     mamba_mixer_step,
     mamba_mixer_step_runs_triton,
 )
+from lillama_kernels.pivot_low_rank_experts import (
+    PivotExpertFactors,
+    PivotProjectionFactors,
+    pivot_low_rank_experts,
+)
 from lillama_kernels.pivot_low_rank_linear import pivot_low_rank_linear
 from lillama_kernels.selective_scan import selective_scan, selective_state_update
 from lillama_kernels.ssd_scan import ssd_scan, ssd_state_update
@@ -20,6 +25,8 @@ from lillama_kernels.ssd_scan import ssd_scan, ssd_state_update
 __all__ = [
     "ExpertFactors",
     "MixerWeights",
+    "PivotExpertFactors",
+    "PivotProjectionFactors",
     "ProjectionFactors",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -31,6 +38,7 @@ __all__ = [
     "low_rank_linears",
     "mamba_mixer_step",
     "mamba_mixer_step_runs_triton",
+    "pivot_low_rank_experts",
     "pivot_low_rank_linear",
     "selective_scan",
     "selective_state_update",

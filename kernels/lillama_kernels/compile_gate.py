@@ -33,6 +33,7 @@ __all__ = ["Row", "Variant", "compile_variant", "main"]
 # Modules with a function variants(target) -> list[Variant]
 KERNEL_MODULES = (
     "low_rank_linear_launch",
+    "pivot_low_rank_linear_launch",
     "low_rank_experts_variants",
     "distill_loss_triton",
     "selective_scan_launch",

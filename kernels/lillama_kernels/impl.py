@@ -40,6 +40,7 @@ TRITON_OPS = frozenset(
         "low_rank_experts",
         "low_rank_linear",
         "mamba_mixer_step",
+        "pivot_low_rank_linear",
         "selective_scan",
         "ssd_scan",
     }

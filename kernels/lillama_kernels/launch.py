@@ -5,6 +5,7 @@ from. **No entry was measured on a GPU yet**; they follow from bytes, registers 
 and the compile gate (`compile_gate.py`) holds every one of them to the limits below.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ __all__ = [
     "experts_tile",
     "loss_tile",
     "matmul_tile",
+    "permute_tile",
+    "pivot_second_tile",
     "target_of",
 ]
 
@@ -193,13 +196,19 @@ def decode_split(target: str, dtype: torch.dtype, rank: int, in_features: int, t
     return split
 
 
-def matmul_tile(target: str, dtype: torch.dtype, aligned: bool = True) -> Tile:
-    """Tile of the plain product (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)."""
+def matmul_tile(
+    target: str, dtype: torch.dtype, aligned: bool = True, accumulate: bool = False
+) -> Tile:
+    """Tile of the plain product (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M).
+
+    accumulate: what is added to takes registers beside the sum.
+    """
     if dtype == torch.float32 or not aligned:
         blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}
         return Tile(blocks=blocks, num_warps=4, num_stages=1 if target == "gfx942" else 3)
     if target in ("sm_90", "sm_100"):
-        blocks = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8}
+        wide = 128 if accumulate else 256
+        blocks = {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP_M": 8}
         return Tile(blocks=blocks, num_warps=8, num_stages=4)
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8}
     return Tile(blocks=blocks, num_warps=8, num_stages=2 if target == "gfx942" else 3)
@@ -213,6 +222,32 @@ def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
     block_m = 16 if dtype == torch.float32 else 64 if block_r == CHAIN_MAX_RANK or small else 128
     blocks = {"BLOCK_M": block_m, "BLOCK_N": 32 if small else 64, "BLOCK_R": block_r, "BLOCK_K": 32}
     return Tile(blocks=blocks, num_warps=8, num_stages=1 if target == "gfx942" else 2)
+
+
+# pivot_low_rank_linear
+
+
+def pivot_second_tile(
+    target: str, dtype: torch.dtype, rows: int, split: int, aligned: bool = True
+) -> Tile:
+    """Tile of the second kernel (BLOCK_M, BLOCK_N, BLOCK_R) for 1 to DECODE_MAX_ROWS rows; the
+    first has `decode_tiles`'.
+
+    Half as many outputs as low_rank_linear's, and twice as many ranks: of a tile's rows of C those
+    are missing whose outputs are pivots, seven in ten where N = 2560 and R = 1776, so that longer
+    rows and more programs keep as many bytes on the way. Where K is split, z's parts take the
+    registers of longer rows.
+    """
+    _, second = decode_tiles(target, dtype, rows, aligned)
+    n, r = second.blocks["BLOCK_N"], second.blocks["BLOCK_R"]
+    blocks = dict(second.blocks) | {"BLOCK_N": n // 2, "BLOCK_R": 2 * r if split == 1 else r}
+    return dataclasses.replace(second, blocks=blocks)
+
+
+def permute_tile() -> Tile:
+    """Tile of the kernel that copies columns in another order (BLOCK_M, BLOCK_N), one for all
+    targets and dtypes."""
+    return Tile(blocks={"BLOCK_M": 8, "BLOCK_N": 256}, num_warps=4, num_stages=1)
 
 
 # distill_loss

@@ -6,19 +6,37 @@ from torch import Tensor
 from lillama_kernels import low_rank_experts_op, reference
 from lillama_kernels.impl import Impl, autocasting, resolve_impl, work_dtype
 from lillama_kernels.launch import DTYPES, dtype_name, target_of
-from lillama_kernels.reference import ExpertFactors, ProjectionFactors
+from lillama_kernels.reference import (
+    ExpertFactors,
+    PivotExpertFactors,
+    PivotProjectionFactors,
+    ProjectionFactors,
+)
 
-__all__ = ["ExpertFactors", "ProjectionFactors", "low_rank_experts"]
+__all__ = [
+    "ExpertFactors",
+    "ProjectionFactors",
+    "check_dense",
+    "check_routing",
+    "check_same",
+    "low_rank_experts",
+]
 
 # What the kernels' numbers for ranks have room for
 MAX_RANK = 0xFFFF
 PROJECTIONS = ExpertFactors._fields
 
 
-def _check_projection(
-    name: str, factors: ProjectionFactors, num_experts: int, in_features: int, out_features: int
-) -> None:
-    ranks, A, B, W = factors
+def check_dense(
+    name: str,
+    factors: ProjectionFactors | PivotProjectionFactors,
+    num_experts: int,
+    in_features: int,
+    out_features: int,
+) -> bool:
+    """Refuse ranks and dense weights of one projection that do not fit; whether any expert of it is
+    factorised."""
+    ranks, W = factors.ranks, factors.W
     num_dense = ranks.count(0)
     if len(ranks) != num_experts or min(ranks) < 0:
         raise ValueError(f"{name}.ranks must hold {num_experts} numbers >= 0, got {list(ranks)}")
@@ -30,8 +48,15 @@ def _check_projection(
             f"{name}.W must be [.., N, K] with N, K = {out_features}, {in_features}, "
             f"got {list(W.shape)}"
         )
-    if num_dense == num_experts:
+    return num_dense < num_experts
+
+
+def _check_projection(
+    name: str, factors: ProjectionFactors, num_experts: int, in_features: int, out_features: int
+) -> None:
+    if not check_dense(name, factors, num_experts, in_features, out_features):
         return
+    ranks, A, B, _ = factors
     if A is None or B is None or A.ndim != 3 or B.ndim != 3 or A.shape[1] != B.shape[2]:
         raise ValueError(f"{name}.A must be [E, R, K] and {name}.B [E, N, R] with one R")
     if A.shape[0] != num_experts or B.shape[0] != num_experts or max(ranks) > A.shape[1]:
@@ -46,11 +71,16 @@ def _check_projection(
         )
 
 
-def _check_same(hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors: ExpertFactors):
+def check_same(
+    hidden: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    factors: ExpertFactors | PivotExpertFactors,
+) -> None:
     """One device for all, one dtype for hidden and factors."""
     named = {"topk_index": topk_index, "topk_weight": topk_weight}
     for projection, part in zip(PROJECTIONS, factors, strict=True):
-        named |= {f"{projection}.{letter}": getattr(part, letter) for letter in "ABW"}
+        named |= {f"{projection}.{field}": getattr(part, field) for field in part._fields[1:]}
     autocast = autocasting(hidden)
     for name, tensor in named.items():
         if tensor is None:
@@ -59,13 +89,17 @@ def _check_same(hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors
             raise ValueError(
                 f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}"
             )
-        if "." in name and tensor.dtype != hidden.dtype and not autocast:
+        is_factor = "." in name and not name.endswith(".order")
+        if is_factor and tensor.dtype != hidden.dtype and not autocast:
             raise ValueError(
                 f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}"
             )
 
 
-def _check_routing(hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, num_experts: int):
+def check_routing(
+    hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, num_experts: int
+) -> None:
+    """Refuse shapes and, on the CPU, experts that there are not."""
     if hidden.ndim != 2:
         raise ValueError(f"hidden must be [M, H], got {list(hidden.shape)}")
     if topk_index.ndim != 2 or topk_index.shape[0] != hidden.shape[0]:
@@ -143,14 +177,14 @@ def low_rank_experts(
     """
     gate, up, down = factors
     num_experts = len(gate.ranks)
-    _check_routing(hidden, topk_index, topk_weight, num_experts)
+    check_routing(hidden, topk_index, topk_weight, num_experts)
     hidden_size = hidden.shape[1]
     one = gate.B if gate.W is None else gate.W
     intermediate_size = 0 if one is None or one.ndim != 3 else one.shape[1]
     _check_projection("gate", gate, num_experts, hidden_size, intermediate_size)
     _check_projection("up", up, num_experts, hidden_size, intermediate_size)
     _check_projection("down", down, num_experts, intermediate_size, hidden_size)
-    _check_same(hidden, topk_index, topk_weight, factors)
+    check_same(hidden, topk_index, topk_weight, factors)
     dtype = work_dtype(hidden)
     misaligned = _misaligned(hidden, factors)
     auto = "reference"

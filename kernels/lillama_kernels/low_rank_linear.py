@@ -19,7 +19,7 @@ from lillama_kernels.launch import (
     target_of,
 )
 
-__all__ = ["low_rank_linear", "low_rank_linears"]
+__all__ = ["low_rank_linear", "low_rank_linears", "runs_triton", "trains"]
 
 
 def low_rank_linear(
@@ -50,7 +50,7 @@ def low_rank_linear(
         NotImplementedError: `impl="triton"` where it cannot run.
     """
     _check_pair(x, A, B, bias, "{}")
-    if _runs_triton(x, [A], [B], [bias], impl):
+    if runs_triton("low_rank_linear", x, [A, B], [bias], impl):
         return _low_rank_linears_triton(x, [A], [B], [bias])[0]
     return reference.low_rank_linear(x, A, B, bias)
 
@@ -88,7 +88,7 @@ def low_rank_linears(
         )
     for i, (A, B, bias) in enumerate(zip(As, Bs, given, strict=True)):
         _check_pair(x, A, B, bias, f"{{}} of layer {i}")
-    if _runs_triton(x, As, Bs, given, impl):
+    if runs_triton("low_rank_linear", x, [*As, *Bs], given, impl):
         return _low_rank_linears_triton(x, As, Bs, given)
     return reference.low_rank_linears(x, As, Bs, given)
 
@@ -117,25 +117,27 @@ def _check_pair(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, called: st
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
 
 
-def _trains(*tensors: Tensor | None) -> bool:
+def trains(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants a gradient of any of them."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _runs_triton(
-    x: Tensor,
-    As: Sequence[Tensor],
-    Bs: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    impl: Impl,
+def runs_triton(
+    op: str, x: Tensor, factors: Sequence[Tensor], biases: Sequence[Tensor | None], impl: Impl
 ) -> bool:
+    """Whether an op of low-rank factors runs its Triton kernels; "auto" as `low_rank_linear` says.
+
+    Raises:
+        As `low_rank_linear`, without its first.
+    """
     dtype = work_dtype(x)
     auto = "reference"
-    if x.is_cuda and dtype in DTYPES and not _trains(x, *As, *Bs, *biases):
-        aligned = all(size % 8 == 0 for matrix in (*As, *Bs) for size in matrix.shape)
+    if x.is_cuda and dtype in DTYPES and not trains(x, *factors, *biases):
+        aligned = all(size % 8 == 0 for matrix in factors for size in matrix.shape)
         target = target_of(x.device)
         if aligned and target and x.shape[:-1].numel() <= AUTO_MAX_ROWS[target]:
             auto = "triton"
-    if resolve_impl("low_rank_linear", impl, x, auto, dtype) == "reference":
+    if resolve_impl(op, impl, x, auto, dtype) == "reference":
         return False
     dtype_name(dtype)  # refuses what the kernels do not take
     return True
@@ -152,7 +154,7 @@ def _low_rank_linears_triton(
         [B.to(dtype) for B in Bs],
         [bias.to(dtype) for bias in biases if bias is not None],
         [bias is not None for bias in biases],
-        _trains(x, *As, *Bs, *biases),
+        trains(x, *As, *Bs, *biases),
     )
     return [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
 

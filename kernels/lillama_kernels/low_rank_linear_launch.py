@@ -4,6 +4,7 @@ Inputs are as `low_rank_linear.py` hands them over: x [M, K] with M > 0, A [R, K
 [N_i, R_i], all of one dtype and device and with unit last stride.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,11 @@ __all__ = [
     "low_rank_linear_chain",
     "low_rank_linear_cooperative",
     "low_rank_linear_decode",
+    "low_rank_linear_first",
     "low_rank_linear_matmul",
+    "rows_aligned",
+    "target_with_tiles",
+    "variant",
     "variants",
 ]
 
@@ -42,16 +47,48 @@ __all__ = [
 kernels: Any = low_rank_linear_triton  # jitted functions mean nothing to a type checker
 
 
-def _target(tensor: Tensor) -> str:
+def target_with_tiles(tensor: Tensor) -> str:
+    """The target whose tiles run where the tensor is.
+
+    Raises:
+        NotImplementedError: there are none for that GPU.
+    """
     target = target_of(tensor.device)
     if target is None:
         raise NotImplementedError(f"no Triton tiles for the GPU {tensor.device}; use the reference")
     return target
 
 
-def _aligned(*tensors: Tensor) -> bool:
+def rows_aligned(*tensors: Tensor) -> bool:
     """Whether all rows start at multiples of 8 elements, so that they load 16 bytes at a time."""
     return all(t.shape[-1] % 8 == 0 and t.stride(0) % 8 == 0 for t in tensors)
+
+
+def low_rank_linear_first(
+    x: Tensor,
+    A: Tensor,
+    tile: Tile,
+    aligned: bool,
+    split: int | None = None,
+    waits: bool = False,
+) -> tuple[Tensor, int, dict[str, bool]]:
+    """Launch the first kernel on the current device, for M <= DECODE_MAX_ROWS.
+
+    Returns:
+        z [S, M, R], whose S parts add up to x A^T; S; and the launch options of the second kernel,
+        which starts while this one runs where they are not empty.
+    """
+    target = target_with_tiles(x)
+    (rows, in_features), rank = x.shape, A.shape[0]
+    split = split or decode_split(target, x.dtype, rank, in_features, tile)
+    z = x.new_empty((split, rows, rank))
+    pdl = {"launch_pdl": True} if target in PDL_TARGETS and x.is_cuda else {}
+    kernels._low_rank_linear_first_kernel[(triton.cdiv(rank, tile.blocks["BLOCK_R"]), split)](
+        x, A, z, rows, in_features, rank, x.stride(0), A.stride(0),
+        SPLIT_K=split, ALIGNED=aligned, USE_PDL=bool(pdl), WAIT=waits, **tile.blocks,
+        **tile.options, **(pdl if waits else {}),
+    )  # fmt: skip
+    return z, split, pdl
 
 
 def low_rank_linear_decode(
@@ -68,23 +105,14 @@ def low_rank_linear_decode(
     tiles and split: other than the committed ones, to measure them. waits: x comes from a kernel
     that lets this one start before it ends (programmatic dependent launch).
     """
-    target = _target(x)
-    rows, in_features = x.shape
-    rank = A.shape[0]
+    target = target_with_tiles(x)
+    rows, rank = x.shape[0], A.shape[0]
     ys = [x.new_empty((rows, B.shape[0])) for B in Bs]
-    aligned = _aligned(x, A, *Bs, *ys)
+    aligned = rows_aligned(x, A, *Bs, *ys)
     first, second = tiles or decode_tiles(target, x.dtype, rows, aligned)
-    split = split or decode_split(target, x.dtype, rank, in_features, first)
-    z = x.new_empty((split, rows, rank))
-    pdl = {"launch_pdl": True} if target in PDL_TARGETS and x.is_cuda else {}
-    grid = (triton.cdiv(rank, first.blocks["BLOCK_R"]), split)
     blocks_n = sum(triton.cdiv(B.shape[0], second.blocks["BLOCK_N"]) for B in Bs)
     with current_device_of(x):
-        kernels._low_rank_linear_first_kernel[grid](
-            x, A, z, rows, in_features, rank, x.stride(0), A.stride(0),
-            SPLIT_K=split, ALIGNED=aligned, USE_PDL=bool(pdl), WAIT=waits, **first.blocks,
-            **first.options, **(pdl if waits else {}),
-        )  # fmt: skip
+        z, split, pdl = low_rank_linear_first(x, A, first, aligned, split, waits)
         kernels._low_rank_linear_second_kernel[(blocks_n,)](
             z, tuple(Bs), tuple(B if b is None else b for b, B in zip(biases, Bs, strict=True)),
             tuple(ys), rows, rank, tuple(B.shape[0] for B in Bs), tuple(B.shape[1] for B in Bs),
@@ -110,11 +138,11 @@ def low_rank_linear_cooperative(
     `low_rank_linear_decode`. counter: int64 [1], zero before its first use, shared only by
     launches that cannot overlap; every launch leaves it a multiple of the number of programs.
     """
-    target = _target(x)
+    target = target_with_tiles(x)
     rows, in_features = x.shape
     out_features, rank = B.shape
     y = x.new_empty((rows, out_features))
-    aligned = _aligned(x, A, B, y)
+    aligned = rows_aligned(x, A, B, y)
     tile = tile or cooperative_tile(target, x.dtype, rows, aligned)
     split = split or decode_split(target, x.dtype, rank, in_features, tile)
     z = x.new_empty((split, rows, rank))
@@ -144,7 +172,7 @@ def low_rank_linear_chain(
 
     Not used by the public function until a measurement speaks for it.
     """
-    target = _target(x)
+    target = target_with_tiles(x)
     rows, in_features = x.shape
     out_features, rank = B.shape
     tile = tile or chain_tile(target, x.dtype, rank)
@@ -156,8 +184,8 @@ def low_rank_linear_chain(
     with current_device_of(x):
         kernels._low_rank_linear_chain_kernel[(blocks_m, shares)](
             x, A, B, B if bias is None else bias, y, rows, in_features, out_features, rank,
-            x.stride(0), A.stride(0), B.stride(0),
-            HAS_BIAS=bias is not None, ALIGNED=_aligned(x, A, B, y), **tile.blocks, **tile.options,
+            x.stride(0), A.stride(0), B.stride(0), HAS_BIAS=bias is not None,
+            ALIGNED=rows_aligned(x, A, B, y), **tile.blocks, **tile.options,
         )  # fmt: skip
     return y
 
@@ -168,28 +196,33 @@ def low_rank_linear_matmul(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     tile: Tile | None = None,
+    accumulate: bool = False,
 ) -> Tensor:
     """a [M, K] times b [N, K]^T (+ bias [N]) -> [M, N], each operand a matrix with unit stride in
-    one of its dimensions; out may be a view with unit last stride."""
+    one of its dimensions; out may be a view with unit last stride. accumulate: added to out."""
     rows, inner = a.shape
     columns = b.shape[0]
     c = a.new_empty((rows, columns)) if out is None else out
     a_rows, b_rows = a.stride(1) == 1, b.stride(1) == 1
-    aligned = _aligned(a if a_rows else a.T, b if b_rows else b.T, c)
-    tile = tile or matmul_tile(_target(a), a.dtype, aligned)
+    aligned = rows_aligned(a if a_rows else a.T, b if b_rows else b.T, c)
+    tile = tile or matmul_tile(target_with_tiles(a), a.dtype, aligned, accumulate)
     grid = triton.cdiv(rows, tile.blocks["BLOCK_M"]) * triton.cdiv(columns, tile.blocks["BLOCK_N"])
     with current_device_of(a):
         kernels._low_rank_linear_matmul_kernel[(grid,)](
             a, b, b if bias is None else bias, c, rows, columns, inner,
             a.stride(0 if a_rows else 1), b.stride(0 if b_rows else 1), c.stride(0),
             A_ROWS_ARE_M=a_rows, B_ROWS_ARE_N=b_rows, HAS_BIAS=bias is not None,
-            ALIGNED=aligned, **tile.blocks, **tile.options,
+            ACCUMULATE=accumulate, ALIGNED=aligned, **tile.blocks, **tile.options,
         )  # fmt: skip
     return c
 
 
 # What the compile gate compiles: each kernel as the launchers above call it
-def _variant(
+INTEGER_POINTERS = {"counter_ptr": "*i64:16", "order_ptr": "*i32:16", "places_ptr": "*i32:16"}
+
+
+def variant(
+    op: str,
     name: str,
     kernel: Any,
     dtype: torch.dtype,
@@ -199,22 +232,31 @@ def _variant(
     aligned: bool = True,
     **constants: Any,
 ) -> Variant:
+    """A kernel of op as the launchers call it with one tile.
+
+    matrix: see `compile_gate.Variant`. pairs: how many values a parameter whose name ends in "s"
+    takes. aligned: see `rows_aligned`. constants: those that the tile does not hold.
+    """
     pointer, number = f"*{DTYPES[dtype]}:16", "i32:16" if aligned else "i32"
     signature: dict[str, Any] = {}
-    constants |= {**tile.blocks, "ALIGNED": aligned, **constants}
+    names = {parameter.name for parameter in kernel.params}
+    constants |= {**tile.blocks, **({"ALIGNED": aligned} if "ALIGNED" in names else {})}
     for parameter in kernel.params:
         argument = parameter.name
         if argument in constants:
             continue
-        if argument == "counter_ptr":
-            kind = "*i64:16"
+        if argument in INTEGER_POINTERS:
+            kind = INTEGER_POINTERS[argument]
         elif argument.endswith(("_ptr", "_ptrs")):
             kind = pointer
         else:
             kind = "i32" if parameter.do_not_specialize else number
         signature[argument] = (kind,) * pairs if argument.endswith("s") else kind
-    label = f"low_rank_linear {name} {DTYPES[dtype]}" + ("" if aligned else " unaligned")
+    label = f"{op} {name} {DTYPES[dtype]}" + ("" if aligned else " unaligned")
     return Variant(label, kernel, signature, constants, tile.options, matrix)
+
+
+_variant = functools.partial(variant, "low_rank_linear")
 
 
 def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
@@ -270,6 +312,7 @@ def variants(target: str) -> list[Variant]:
                         A_ROWS_ARE_M=a_rows,
                         B_ROWS_ARE_N=b_rows,
                         HAS_BIAS=name == "xw",
+                        ACCUMULATE=False,
                     )
                 )
         for rank in (16, 32, 64, 128, CHAIN_MAX_RANK):

@@ -87,6 +87,24 @@ def _add_parts(
 
 
 @triton.jit
+def _second_tile(
+    z_rows, b_rows, mask_m, mask_n, R, stride_zs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT_K: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """z b^T [BLOCK_M, BLOCK_N]; the first tile of b is loaded before the wait for z."""
+    b = _load_b(b_rows, mask_n, 0, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = _add_parts(acc, z_rows, b, mask_m, 0, R, stride_zs, BLOCK_R, SPLIT_K)
+    for block in tl.range(1, tl.cdiv(R, BLOCK_R)):
+        b = _load_b(b_rows, mask_n, block, R, BLOCK_R)
+        acc = _add_parts(acc, z_rows, b, mask_m, block, R, stride_zs, BLOCK_R, SPLIT_K)
+    return acc
+
+
+@triton.jit
 def _store_y(
     y_ptr, bias_ptr, acc, offs_m, offs_n, mask_m, mask_n, N,
     HAS_BIAS: tl.constexpr,
@@ -147,14 +165,10 @@ def _low_rank_linear_second_kernel(
                 stride_bns[i], ALIGNED
             )
             z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * stride_z + first_r
-            b = _load_b(b_rows, mask_n, 0, rank, BLOCK_R)  # [BLOCK_N, BLOCK_R]
-            if USE_PDL:
-                tl.extra.cuda.gdc_wait()
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            acc = _add_parts(acc, z_rows, b, mask_m, 0, rank, stride_zs, BLOCK_R, SPLIT_K)
-            for block in tl.range(1, tl.cdiv(rank, BLOCK_R)):
-                b = _load_b(b_rows, mask_n, block, rank, BLOCK_R)
-                acc = _add_parts(acc, z_rows, b, mask_m, block, rank, stride_zs, BLOCK_R, SPLIT_K)
+            acc = _second_tile(
+                z_rows, b_rows, mask_m, mask_n, rank, stride_zs,
+                BLOCK_M, BLOCK_N, BLOCK_R, SPLIT_K, USE_PDL,
+            )  # fmt: skip
             _store_y(
                 y_ptrs[i], bias_ptrs[i], acc, offs_m, offs_n, mask_m, mask_n, N,
                 (BIASES >> i) & 1,
@@ -222,15 +236,13 @@ def _low_rank_linear_cooperative_kernel(
             _store_y(y_ptr, bias_ptr, acc, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)
 
 
-# One of M, N and K is the number of rows, which one depends on the product: none is specialised.
-@triton.jit(do_not_specialize=["M", "N", "K"])
-def _low_rank_linear_matmul_kernel(
-    a_ptr, b_ptr, bias_ptr, c_ptr, M, N, K, stride_a, stride_b, stride_cm,
+@triton.jit
+def _product_tile(
+    a_ptr, b_ptr, M, N, K, stride_a, stride_b,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    A_ROWS_ARE_M: tl.constexpr, B_ROWS_ARE_N: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    A_ROWS_ARE_M: tl.constexpr, B_ROWS_ARE_N: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """c[m, n] = sum_k a[m, k] b[n, k] (+ bias[n]).
+    """The program's tile of sum_k a[m, k] b[n, k], its rows, its columns and which of these are.
 
     a lies in memory as rows of m (A_ROWS_ARE_M) or as rows of k, b as rows of n or as rows of k;
     stride_a and stride_b are the distances between rows.
@@ -273,14 +285,30 @@ def _low_rank_linear_matmul_kernel(
             b_ptrs = b_ptr + offs_k.to(tl.int64)[:, None] * stride_b + offs_n[None, :]
             b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc, offs_m, offs_n, mask_n
+
+
+# One of M, N and K is the number of rows, which one depends on the product: none is specialised.
+@triton.jit(do_not_specialize=["M", "N", "K"])
+def _low_rank_linear_matmul_kernel(
+    a_ptr, b_ptr, bias_ptr, c_ptr, M, N, K, stride_a, stride_b, stride_cm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    A_ROWS_ARE_M: tl.constexpr, B_ROWS_ARE_N: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """c[m, n] = sum_k a[m, k] b[n, k] (+ bias[n]) (ACCUMULATE: + c[m, n])."""
+    acc, offs_m, offs_n, mask_n = _product_tile(
+        a_ptr, b_ptr, M, N, K, stride_a, stride_b,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, A_ROWS_ARE_M, B_ROWS_ARE_N, ALIGNED,
+    )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    c_ptrs = c_ptr + offs_m.to(tl.int64)[:, None] * multiple_of_8(stride_cm, ALIGNED)
-    tl.store(
-        c_ptrs + offs_n[None, :],
-        acc.to(c_ptr.dtype.element_ty),
-        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
-    )
+    c_rows = c_ptr + offs_m.to(tl.int64)[:, None] * multiple_of_8(stride_cm, ALIGNED)
+    c_ptrs = c_rows + offs_n[None, :]
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(c_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])

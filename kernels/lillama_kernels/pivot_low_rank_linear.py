@@ -5,11 +5,15 @@ become the identity: R outputs are the R inner products themselves, and only C [
 B. That stores and multiplies R (K + N - R) numbers instead of R (K + N).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lillama_kernels import reference
-from lillama_kernels.impl import Impl, autocasting, resolve_impl
+from lillama_kernels.impl import Impl, autocasting, work_dtype
+from lillama_kernels.launch import DECODE_MAX_ROWS
+from lillama_kernels.low_rank_linear import runs_triton, trains
 
 __all__ = ["pivot_low_rank_linear"]
 
@@ -22,28 +26,46 @@ def pivot_low_rank_linear(
     bias: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """y[..., n] = [z, z C^T][..., order[n]] + bias[n] with z = x A^T, differentiable in x, A, C and
-    bias. Two of PyTorch's products and a gather; there is no Triton kernel yet.
+    """y[..., n] = [z, z C^T][..., order[n]] + bias[n] with z = x A^T, differentiable (once, with
+    Triton) in x, A, C and bias.
+
+    "auto" is as `low_rank_linear`'s: on a GPU Triton for up to 64 rows without gradients (decode),
+    where it takes the dtype, K, R and N - R are multiples of 8 and `launch.py` has tiles; else
+    two of PyTorch's products and a gather.
 
     Args:
         x: [..., K], floating point; zero rows give zero rows.
         A: [R, K], dtype and device of x.
         C: [N - R, R], dtype and device of x; N - R may be 0.
         order: [N] int32 or int64, device of x, a permutation of 0..N-1 (not checked: that would
-            stop a GPU). Output n is column order[n] of [z, z C^T].
+            stop a GPU; with Triton what is none reads and writes anywhere). Output n is column
+            order[n] of [z, z C^T].
         bias: [N] or None, dtype and device of x.
-        impl: see `lillama_kernels.impl`.
+        impl: see `lillama_kernels.impl`. "triton" takes any sizes and strides, at every number of
+            rows and in training too.
 
     Returns:
-        [..., N], dtype of x (autocast applies as for nn.Linear).
+        [..., N], dtype of x (autocast applies as for nn.Linear). Sums are fp32; z is rounded to the
+        dtype before it is multiplied by C.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `impl` is unknown.
-        NotImplementedError: `impl="triton"`.
+        TypeError: `impl="triton"` and a dtype that its kernels do not take.
+        NotImplementedError: `impl="triton"` where it cannot run.
     """
     _check(x, A, C, order, bias)
-    resolve_impl("pivot_low_rank_linear", impl, x)
-    return reference.pivot_low_rank_linear(x, A, C, order, bias)
+    if not runs_triton("pivot_low_rank_linear", x, [A, C], [bias], impl):
+        return reference.pivot_low_rank_linear(x, A, C, order, bias)
+    dtype = work_dtype(x)
+    y, _ = torch.ops.lillama.pivot_low_rank_linear(
+        x.reshape(-1, x.shape[-1]).to(dtype),
+        A.to(dtype),
+        C.to(dtype),
+        order.to(torch.int32),
+        None if bias is None else bias.to(dtype),
+        trains(x, A, C, bias),
+    )
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _check(x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None) -> None:
@@ -68,3 +90,106 @@ def _check(x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None) 
             continue
         if tensor.dtype != x.dtype and not autocasting(x):
             raise ValueError(f"{name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+# Ops that torch.compile, autograd and CUDA graphs see as one. triton is imported when they run.
+@torch.library.custom_op("lillama::pivot_low_rank_linear", mutates_args=())
+def _forward(
+    x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None, save_z: bool
+) -> tuple[Tensor, Tensor]:
+    """y [M, N] for x [M, K] and order int32; z = x A^T [M, R], empty without save_z."""
+    from lillama_kernels import pivot_low_rank_linear_launch as launch
+    from lillama_kernels.launch_triton import unit_stride
+
+    rows, empty = x.shape[0], x.new_empty((0, A.shape[0]))
+    if rows == 0:
+        return x.new_empty((0, len(order))), empty
+    given = (unit_stride(x), unit_stride(A), unit_stride(C), order.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    if rows <= DECODE_MAX_ROWS and not save_z:
+        return launch.pivot_low_rank_linear_decode(*given, bias), empty
+    y, z = launch.pivot_low_rank_linear_fwd(*given, bias)
+    return y, z if save_z else empty
+
+
+@_forward.register_fake
+def _(x, A, C, order, bias, save_z):
+    rows = x.shape[0]
+    return x.new_empty((rows, len(order))), x.new_empty((rows if save_z else 0, A.shape[0]))
+
+
+@torch.library.custom_op("lillama::pivot_low_rank_linear_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    A: Tensor,
+    C: Tensor,
+    order: Tensor,
+    z: Tensor,
+    needs_x: bool,
+    needs_A: bool,
+    needs_C: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx [M, K], dA [R, K] and dC [N - R, R]; empty where not needed.
+
+    With d [M, N], the columns of dy in the order of [z, z C^T]: dC = d_rest^T z,
+    dz = d_pivots + d_rest C, dA = dz^T x, dx = dz A.
+    """
+    from lillama_kernels.launch_triton import unit_stride
+    from lillama_kernels.low_rank_linear_launch import low_rank_linear_matmul as matmul
+    from lillama_kernels.pivot_low_rank_linear_launch import pivot_low_rank_linear_permute
+
+    needed = ((needs_x, x), (needs_A, A), (needs_C, C))
+    if x.shape[0] == 0 or not (needs_x or needs_A or needs_C):
+        dx, dA, dC = (x.new_zeros(like.shape if need else (0,)) for need, like in needed)
+        return dx, dA, dC
+    d = pivot_low_rank_linear_permute(unit_stride(dy), order.contiguous())
+    dz, rest = d.split([A.shape[0], C.shape[0]], dim=1)
+    dx, dA, dC = (x.new_empty(0) for _ in needed)  # three: an op's results must not be one tensor
+    if needs_C:
+        dC = matmul(rest.T, z.T) if len(C) else torch.empty_like(C)
+    if not needs_x and not needs_A:
+        return dx, dA, dC
+    if len(C):
+        matmul(rest, unit_stride(C).T, out=dz, accumulate=True)
+    if needs_A:
+        dA = matmul(dz.T, unit_stride(x).T)
+    if needs_x:
+        dx = matmul(dz, unit_stride(A).T)
+    return dx, dA, dC
+
+
+@_backward.register_fake
+def _(dy, x, A, C, order, z, needs_x, needs_A, needs_C):
+    needed = ((needs_x, x), (needs_A, A), (needs_C, C))
+    dx, dA, dC = (x.new_empty(like.shape if need else (0,)) for need, like in needed)
+    return dx, dA, dC
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, C, order, bias, ctx.saved_z = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, A, C, order, output[1])
+
+
+def _autograd_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if not ctx.saved_z:
+        raise RuntimeError("lillama::pivot_low_rank_linear has no gradient without save_z=True")
+    if dy is None:
+        return (None,) * 6
+    x, A, C, order, z = ctx.saved_tensors
+    needs_x, needs_A, needs_C, _, needs_bias, _ = ctx.needs_input_grad
+    dx, dA, dC = torch.ops.lillama.pivot_low_rank_linear_backward(
+        dy, x, A, C, order, z, needs_x, needs_A, needs_C
+    )
+    return (
+        dx if needs_x else None,
+        dA if needs_A else None,
+        dC if needs_C else None,
+        None,
+        dy.sum(0) if needs_bias else None,
+        None,
+    )
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

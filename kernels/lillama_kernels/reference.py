@@ -10,7 +10,8 @@ Nothing here checks its arguments; the public function of the same name does tha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 __all__ = [
     "ExpertFactors",
     "LossForm",
+    "PivotExpertFactors",
+    "PivotProjectionFactors",
     "ProjectionFactors",
     "Reduction",
     "distill_loss",
@@ -28,6 +31,7 @@ __all__ = [
     "low_rank_experts",
     "low_rank_linear",
     "low_rank_linears",
+    "pivot_low_rank_experts",
     "pivot_low_rank_linear",
     "reduce_rows",
     "token_weights",
@@ -63,7 +67,8 @@ def pivot_low_rank_linear(
     """
     z = F.linear(x, A)
     y = torch.cat([z, F.linear(z, C)], -1).index_select(-1, order)
-    return y if bias is None else y + bias
+    # under autocast the bias has another dtype than the products
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class ProjectionFactors(NamedTuple):
@@ -88,20 +93,21 @@ class ProjectionFactors(NamedTuple):
         assert self.A is not None and self.B is not None
         return low_rank_linear(x, self.A[expert, :rank], self.B[expert, :, :rank])
 
-    def by_expert(self) -> list[tuple[Tensor, ...]]:
-        """Each expert's (A [r, K], B [N, r]), or its (W [N, K],). Indexing the stacks one expert at
-        a time would give each a gradient of the whole stack's size; this gives all of them one."""
+    def by_expert(self) -> list["Product"]:
+        """Each expert's x [m, K] -> x W_e^T [m, N]. Indexing the stacks one expert at a time would
+        give each a gradient of the whole stack's size; this gives all of them one."""
         dense = iter(() if self.W is None else self.W.unbind(0))
         As = () if self.A is None else self.A.unbind(0)
         Bs = () if self.B is None else self.B.unbind(0)
-        found: list[tuple[Tensor, ...]] = []
+        found: list[Product] = []
         for expert, rank in enumerate(self.ranks):
             if rank == 0:
-                found.append((next(dense),))
+                found.append(partial(F.linear, weight=next(dense)))
             elif rank == As[expert].shape[0]:
-                found.append((As[expert], Bs[expert]))
+                found.append(partial(low_rank_linear, A=As[expert], B=Bs[expert]))
             else:
-                found.append((As[expert][:rank], Bs[expert][:, :rank]))
+                A, B = As[expert][:rank], Bs[expert][:, :rank]
+                found.append(partial(low_rank_linear, A=A, B=B))
         return found
 
     def can_group(self, x: Tensor) -> bool:
@@ -121,11 +127,75 @@ class ProjectionFactors(NamedTuple):
         return F.grouped_mm(z, self.B.transpose(-2, -1), offs=offsets)
 
 
-def _products(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """x through one weight after the other, each as F.linear does."""
-    for weight in weights:
-        x = F.linear(x, weight)
-    return x
+class PivotProjectionFactors(NamedTuple):
+    """As `ProjectionFactors`, in the pivot gauge: W_e = cat([A, C A])[order].
+
+    A [E, R, K] and C [E, Q, R] are padded with zeros to the largest rank and to Q = N - the
+    smallest rank > 0; order [E, N] integers are columns of [z, z C^T] without padding. These three
+    are None when no expert is factorised; W [number of zeros in ranks, N, K] is None when none is
+    dense.
+    """
+
+    ranks: tuple[int, ...]
+    A: Tensor | None
+    C: Tensor | None
+    order: Tensor | None
+    W: Tensor | None
+
+    def apply(self, x: Tensor, expert: int) -> Tensor:
+        """x [m, K] -> x W_e^T [m, N] for one expert; padding is not computed."""
+        rank = self.ranks[expert]
+        if rank == 0:
+            assert self.W is not None
+            return F.linear(x, self.W[self.ranks[:expert].count(0)])
+        assert self.A is not None and self.C is not None and self.order is not None
+        order = self.order[expert]
+        A, C = self.A[expert, :rank], self.C[expert, : order.shape[0] - rank, :rank]
+        return pivot_low_rank_linear(x, A, C, order)
+
+    def by_expert(self) -> list["Product"]:
+        """See `ProjectionFactors.by_expert`."""
+        dense = iter(() if self.W is None else self.W.unbind(0))
+        As = () if self.A is None else self.A.unbind(0)
+        Cs = () if self.C is None else self.C.unbind(0)
+        orders = () if self.order is None else self.order.unbind(0)
+        found: list[Product] = []
+        for expert, rank in enumerate(self.ranks):
+            if rank == 0:
+                found.append(partial(F.linear, weight=next(dense)))
+                continue
+            order = orders[expert]
+            A, C = As[expert][:rank], Cs[expert][: order.shape[0] - rank, :rank]
+            found.append(partial(pivot_low_rank_linear, A=A, C=C, order=order))
+        return found
+
+    def can_group(self, x: Tensor) -> bool:
+        """See `ProjectionFactors.can_group`."""
+        A, C = self.A, self.C
+        if self.W is not None or A is None or C is None or C.shape[1] == 0:
+            return False
+        aligned = all(size % 8 == 0 for size in (*A.shape[1:], C.shape[1]))
+        return aligned and {x.dtype, A.dtype, C.dtype} == {torch.bfloat16}
+
+    def apply_grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """See `ProjectionFactors.apply_grouped`; each row gathers its expert's outputs."""
+        assert self.A is not None and self.C is not None and self.order is not None
+        z = F.grouped_mm(x, self.A.transpose(-2, -1), offs=offsets)
+        both = torch.cat([z, F.grouped_mm(z, self.C.transpose(-2, -1), offs=offsets)], -1)
+        # z is padded, so what follows it lies further right
+        columns = torch.stack(
+            [
+                torch.where(order < rank, order, order + (z.shape[-1] - rank))
+                for order, rank in zip(self.order.long().unbind(0), self.ranks, strict=True)
+            ]
+        )
+        rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
+        expert = torch.searchsorted(offsets, rows, right=True).clamp_max(len(self.ranks) - 1)
+        return both.gather(-1, columns[expert])
+
+
+# x [m, K] -> [m, N] of one expert's projection
+Product = Callable[[Tensor], Tensor]
 
 
 class ExpertFactors(NamedTuple):
@@ -136,8 +206,19 @@ class ExpertFactors(NamedTuple):
     down: ProjectionFactors
 
 
+class PivotExpertFactors(NamedTuple):
+    """The same in the pivot gauge."""
+
+    gate: PivotProjectionFactors
+    up: PivotProjectionFactors
+    down: PivotProjectionFactors
+
+
 def low_rank_experts(
-    hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors: ExpertFactors
+    hidden: Tensor,
+    topk_index: Tensor,
+    topk_weight: Tensor,
+    factors: ExpertFactors | PivotExpertFactors,
 ) -> Tensor:
     """out_m = sum_k w_mk down_e(silu(gate_e(x_m)) * up_e(x_m)), e = topk_index[m, k].
 
@@ -183,8 +264,8 @@ def low_rank_experts(
             if expert >= num_experts:
                 parts.append(torch.zeros_like(rows_e))
                 continue
-            gated = F.silu(_products(rows_e, gates[expert])) * _products(rows_e, ups[expert])
-            parts.append(_products(gated, downs[expert]))
+            gated = F.silu(gates[expert](rows_e)) * ups[expert](rows_e)
+            parts.append(downs[expert](gated))
         y = torch.cat(parts) if parts else x
     y = y * topk_weight.reshape(-1)[order, None].to(y.dtype)
     # back to token order, then a sum over k in a fixed order: deterministic, unlike index_add on a
@@ -192,6 +273,13 @@ def low_rank_experts(
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     return y[inverse].view(*topk_index.shape, hidden.shape[1]).sum(1).to(hidden.dtype)
+
+
+def pivot_low_rank_experts(
+    hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors: PivotExpertFactors
+) -> Tensor:
+    """`low_rank_experts` with every expert's factors in the pivot gauge."""
+    return low_rank_experts(hidden, topk_index, topk_weight, factors)
 
 
 def distill_loss_rows(

@@ -24,6 +24,7 @@ __all__ = [
     "expert_factors",
     "low_rank_experts_inputs",
     "low_rank_linear_inputs",
+    "pivot_low_rank_linear_inputs",
     "poison_empty",
     "selective_scan_inputs",
     "ssd_scan_inputs",
@@ -229,6 +230,24 @@ def low_rank_linear_inputs(
         "bias": _normal(g, out_features),
     }
     return _placed(tensors, dtype, device)
+
+
+def pivot_low_rank_linear_inputs(
+    rows: Sequence[int],
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> tuple[Results, Tensor]:
+    """x [*rows, K], A [R, K], C [N - R, R], bias [N], and order [N] int32."""
+    sizes = (in_features, out_features, rank)
+    found = low_rank_linear_inputs(rows, *sizes, dtype=dtype, device=device, seed=seed)
+    found["C"] = found.pop("B")[rank:]
+    order = torch.randperm(out_features, generator=torch.Generator().manual_seed(seed + 1))
+    return found, order.to(device, torch.int32)
 
 
 def low_rank_experts_inputs(

@@ -20,7 +20,7 @@ class Matrix:
     is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
-    R (K + N).
+    R (K + N), and the order of the N outputs.
     """
 
     name: str
@@ -33,12 +33,23 @@ class Matrix:
         """Parameters of its factors."""
         return rank * (self.N + self.K - (rank if self.pivot else 0))
 
+    @property
+    def order_bytes(self) -> int:
+        """What the order of its outputs takes beside its factors: N int32."""
+        return 4 * self.N if self.pivot else 0
+
+    @property
+    def order(self) -> int:
+        """The same as numbers of 16 bits; counted so where numbers are wider, too."""
+        return self.order_bytes // 2
+
     def rank_at(self, fraction: float) -> float:
-        """The exact rank whose factors have `fraction` of the weight's parameters."""
+        """The exact rank whose factors and order take `fraction` of what the weight takes."""
         total = self.N + self.K
         if not self.pivot:
             return fraction * self.N * self.K / total
-        return (total - math.sqrt(max(0.0, total**2 - 4 * fraction * self.N * self.K))) / 2
+        left = max(0.0, fraction * self.N * self.K - self.order)
+        return (total - math.sqrt(max(0.0, total**2 - 4 * left))) / 2
 
     @property
     def ranks(self) -> range:
@@ -51,11 +62,17 @@ class Matrix:
         largest = (self.N * self.K - 1) // (self.N + self.K)
         if self.pivot:
             largest = min(self.N, self.K) - 1
+            while largest > 0 and self.saved(largest) <= 0:
+                largest -= 1
         return largest // RANK_MULTIPLE * RANK_MULTIPLE
 
-    def saved(self, rank: int) -> int:
+    def params_saved(self, rank: int) -> int:
         """Parameters removed by rank `rank`."""
         return self.N * self.K - self.numbers(rank)
+
+    def saved(self, rank: int) -> int:
+        """What rank `rank` frees of the file, in numbers: budgets count the order too."""
+        return self.params_saved(rank) - self.order
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +96,7 @@ class RankRules:
 
 
 def removed(matrices: Sequence[Matrix], ranks: dict[str, int]) -> int:
-    """Parameters that an allocation removes."""
+    """What an allocation frees of the file, in numbers."""
     return sum(matrix.saved(ranks[matrix.name]) for matrix in matrices if matrix.name in ranks)
 
 
@@ -167,7 +184,8 @@ def allocate(
     strategy: Strategy,
     rules: RankRules,
 ) -> dict[str, int]:
-    """Choose ranks that remove at least `reduction` of `total_params`, in the order of `matrices`.
+    """Choose ranks that free at least `reduction` of what `total_params` take, in the order of
+    `matrices`; where the gauge is plain, that is the share of parameters removed.
     "global" needs more than shapes: it gives the ranks of "uniform" here, see `allocate_globally`.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -21,7 +22,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lillama.checkpoint import TensorHeader, hub_headers
+from lillama.checkpoint import TensorHeader, hub_headers, read_headers
 from lillama.compress.arguments import by_name, check_arguments
 from lillama.compress.calibrate import dense_experts_forward, experts_of
 from lillama.errors import InputError, RunError
@@ -57,7 +58,7 @@ class TeacherBlocks:
         self.dtype = dtype
         self.model = skeleton(config)
         self.block_path, self.blocks = block_list(self.model)
-        self.headers = hub_headers(path, family, self.block_path)
+        self.headers = hub_headers(read_headers(path), family, self.block_path)
         self._transposed = {
             path for path, module in self.model.named_modules() if is_transposed(module)
         }
@@ -157,6 +158,11 @@ class TeacherBlocks:
         """The weight [N, K] of the matrix with this hub name, otherwise as `read`."""
         weight = self.read(f"{name}.weight")
         return weight.mT.contiguous() if name in self._transposed else weight
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of the same."""
+        N, K = self.headers[f"{name}.weight"].shape
+        return (K, N) if name in self._transposed else (N, K)
 
     def _load(self, prefix: str) -> nn.Module:
         self._load_names(self.hub_names(prefix), prefix)
@@ -273,13 +279,16 @@ class TeacherBlocks:
         inside = f"{name}.".startswith(f"{self.block_path}.")
         return own and not inside and module not in self._loaded
 
-    def logits(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """The model's prediction [b, T, V] from the states [b, T, H] behind its last block. Inside
-        `head` only."""
+    def logits(
+        self, hidden: Tensor, mask: Tensor | None, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The model's prediction [b, T, V] from the states [b, T, H] behind its last block, with
+        `weights` (by runtime name) in place of its own. Inside `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
         with self._blocks_as(lambda *args, **kwargs: self._returned(hidden)):
-            return self._run(mask, inputs_embeds=self._nothing(*hidden.shape[:2])).logits
+            nothing = self._nothing(*hidden.shape[:2])
+            return self._run(mask, weights, inputs_embeds=nothing).logits
 
     def _returned(self, hidden: Tensor) -> Any:
         return (hidden,) if self._in_tuples else hidden
@@ -341,9 +350,12 @@ class TeacherBlocks:
             for block in self.blocks:
                 del block.forward
 
-    def _run(self, mask: Tensor | None, **inputs: Tensor) -> Any:
+    def _run(
+        self, mask: Tensor | None, weights: dict[str, Tensor] | None = None, **inputs: Tensor
+    ) -> Any:
         attention_mask = None if mask is None else mask.to(self.device, torch.long)
-        return self.model(**inputs, attention_mask=attention_mask, use_cache=False)
+        given = {**inputs, "attention_mask": attention_mask, "use_cache": False}
+        return functional_call(self.model, weights, (), given) if weights else self.model(**given)
 
 
 def _finite(tensor: Tensor) -> bool:

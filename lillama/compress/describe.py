@@ -16,6 +16,8 @@ from lillama.checkpoint import FORMAT_VERSION, QUANT_METHOD, TensorHeader
 from lillama.compress.plan import Plan
 from lillama.config import CompressConfig
 from lillama.data import TokenBlocks
+from lillama.hub import hub_model
+from lillama.hub_text import recorded_texts
 from lillama.version import __version__
 
 __all__ = ["card_metadata", "card_text", "config_json", "model_card", "recipe_json"]
@@ -41,6 +43,7 @@ def recipe_json(
         "gauge": plan.gauge,
         "model_sha256": digest.hexdigest(),
         "data_sha256": {"train": blocks[0].sha256, "held_out": blocks[1].sha256},
+        **recorded_texts(options.text),
         "versions": {
             "lillama": __version__,
             "torch": torch.__version__,
@@ -68,9 +71,8 @@ def _sample(file: Path) -> bytes:
 def _hub_id(model: Path) -> str | None:
     """The base's id on the Hub: told by a folder of the Hub's cache, else the folder's name, which
     is one only if it was named so; None where it cannot be one."""
-    folder = model.parent.parent.name if model.parent.name == "snapshots" else ""
-    if folder.startswith("models--"):
-        return folder.removeprefix("models--").replace("--", "/")
+    if (found := hub_model(model)) is not None:
+        return found.hub_id
     name = model.name
     valid = re.fullmatch(r"\w(?:[\w.-]{0,94}\w)?", name, re.ASCII)
     return name if valid and "--" not in name and ".." not in name else None
@@ -81,13 +83,13 @@ def card_text(name: str) -> str:
     return html.escape(" ".join(name.split()))
 
 
-def card_metadata(base: Path, *tags: str) -> str:
-    """The YAML block that begins a model card, in the Hub's fields.
+def card_metadata(base: Path, *tags: str, hub_id: str | None = None) -> str:
+    """The YAML block that begins a model card, in the Hub's fields; `hub_id` where it is known.
 
     Source: huggingface.co/docs/hub/model-cards. The license is the base model's, which is not
     known here.
     """
-    hub_id = _hub_id(base)
+    hub_id = hub_id or _hub_id(base)
     # JSON is YAML, and a name such as 1e5 or no stays a string
     lines = [] if hub_id is None else [f"base_model: {json.dumps(hub_id)}"]
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
@@ -95,7 +97,8 @@ def card_metadata(base: Path, *tags: str) -> str:
 
 
 def model_card(options: CompressConfig, report: dict[str, Any]) -> str:
-    base = card_text(options.model.name)
+    found = hub_model(options.model)
+    base = card_text(options.model.name if found is None else found.hub_id)
     return f"""{card_metadata(options.model, "lillama", "low-rank")}
 # {base}, {report["reduction"]:.1%} smaller
 
@@ -126,14 +129,15 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
     if options.dtype != "auto":
         values.pop("torch_dtype", None)
         values["dtype"] = options.dtype
+    found = hub_model(options.model)
     values["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "ranks": plan.ranks,
         "gauge": plan.gauge,
         "reduction": plan.reduction,
-        "base_model": str(options.model),
-        "base_revision": None,
+        "base_model": str(options.model) if found is None else found.hub_id,
+        "base_revision": None if found is None else found.commit,
         "recipe": options.preset,
         "tokens": options.num_tokens,
         "producer": {"name": "lillama", "version": __version__},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lillama.compress.activations import ActivationStore, prefetched
 from lillama.compress.blocks import block_output
-from lillama.config import Loss, Recipe
+from lillama.config import Loss, LossForm, Recipe
 from lillama.errors import RunError
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TrainState",
     "held_out_loss",
     "learning_rate_at",
+    "shuffled",
     "train_block",
 ]
 
@@ -99,6 +100,7 @@ def batch_loss(
     stream: Stream,
     rows: Tensor,
     loss: Loss,
+    form: LossForm,
     device: torch.device,
     batch: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -114,7 +116,7 @@ def batch_loss(
         output = block_output(student, inputs, stream.kwargs(rows.repeat(len(passes))))
     parts = output.chunk(len(passes))
     terms = [
-        weight * distill_loss(part, target, mask)
+        weight * distill_loss(part, target, mask, form=form)
         for part, (_, weight) in zip(parts, passes, strict=True)
     ]
     return torch.stack(terms).sum()
@@ -122,7 +124,12 @@ def batch_loss(
 
 @torch.no_grad()
 def held_out_loss(
-    student: nn.Module, stream: Stream, loss: Loss, batch_size: int, device: torch.device
+    student: nn.Module,
+    stream: Stream,
+    loss: Loss,
+    form: LossForm,
+    batch_size: int,
+    device: torch.device,
 ) -> float:
     """Mean over the counted tokens of a stream."""
     batches = torch.arange(len(stream.target)).split(batch_size)
@@ -131,7 +138,7 @@ def held_out_loss(
         batches, lambda rows: read_batch(stream, rows, loss), stream.background
     ):
         count = rows.numel() if stream.mask is None else int(stream.mask[rows].sum())
-        total += batch_loss(student, stream, rows, loss, device, batch).double() * count
+        total += batch_loss(student, stream, rows, loss, form, device, batch).double() * count
         tokens += count
     return float(total) / tokens
 
@@ -151,7 +158,7 @@ def learning_rate_at(peak: float, step: int, steps: int, warmup_fraction: float)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def _batches(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
+def shuffled(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order.split(batch_size)
 
@@ -187,7 +194,12 @@ class _Trainer:
         """Look at the held-out loss and keep the student if it is the best so far."""
         self.check()
         value = held_out_loss(
-            self.student, self.held_out, self.loss, self.recipe.batch_size, self.device
+            self.student,
+            self.held_out,
+            self.loss,
+            self.recipe.form,
+            self.recipe.batch_size,
+            self.device,
         )
         if not math.isfinite(value):
             raise RunError(
@@ -289,7 +301,7 @@ def train_block(
     """
     trainer = _Trainer(student, held_out, recipe, loss, device, name, peak_learning_rate)
     trainer.on_judge = on_judge
-    batches = _batches(len(train.target), recipe.batch_size, seed)
+    batches = shuffled(len(train.target), recipe.batch_size, seed)
     steps = len(batches)
     every = max(1, math.ceil(steps / recipe.evaluations))
     if resume is None:
@@ -303,7 +315,7 @@ def train_block(
         batches[trainer.step :], lambda rows: read_batch(train, rows, loss), train.background
     ):
         rate = _learning_rate(recipe, peak_learning_rate, trainer.step, steps)
-        value = batch_loss(student, train, rows, loss, device, batch)
+        value = batch_loss(student, train, rows, loss, recipe.form, device, batch)
         trainer.take_step(value, rate)
         wanted = on_step(len(rows), value.detach())
         if trainer.step % every == 0 or trainer.step == steps:

@@ -8,6 +8,7 @@ whole model learns the base model's predictions (logit distillation, Hinton et a
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lillama.checkpoint import compression_of, dtype_of, read_config
+from lillama.checkpoint_writer import check_out
 from lillama.compress.distill import learning_rate_at
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.stop import StopRequest
 from lillama.config import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
+from lillama.hub_checkpoint import find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
-__all__ = ["finetune"]
+__all__ = ["finetune", "finetune_blocks"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -114,7 +118,7 @@ def _blocks(config: FinetuneConfig, vocab_size: int) -> tuple[TokenBlocks, Token
         seq_len=config.seq_len,
         held_out_blocks=held_out_blocks(config.tokens, config.seq_len),
         seed=config.seed,
-        packing=True,
+        packing=config.packing,
     )
     for part in found:
         check_vocabulary(part.input_ids, vocab_size)
@@ -126,8 +130,7 @@ def _check(config: FinetuneConfig) -> None:
         raise InputError(f"{config.model} is not compressed by lillama; compress it first")
     if compression_of(read_config(config.base)) is not None:
         raise InputError(f"--base {config.base} is itself compressed; give the dense base model")
-    if config.out.exists() or config.out.is_symlink():
-        raise InputError(f"{config.out} exists; choose another OUT")
+    check_out(config.out, config.overwrite)
     if not config.out.parent.is_dir():
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
 
@@ -153,26 +156,34 @@ def finetune(
         text: training file or files, as for `compress`.
         progress: called as progress(stage, done, total), in tokens.
         options: the other fields of `lillama.config.FinetuneConfig`: tokens, seq_len, batch_size,
-            learning_rate, seed, device.
+            packing, epochs, learning_rate, seed, device, overwrite.
 
     Returns:
         `kl_before`, `kl_after` (held-out KL(base || model), nats a token), `steps, best_step,
-        tokens`.
+        tokens, seconds`.
 
     Raises:
         InputError: arguments or data that cannot be used. RunError: the run failed (NaN, Ctrl-C);
         nothing was written.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
     config = FinetuneConfig(
-        model=Path(model),
+        model=find_model(model),
         out=Path(out),
-        base=Path(base),
-        text=tuple(Path(file) for file in files),
+        base=find_model(base),
+        text=find_texts(text),
         **options,
     )
+    with StopRequest() as stop:
+        return finetune_blocks(config, stop, progress)
+
+
+def finetune_blocks(
+    config: FinetuneConfig, stop: StopRequest, progress: Progress | None
+) -> dict[str, Any]:
+    """As `finetune`, for a caller that listens to Ctrl-C itself."""
     _check(config)
     device = choose_device(config.device)
+    started = time.monotonic()
     student = load_model(config.model, device, "float32")
     teacher = load_model(config.base, device)
     if teacher.config.vocab_size != student.config.vocab_size:
@@ -181,8 +192,9 @@ def finetune(
         )
     train, held_out = _blocks(config, student.config.vocab_size)
     run = _Finetuning(student, teacher.requires_grad_(False), config)
-    with fast_mamba(), StopRequest() as stop:
+    with fast_mamba():
         report = _train(run, train, held_out, stop, progress)
+    report["seconds"] = round(time.monotonic() - started, 2)
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype_of(read_config(config.model)))
     _write(config, student, report)
@@ -197,18 +209,19 @@ def _train(
     progress: Progress | None,
 ) -> dict[str, Any]:
     config = run.config
-    order = torch.randperm(
-        len(train.input_ids), generator=torch.Generator().manual_seed(config.seed)
-    )
-    batches = order.split(config.batch_size)
+    generator = torch.Generator().manual_seed(config.seed)
+    batches: list[Tensor] = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(train.input_ids), generator=generator)
+        batches += order.split(config.batch_size)
     every = max(1, math.ceil(len(batches) / config.evaluations))
     before = run.judge(held_out, 0)
     for step, rows in enumerate(batches, start=1):
         rate = learning_rate_at(config.learning_rate, step - 1, len(batches), 0.05)
         run.step(train, rows, rate)
         if progress is not None:
-            done = min(step * config.batch_size, len(train.input_ids))
-            progress("finetune", done * config.seq_len, train.input_ids.numel())
+            total = config.epochs * train.input_ids.numel()
+            progress("finetune", round(total * step / len(batches)), total)
         stop.check()
         if step % every == 0 or step == len(batches):
             run.judge(held_out, step)
@@ -225,6 +238,7 @@ def _train(
 def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, Any]) -> None:
     """Beside OUT first, then in place: OUT is whole or not there."""
     staging = config.out.with_name(config.out.name + ".unfinished")
+    old = config.out.with_name(config.out.name + ".replaced")
     try:
         staging.mkdir()
         student.save_pretrained(staging)
@@ -232,9 +246,17 @@ def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, A
             if file.suffix != ".safetensors" and not (staging / file.name).exists():
                 if file.name != "model.safetensors.index.json":
                     shutil.copyfile(file, staging / file.name)
+        if (made := staging / "report.json").is_file():
+            whole = json.loads(made.read_text("utf-8"))
+            whole["seconds"] = round(whole["seconds"] + report["seconds"], 2)
+            made.write_text(json.dumps({**whole, "finetune": report}, indent=2) + "\n", "utf-8")
         recorded = {**config.recorded(), **report}
         (staging / "finetune.json").write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
+        if config.out.exists():
+            config.out.rename(old)
         staging.rename(config.out)
+        if old.exists():
+            shutil.rmtree(old)
     except OSError as error:
         raise RunError(f"cannot write {config.out}: {error}") from error
     finally:

@@ -121,22 +121,23 @@ def _batch_bytes(plan: Plan, options: PlanConfig, passes: int) -> int:
 
 
 def _widths(plan: Plan) -> tuple[float, int]:
-    """Numbers inside the MLP of a block for one token: of what every token sees, and of one
-    expert."""
+    """Numbers inside a block for one token at its widest, an MLP or a mixer: of what every token
+    sees, and of one expert."""
     config, family = plan.config, plan.family
     inner = family.inner_width(config)
+    mixer = getattr(config, family.expand) * config.hidden_size if family.expand else 0
     if family.experts is None:
-        return inner, 0
-    return family.shared_width(config), inner
+        return max(inner, mixer), 0
+    return max(family.shared_width(config), mixer), inner
 
 
 def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:
     """What autograd keeps of a block for so many tokens: about 12 tensors [rows, H] and 4 of the
-    width inside, 2 more where it is not an expert's (their gradients on the way back); where
-    attention is computed step by step, 5 of its square as well."""
+    width inside, 2 more where it is not an expert's (their gradients on the way back) and a scan's
+    own; where attention is computed step by step, 5 of its square as well."""
     config = plan.config
     width, expert = _widths(plan)
-    numbers = 12 * config.hidden_size + 6 * round(width)
+    numbers = 12 * config.hidden_size + (6 + plan.family.scan_kept) * round(width)
     if plan.family.experts is not None:
         numbers += 4 * config.num_experts_per_tok * expert
     if plan.attention == "eager" and hasattr(config, "num_attention_heads"):
@@ -184,6 +185,15 @@ def _sensitivity_bytes(
     return found
 
 
+def _finetune_bytes(plan: Plan, options: PlanConfig) -> int:
+    """Both models whole in fp32 (as a CPU computes); gradients, AdamW's moments and the best state
+    of the smaller; what autograd keeps of a batch, with both models' predictions."""
+    rows = options.recipe.batch_size * options.seq_len
+    kept = plan.config.num_hidden_layers * _kept_bytes(plan, rows, options.seq_len)
+    models = plan.params_before + 5 * plan.params_after
+    return models * FP32 + kept + 6 * rows * plan.config.vocab_size * FP32
+
+
 def peak_memory(
     plan: Plan, options: PlanConfig, headers: Mapping[str, TensorHeader], base_bytes: int
 ) -> dict[str, int]:
@@ -228,4 +238,6 @@ def peak_memory(
     if plan.strategy == "global" or options.recipe.init == "fisher":
         found = _sensitivity_bytes(plan, options, headers)
         sized |= {phase: base_bytes + size for phase, size in found.items()}
+    if options.finetune:
+        sized["finetune"] = base_bytes + _finetune_bytes(plan, options)
     return {**sized, "peak": max(sized.values())}

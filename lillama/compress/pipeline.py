@@ -1,28 +1,36 @@
 """Model in, smaller model out: what `lillama compress` and `lillama.compress` call."""
 
+import dataclasses
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lillama.checkpoint import sentinel
-from lillama.checkpoint_writer import CheckpointWriter, check_space
+from lillama.checkpoint import read_config, sentinel
+from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.describe import config_json, model_card, recipe_json
 from lillama.compress.events import Events
+from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import search_ranks
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig
+from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
+from lillama.families_generic import family_for
+from lillama.hub_checkpoint import fetch_weights, find_model
+from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_tokenizer
+from lillama.sample import sample, sampled_with
 
 __all__ = ["Progress", "compress"]
 
@@ -99,18 +107,20 @@ def compress(
     out: str | Path,
     *,
     reduction: float,
-    text: str | Path | list[str | Path] | tuple[str | Path, ...],
+    text: str | Path | list[str | Path] | tuple[str | Path, ...] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Compress the checkpoint folder `model` into the new folder `out`. Same as `lillama compress`.
 
     Args:
-        model: local checkpoint folder (safetensors).
+        model: local checkpoint folder (safetensors), or ORG/NAME[@REVISION] of the Hub.
         out: folder to create, when the run finishes; until then finished work is kept beside it in
             `<out>.unfinished`, and the same call goes on from there.
         reduction: share of the whole model's parameters to remove, in (0, 1).
-        text: calibration file or files (text, or jsonl with "text", "messages" or "conversations").
+        text: calibration file or files (text, or jsonl with "text", "messages" or "conversations"),
+            or datasets of the Hub (`lillama.hub_text`). None: the model writes its own
+            (`lillama.sample`), to `<out>.sample.jsonl`; it is removed at the end.
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
             seq_len, preset, strategy, loss, targets, gauge, packing, train, seed, dtype,
@@ -125,14 +135,15 @@ def compress(
         InputError: arguments or data that cannot be used; nothing was written.
         RunError: the run failed (NaN, full disk, Ctrl-C); the message says what is kept.
     """
-    files = [text] if isinstance(text, str | Path) else list(text)
     config = CompressConfig(
-        model=Path(model),
+        model=find_model(model, weights=False),
         out=Path(out),
         reduction=reduction,
-        text=tuple(Path(file) for file in files),
+        text=find_texts(text),
         **options,
     )
+    family_for(read_config(config.model))  # refused before its weights are downloaded
+    fetch_weights(config.model)
     plan = make_plan(config, needs_weights=True)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
@@ -141,12 +152,126 @@ def compress(
     ranks = Ranks()
     try:
         with fast_mamba(), StopRequest() as stop:
-            report = _compress(config, plan, ranks, stop, events, progress)
+            if not config.text:
+                config = _with_own_text(config, ranks, progress)
+            if config.finetune:
+                report = _compress_whole(config, plan, ranks, stop, events, progress)
+            else:
+                report = _compress(config, plan, ranks, stop, events, progress)
     finally:
         ranks.close()
     if ranks.is_first:
+        _own_text_file(config.out).unlink(missing_ok=True)
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
     return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+
+
+def _own_text_file(out: Path) -> Path:
+    return out.with_name(out.name + ".sample.jsonl")
+
+
+def _with_own_text(
+    config: CompressConfig, ranks: Ranks, progress: Progress | None
+) -> CompressConfig:
+    """With text that the model wrote: once, where a run of the same command is taken up."""
+    if ranks.world > 1:
+        raise InputError(
+            "several ranks need calibration text; give --text FILE (lillama sample writes one)"
+        )
+    if not config.out.parent.is_dir():
+        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
+    check_out(config.out, config.overwrite)
+    file = _own_text_file(config.out)
+    # some more, since blocks are filled from whole texts
+    blocks = held_out_blocks(config.num_tokens, config.seq_len) + 2
+    options = SampleConfig(
+        model=config.model,
+        out=file,
+        tokens=config.num_tokens + blocks * config.seq_len,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        device=config.device,
+    )
+    if file.exists():
+        if sampled_with(file) != options.recorded():
+            raise InputError(f"{file} is not of this command; delete it or choose another OUT")
+    else:
+        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+        sample(given.pop("model"), given.pop("out"), progress=progress, **given)
+    return dataclasses.replace(config, text=(file,))
+
+
+def _compress_whole(
+    config: CompressConfig,
+    plan: Plan,
+    ranks: Ranks,
+    stop: StopRequest,
+    events: Events,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The blocks first, to `OUT.blocks`, then the whole model. Where OUT.blocks is there, the same
+    command was killed while it trained the whole, and goes on from there."""
+    if ranks.world > 1:
+        raise InputError(
+            f"preset {config.preset} trains the whole model in one process, got {ranks.world} "
+            "ranks; use preset default under torchrun, then lillama finetune"
+        )
+    if not config.out.parent.is_dir():
+        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
+    check_out(config.out, config.overwrite)
+    blocks = config.out.with_name(config.out.name + ".blocks")
+    report = _compress(
+        dataclasses.replace(config, out=blocks, overwrite=False),
+        plan,
+        ranks,
+        stop,
+        events,
+        progress,
+    )
+    started = time.monotonic()
+    end = FinetuneConfig(
+        model=blocks,
+        out=config.out,
+        base=config.model,
+        text=config.text,
+        tokens=config.num_tokens,
+        seq_len=config.seq_len,
+        packing=config.packing,
+        epochs=config.recipe.finetune_epochs,
+        seed=config.seed,
+        device=config.device,
+        overwrite=config.overwrite,
+    )
+    try:
+        found = finetune_blocks(end, stop, progress)
+    except LillamaError as error:
+        events("failed", error=str(error))
+        raise type(error)(
+            f"{error}; the blocks are finished in {blocks}: the same command goes on from there"
+        ) from error
+    shutil.rmtree(blocks)
+    report["seconds"] = round(report["seconds"] + time.monotonic() - started, 2)
+    report["peak_memory_bytes"] = peak_memory_bytes(choose_device(config.device))
+    return report | {"finetune": found}
+
+
+def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The report of a finished run of this very command.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    try:
+        recorded = json.loads((out / "recipe.json").read_text("utf-8"))
+        report = json.loads((out / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{out} is in the way and is no finished run; move it away") from None
+    if changed := differences(recorded, json.loads(json.dumps(recipe))):
+        raise InputError(
+            f"{out} is of another command ({'; '.join(changed)}); run that one again, delete the "
+            "folder or choose another OUT"
+        )
+    return report
 
 
 def _compress(
@@ -164,6 +289,8 @@ def _compress(
     teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)
+    if config.finetune and config.out.is_dir():
+        return _finished(config.out, recipe)
     held = resident_bytes()
     ranks.agree("the run", recipe)
     with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:
@@ -189,6 +316,7 @@ def _compress(
             "device": str(device),
             "ranks": ranks.world,
             "blocks": rows,
+            **({} if (head := run.head_report(writer)) is None else {"head": head}),
         }
         if ranks.is_first:
             _finish(writer, config, plan, report)

@@ -3,7 +3,7 @@ size."""
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,22 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lillama.checkpoint import compression_of, dtype_of, hub_headers, is_pivot, read_config
-from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable, removed
+from lillama.checkpoint import (
+    TensorHeader,
+    check_unquantized,
+    compression_of,
+    dtype_of,
+    hub_headers,
+    is_pivot,
+    read_config,
+    read_headers,
+)
+from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import FAMILIES, Family
 from lillama.families_generic import family_for
+from lillama.hub_checkpoint import find_model, remote_headers
 from lillama.modules.dense_linear import linear_shape
 from lillama.skeleton import block_list, skeleton
 
@@ -42,10 +52,13 @@ class Plan:
     max_reduction: float
     ranks_are_final: bool = True
     gauge: Gauge = "plain"
+    # of the dense model's tensors; None without weights
+    headers: Mapping[str, TensorHeader] | None = None
 
     @property
     def params_after(self) -> int:
-        return self.params_before - removed(self.matrices, self.ranks)
+        saved = (m.params_saved(self.ranks[m.name]) for m in self.matrices if m.name in self.ranks)
+        return self.params_before - sum(saved)
 
     @property
     def reduction(self) -> float:
@@ -59,7 +72,11 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
-        return self.bytes_before - round(removed(self.matrices, self.ranks) * self.item_bytes)
+        chosen = [m for m in self.matrices if m.name in self.ranks]
+        saved = sum(m.params_saved(self.ranks[m.name]) for m in chosen)
+        return (
+            self.bytes_before - round(saved * self.item_bytes) + sum(m.order_bytes for m in chosen)
+        )
 
     @property
     def blocks(self) -> list[int]:
@@ -76,6 +93,12 @@ class Plan:
     def embedding(self) -> Matrix | None:
         """The token embeddings where they are factorised."""
         return next((m for m in self.matrices if m.block < 0 and m.name in self.ranks), None)
+
+    @property
+    def head(self) -> Matrix | None:
+        """The output head where it is factorised."""
+        last = self.outside[1]
+        return next((m for m in self.matrices if m.block == last and m.name in self.ranks), None)
 
     def ranks_of_block(self, block: int) -> dict[str, int]:
         return {
@@ -112,7 +135,7 @@ class Plan:
                     "params_before": matrix.N * matrix.K,
                     "params_after": numbers,
                     "bytes_before": round(matrix.N * matrix.K * self.item_bytes),
-                    "bytes_after": round(numbers * self.item_bytes),
+                    "bytes_after": round(numbers * self.item_bytes) + matrix.order_bytes,
                     "flops_per_token_before": dense,
                     "flops_per_token_after": now,
                 }
@@ -150,7 +173,7 @@ def find_matrices(
     vocabulary: without `targets` these two as well, where they are not one and the same.
 
     Raises:
-        InputError: a target the family or model does not have, or one that the gauge does not fit.
+        InputError: a target the family or model does not have.
     """
     path, blocks = block_list(model)
     problem = _vocabulary_problem(model, family)
@@ -160,7 +183,7 @@ def find_matrices(
         targets = (*family.default_targets, *both)
     elif problem is not None and (found := sorted(set(targets) & set(family.vocabulary))):
         raise InputError(f"--targets {', '.join(found)}: {problem}; leave them out")
-    _check_targets(family, targets, gauge)
+    _check_targets(family, targets)
     matrices: list[Matrix] = []
     outside: list[Matrix] = []
     seen = set(family.vocabulary)
@@ -192,18 +215,12 @@ def _vocabulary_problem(model: PreTrainedModel, family: Family) -> str | None:
     return None
 
 
-def _check_targets(family: Family, targets: tuple[str, ...], gauge: Gauge) -> None:
+def _check_targets(family: Family, targets: tuple[str, ...]) -> None:
     unknown = sorted(set(targets) - set(family.target_names))
     if unknown or not targets:
         raise InputError(
             f"--targets must be some of {', '.join(family.target_names)} for {family.model_type}, "
             f"got {', '.join(unknown) or 'none'}"
-        )
-    if gauge == "pivot" and not set(targets) <= {*family.linear_targets, *family.vocabulary}:
-        raise InputError(
-            f"--gauge pivot is for linear layers; of {family.model_type} those are "
-            f"{', '.join(family.linear_targets) or 'none'}, but --targets are "
-            f"{', '.join(targets)}: use --gauge plain"
         )
 
 
@@ -225,31 +242,35 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
             yield short, f"{naming.hub}.{expert}.{short}", N, K
 
 
+def _headers(
+    path: Path, model: PreTrainedModel, family: Family, needs_weights: bool
+) -> dict[str, TensorHeader] | None:
+    """Without what the model's own code leaves out of old checkpoints. None for a folder with only
+    config.json, where that will do."""
+    headers = remote_headers(path)
+    if headers is None:
+        if not (needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin"))):
+            return None
+        headers = read_headers(path)
+    check_unquantized(headers)
+    headers = hub_headers(headers, family, block_list(model)[0])
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
+    # these patterns are for tensors that the model has not: GPT-2's fit its biases as well
+    own = model.state_dict().keys()
+    return {n: header for n, header in headers.items() if n in own or not ignored.search(n)}
+
+
 def _bytes_before(
-    path: Path, model: PreTrainedModel, family: Family, params: int, needs_weights: bool
+    path: Path, model: PreTrainedModel, params: int, headers: Mapping[str, TensorHeader] | None
 ) -> tuple[int, int]:
-    """Of all tensors and of buffers among them. From the headers, without what the model's own code
-    leaves out of old checkpoints; a folder with only config.json is counted in the config's
-    dtype."""
-    if needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin")):
-        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
-        # these patterns are for tensors that the model has not: GPT-2's fit its biases as well
-        own, buffers = model.state_dict().keys(), {name for name, _ in model.named_buffers()}
-        sizes = {
-            name: header.num_bytes
-            for name, header in hub_headers(path, family, block_list(model)[0]).items()
-            if name in own or not ignored.search(name)
-        }
+    """Of all tensors and of buffers among them, from the headers; a folder with only config.json is
+    counted in the config's dtype."""
+    if headers is not None:
+        buffers = {name for name, _ in model.named_buffers()}
+        sizes = {name: header.num_bytes for name, header in headers.items()}
         return sum(sizes.values()), sum(size for name, size in sizes.items() if name in buffers)
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
     return params * dtype_of(model.config).itemsize, 0
-
-
-def _gauge(options: PlanConfig, family: Family) -> Gauge:
-    """The preset's, where it fits every target in the blocks."""
-    targets = set(options.targets or family.default_targets) - set(family.vocabulary)
-    fits = targets <= set(family.linear_targets)
-    return options.recipe.gauge if fits else "plain"
 
 
 def _tell_found(family: Family) -> None:
@@ -289,13 +310,14 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     _tell_found(family)
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     vocabulary = options.recipe.vocabulary and strategy == "global"
-    gauge = options.gauge or _gauge(options, family)
+    gauge = options.gauge or options.recipe.gauge
     matrices = find_matrices(model, family, options.targets, gauge, vocabulary=vocabulary)
     if any(m.name in family.vocabulary.values() for m in matrices):
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
-    bytes_before, buffer_bytes = _bytes_before(path, model, family, params, needs_weights)
+    headers = _headers(path, model, family, needs_weights)
+    bytes_before, buffer_bytes = _bytes_before(path, model, params, headers)
     return Plan(
         config=config,
         family=family,
@@ -310,6 +332,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         max_reduction=max_removable(matrices, strategy, rules) / params,
         ranks_are_final=strategy != "global",
         gauge=gauge,
+        headers=headers,
     )
 
 
@@ -326,7 +349,8 @@ def plan(
     """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.
 
     Args:
-        model: local checkpoint folder; config.json alone is enough.
+        model: local checkpoint folder, of which config.json alone is enough, or ORG/NAME[@REVISION]
+            of the Hub, of which config.json, tokenizer and the headers of the shards are fetched.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         preset, strategy, targets, gauge: as for `compress`.
         options: tokens, seq_len, train, activation_memory, as for `compress`; they decide the
@@ -341,7 +365,7 @@ def plan(
         InputError: see `make_plan`.
     """
     config = PlanConfig(
-        model=Path(model),
+        model=find_model(model, weights=False),
         reduction=reduction,
         preset=preset,
         strategy=strategy,
@@ -351,11 +375,10 @@ def plan(
     )
     found = make_plan(config)
     document = found.as_json()
-    if any(config.model.glob("*.safetensors*")):
+    if found.headers is not None:
         from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
 
-        headers = hub_headers(config.model, found.family, found.block_path)
-        memory = peak_memory(found, config, headers, resident_bytes())
+        memory = peak_memory(found, config, found.headers, resident_bytes())
         rows = document.pop("matrices")
         document |= {"peak_memory_bytes": memory, "matrices": rows}
     return document

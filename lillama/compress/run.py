@@ -12,47 +12,43 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint import dtype_of, sentinel
+from lillama.checkpoint import dtype_of
 from lillama.checkpoint_writer import CheckpointWriter
 from lillama.compress.activations import ActivationMemory
-from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.calibrate import MomentCollector
 from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
 from lillama.compress.events import Events
 from lillama.compress.memory import peak_memory_bytes
+from lillama.compress.outside import HEAD, REST, Outside
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.stop import StopRequest
 from lillama.compress.streams import Streams
 from lillama.compress.student import (
     block_entries,
-    copied_entry,
     empty_student,
     fill_student,
     fix_gauge,
     load_student,
     round_parameters,
-    stored_as,
     student_structure,
 )
-from lillama.compress.vocabulary import vocabulary_factors
 from lillama.config import CompressConfig, Loss
 from lillama.data import TokenBlocks
-from lillama.shard_file import DTYPES, Entry, entries_of
+from lillama.shard_file import entries_of
 
-__all__ = ["REST", "Progress", "Run", "pieces_of"]
+__all__ = ["Progress", "Run", "pieces_of"]
 
 logger = logging.getLogger(__name__)
 
 # progress(stage, done, total): units are tokens run through a block
 Progress = Callable[[str, int, int], None]
-REST = "rest"
 
 
 def pieces_of(num_blocks: int) -> list[str]:
-    """Names of the shards of a compressed model: one a block, one for what is outside them."""
-    return [*(f"block-{index}" for index in range(num_blocks)), REST]
+    """Names of the shards of a compressed model: one a block, two for what is outside them."""
+    return [*(f"block-{index}" for index in range(num_blocks)), REST, HEAD]
 
 
 def _reader(file: Path) -> Callable[[str], Tensor]:
@@ -99,9 +95,12 @@ class Run:
         first = 0 if plan.embedding is not None else min(plan.blocks, default=0)
         last = max(plan.blocks, default=-1)
         train, held_out = (part.input_ids.numel() for part in blocks)
-        self.total_tokens = 0
-        for index in filter(ranks.owns, range(last + 1)):
-            passes = 1 + (self.with_student and first <= index < last)
+        self.outside = Outside(teacher, plan, self.save_dtype)
+        self.trains_head = options.train and options.recipe.train_head and plan.head is not None
+        end = len(teacher.blocks) if self.trains_head else last
+        self.total_tokens = train if self.trains_head and ranks.owns(len(teacher.blocks)) else 0
+        for index in filter(ranks.owns, range(min(end + 1, len(teacher.blocks)))):
+            passes = 1 + (self.with_student and first <= index < end)
             trained = options.train and index in plan.blocks
             self.total_tokens += passes * (train + held_out) + trained * train
 
@@ -183,7 +182,7 @@ class Run:
     def _saved(self, index: int) -> int:
         """Parameters that a block loses."""
         ranks = self.plan.ranks_of_block(index)
-        return sum(m.saved(ranks[m.name]) for m in self.plan.matrices if m.name in ranks)
+        return sum(m.params_saved(ranks[m.name]) for m in self.plan.matrices if m.name in ranks)
 
     def _add(
         self, writer: CheckpointWriter, index: int, student: nn.Module | None, **record: object
@@ -208,7 +207,12 @@ class Run:
             result = self._train(index, student, streams, notes, writer)
         else:
             loss = held_out_loss(
-                student, streams[1], self.loss, self.recipe.batch_size, self.device
+                student,
+                streams[1],
+                self.loss,
+                self.recipe.form,
+                self.recipe.batch_size,
+                self.device,
             )
             result = TrainResult(loss, loss, 0, 0)
         logger.info(
@@ -301,7 +305,10 @@ class Run:
         last = max(compressed, default=-1)
         if self.plan.embedding is not None:
             self._add_rest(writer)  # first: the student's stream begins with its embeddings
+        behind = len(self.teacher.blocks)
         unfinished = [i for i in range(last + 1) if writer.done(f"block-{i}") is None]
+        if self.trains_head and writer.done(HEAD) is None:
+            unfinished = [behind]
         if unfinished:
             streams = Streams(
                 self.plan,
@@ -315,14 +322,18 @@ class Run:
                 shard=writer.file_of(REST),
             )
             with contextlib.closing(streams):
-                for index in filter(self.ranks.owns, range(unfinished[-1] + 1)):
+                for index in filter(self.ranks.owns, range(min(unfinished[-1] + 1, behind))):
                     self.block(index, streams, writer, is_last=index == unfinished[-1])
+                if unfinished == [behind] and self.ranks.owns(behind):
+                    self._train_head(streams, writer)
                 self.ranks.wait()
         for index in filter(self.ranks.owns, range(last + 1, len(self.teacher.blocks))):
             # nothing above `last` is compressed: its tensors pass through, nothing is computed
             self._add(writer, index, None)
             self.stop.check()
         self._add_rest(writer)
+        if self.ranks.owns(behind) and writer.done(HEAD) is None:
+            writer.add_shard(HEAD, self.outside.behind(writer))
         self.ranks.barrier()
         writer.reload()  # what the other ranks wrote
         records = [writer.done(f"block-{index}") for index in compressed]
@@ -330,30 +341,24 @@ class Run:
 
     def _add_rest(self, writer: CheckpointWriter) -> None:
         if self.ranks.is_first and writer.done(REST) is None:
-            writer.add_shard(REST, self.rest(writer))
+            writer.add_shard(REST, self.outside.rest(writer))
 
-    def rest(self, writer: CheckpointWriter) -> list[Entry]:
-        """Embeddings, final norm, head: everything outside the blocks, factorised or as it is, and
-        the sentinel."""
-        inside = f"{self.teacher.block_path}."
-        factorised = {f"{m.name}.weight": m for m in self.plan.matrices
-                      if m.block in self.plan.outside and m.name in self.plan.ranks}  # fmt: skip
-        entries: list[Entry] = []
-        for name, runtime in self.teacher.runtime.items():
-            if name in factorised:
-                entries += self._vocabulary(factorised[name], writer)
-            elif not runtime.startswith(inside):
-                entries.append(copied_entry(self.teacher, name, self.save_dtype))
-        name, shape = sentinel(self.plan.family, self.plan.ranks)
-        return [*entries, *entries_of({name: torch.zeros(shape)})]
+    def head_report(self, writer: CheckpointWriter) -> dict[str, Any] | None:
+        """What training the head did; None where it was not trained."""
+        record = writer.done(HEAD)
+        return None if record is None else record.get("report")
 
-    def _vocabulary(self, matrix: Matrix, writer: CheckpointWriter) -> list[Entry]:
-        """The factors of the embeddings or of the head."""
-        name = f"{matrix.name}.weight"
-        weight = self.teacher.read(name).to(self.device)
-        dtype = self.save_dtype or DTYPES[self.teacher.headers[name].dtype]
-        measured = _reader(writer.gradients_of(REST))
-        rank = self.plan.ranks[matrix.name]
-        factors = vocabulary_factors(matrix, weight, rank, measured)
-        stored = {f"{matrix.name}.{key}": value for key, value in factors.items()}
-        return entries_of({key: stored_as(key, value, dtype) for key, value in stored.items()})
+    def _train_head(self, streams: Streams, writer: CheckpointWriter) -> None:
+        started = time.monotonic()
+
+        def on_step(rows: int) -> None:
+            self.tick("head train", rows * self.options.seq_len)
+            self.stop.check()  # nothing inside the head's training is saved
+
+        train, held_out = streams.of_head()
+        trained, result = self.outside.train_head(
+            train, held_out, self.recipe, self.options.seed, writer, on_step
+        )
+        report = {**result, "seconds": round(time.monotonic() - started, 2)}
+        self.events("head", **report)
+        writer.add_shard(HEAD, self.outside.behind(writer, trained), report=report)

@@ -10,9 +10,9 @@ from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import Matrix, allocate_globally
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.gradients import MatrixSensitivity
+from lillama.compress.outside import HEAD
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import Ranks
-from lillama.compress.run import REST
 from lillama.compress.sensitivity import measure_sensitivity, sample_of
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig
@@ -51,7 +51,7 @@ def _measure(
                 kept = {f"{name}.gradient": value for name, value in kept.items()}
                 moments = {name: value.moment for name, value in found.items()}
                 kept |= {f"{n}.moment": m.cpu() for n, m in moments.items() if m is not None}
-            writer.add_gradients(REST if index < 0 else f"block-{index}", entries_of(kept))
+            writer.add_gradients(HEAD if index < 0 else f"block-{index}", entries_of(kept))
 
     memory = ActivationMemory.for_run(teacher.device, options.activation_memory, writer.staging)
     recipe = options.recipe

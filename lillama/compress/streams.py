@@ -15,6 +15,7 @@ from lillama.compress.activations import ActivationMemory, ActivationStore, pref
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import MomentCollector, key_of
 from lillama.compress.distill import Stream
+from lillama.compress.head import HeadStream
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import STUDENT, TEACHER, Ranks
 from lillama.config import Recipe
@@ -127,6 +128,13 @@ class Streams:
             if d.target is not None
         ]
 
+    def of_head(self) -> list[HeadStream]:
+        """What the output head is trained and judged on, behind the last block."""
+        behind = len(self.teacher.blocks)
+        self.receive_teacher(behind)
+        self.receive_student(behind)
+        return [HeadStream(d.teacher, d.student, d.blocks.mask) for d in self.sets]
+
     def kwargs_of(self, data: _Set, index: int) -> Callable[[Tensor], dict[str, Any]]:
         """Keyword arguments of block `index` for given rows; asked once a batch size where nothing
         is padded."""
@@ -212,7 +220,7 @@ class Streams:
     def diverges_before(self, index: int) -> bool:
         """Whether the student's stream into block `index` is not the teacher's."""
         from_start = self.plan.embedding is not None
-        return self.with_student and (from_start or index > self.plan.blocks[0])
+        return self.with_student and (from_start or index > min(self.plan.blocks, default=index))
 
     def receive_teacher(self, index: int) -> None:
         """Take the teacher's stream into block `index` from the rank that has it."""

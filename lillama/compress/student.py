@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 
-# attribute of a LowRankLinear that is stored in the pivot gauge
-ORDER = "pivot_order"
+# attribute of a module that is stored in the pivot gauge: {part: its order of outputs}
+ORDERS = "pivot_orders"
 
 
 class _Fill(NamedTuple):
@@ -171,9 +171,9 @@ def load_student(
     empty_student(student, teacher.device)
     pivots = _pivots(student, teacher, index, plan)
     with safe_open(shard, "pt", backend="pread") as file:
-        for name, module in pivots.items():
+        for name, part in pivots.items():
             parts = (file.get_tensor(f"{name}.{key}") for key in ("lr_A", "lr_C", "lr_order"))
-            _set_pivot(module, *parts)
+            part.set_pivot(*parts)
     values = _values(teacher, index, student, plan.ranks_of_block(index))
     with safe_open(shard, "pt", backend="pread") as file:
         for name, value in values.items():
@@ -193,26 +193,65 @@ def _one_to_one(teacher: TeacherBlocks, index: int) -> dict[str, str]:
     }
 
 
-def _pivots(
-    student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan
-) -> dict[str, LowRankLinear]:
-    """The linear layers that are stored in the pivot gauge, by hub name."""
+class _Rows(NamedTuple):
+    """Some rows of a tensor, cut out when they are written: of a block's experts all at once would
+    take the memory of its factors again."""
+
+    whole: Tensor
+    rows: Tensor
+
+
+class _Part(NamedTuple):
+    """One factorised matrix of a student: a linear layer, or one projection of one expert."""
+
+    module: LowRankLinear | LowRankExperts
+    key: tuple[str, int] | None
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [R, K] and B [N, R], the module's own."""
+        if isinstance(self.module, LowRankLinear):
+            return self.module.lr_A, self.module.lr_B
+        assert self.key is not None
+        stored = self.module.stored(*self.key)
+        return stored["lr_A"], stored["lr_B"]
+
+    @property
+    def order(self) -> Tensor | None:
+        """Where it is stored in the pivot gauge."""
+        return self.module.__dict__.get(ORDERS, {}).get(self.key)
+
+    def set_pivot(self, A: Tensor, C: Tensor, order: Tensor) -> None:
+        own_A, own_B = self.factors
+        order = order.to(own_A.device)
+        A, B = plain_of(A.to(own_A.device), C.to(own_A.device), order)
+        own_A.copy_(A)
+        own_B.copy_(B)
+        self.module.__dict__.setdefault(ORDERS, {})[self.key] = order
+
+    def stored(self) -> dict[str, Tensor | _Rows]:
+        """As the checkpoint has it, without the matrix's name."""
+        (A, B), order = self.factors, self.order
+        if order is None:
+            return {"lr_A": A.detach(), "lr_B": B.detach()}
+        rows = order.argsort()[A.shape[0] :]
+        return {"lr_A": A.detach(), "lr_C": _Rows(B.detach(), rows), "lr_order": order}
+
+
+def _pivots(student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan) -> dict[str, _Part]:
+    """What is stored in the pivot gauge, by hub name."""
     prefix = f"{teacher.block_path}.{index}."
+    experts = teacher.family.experts
     found = {}
     for matrix in plan.matrices:
         if matrix.block == index and matrix.pivot and matrix.name in plan.ranks:
-            module = student.get_submodule(matrix.name.removeprefix(prefix))
-            assert isinstance(module, LowRankLinear)
-            found[matrix.name] = module
+            path, key = matrix.name.removeprefix(prefix), None
+            if experts is not None and (parsed := experts.parse(path)) is not None:
+                path, key = parsed[0], (parsed[2], parsed[1])
+            module = student.get_submodule(path)
+            assert isinstance(module, LowRankLinear | LowRankExperts)
+            found[matrix.name] = _Part(module, key)
     return found
-
-
-def _set_pivot(module: LowRankLinear, A: Tensor, C: Tensor, order: Tensor) -> None:
-    device = module.lr_A.device
-    A, B = plain_of(A.to(device), C.to(device), order.to(device))
-    module.lr_A.copy_(A)
-    module.lr_B.copy_(B)
-    module.__dict__[ORDER] = order.to(device)
 
 
 @torch.no_grad()
@@ -223,9 +262,9 @@ def fix_gauge(
     them, so that later blocks see what a user will run; the largest number of any C, None where
     the gauge is plain."""
     largest = None
-    for module in _pivots(student, teacher, index, plan).values():
-        found = rounded(to_pivot(module.lr_A, module.lr_B), dtype)
-        _set_pivot(module, found.A, found.C, found.order)
+    for part in _pivots(student, teacher, index, plan).values():
+        found = rounded(to_pivot(*part.factors), dtype)
+        part.set_pivot(found.A, found.C, found.order)
         largest = max(largest or 0.0, found.largest)
     return largest
 
@@ -256,32 +295,29 @@ def stored_as(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _values(
     teacher: TeacherBlocks, index: int, student: nn.Module, ranks: Mapping[str, int]
-) -> dict[str, Tensor | str]:
+) -> dict[str, Tensor | _Rows | str]:
     """{checkpoint name: the student's tensor that it stores, or the teacher's hub name where the
     student has none of its own}."""
     prefix = f"{teacher.block_path}.{index}"
     one_to_one = _one_to_one(teacher, index)
     parameters = dict(student.named_parameters())
     experts = teacher.family.experts
-    values: dict[str, Tensor | str] = {}
+    values: dict[str, Tensor | _Rows | str] = {}
     for name in teacher.hub_names(prefix):
         matrix = name.removesuffix(".weight")
         parsed = None if experts is None else experts.parse(matrix.removeprefix(f"{prefix}."))
         module = None if parsed is None else student.get_submodule(parsed[0])
         if parsed is not None and isinstance(module, LowRankExperts):
-            stored = module.stored(parsed[2], parsed[1])
-            values.update({f"{matrix}.{key}": value.detach() for key, value in stored.items()})
+            part = _Part(module, (parsed[2], parsed[1]))
+            if matrix in ranks:
+                values.update({f"{matrix}.{key}": value for key, value in part.stored().items()})
+            else:
+                values[f"{matrix}.lr_W"] = module.stored(parsed[2], parsed[1])["lr_W"].detach()
         elif matrix in ranks:
             low_rank = student.get_submodule(one_to_one[name].removesuffix(".weight"))
             assert isinstance(low_rank, LowRankLinear)
-            values[f"{matrix}.lr_A"] = low_rank.lr_A.detach()
-            order = low_rank.__dict__.get(ORDER)
-            if order is None:
-                values[f"{matrix}.lr_B"] = low_rank.lr_B.detach()
-            else:
-                rows = order.argsort()[low_rank.rank :]
-                values[f"{matrix}.lr_C"] = low_rank.lr_B.detach()[rows]
-                values[f"{matrix}.lr_order"] = order
+            part = _Part(low_rank, None)
+            values.update({f"{matrix}.{key}": value for key, value in part.stored().items()})
         elif one_to_one.get(name) in parameters:
             values[name] = parameters[one_to_one[name]].detach()
         else:
@@ -319,11 +355,17 @@ def block_entries(
             continue
         source = name if name in teacher.headers else f"{name.rpartition('.')[0]}.weight"
         wanted = DTYPES[teacher.headers[source].dtype] if dtype is None else dtype
-        wanted = wanted if value.is_floating_point() else value.dtype
-        shape = tuple(value.shape)
+        whole, rows = value if isinstance(value, _Rows) else (value, None)
+        wanted = wanted if whole.is_floating_point() else whole.dtype
+        shape = tuple(whole.shape) if rows is None else (len(rows), whole.shape[1])
 
-        def make(name: str = name, value: Tensor = value, wanted: torch.dtype = wanted) -> Tensor:
-            return stored_as(name, value, wanted)
+        def make(
+            name: str = name,
+            whole: Tensor = whole,
+            rows: Tensor | None = rows,
+            wanted: torch.dtype = wanted,
+        ) -> Tensor:
+            return stored_as(name, whole if rows is None else whole[rows], wanted)
 
         entries.append(Entry(name, wanted, shape, make))
     return entries

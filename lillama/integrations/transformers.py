@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -34,12 +33,14 @@ from lillama.checkpoint import (
     sentinel,
 )
 from lillama.errors import InputError
-from lillama.families import FAMILIES, PROJECTIONS, Family
+from lillama.families import PROJECTIONS, Family
 from lillama.families_generic import family_for
+from lillama.integrations.stacked_experts import expert_conversions
 from lillama.modules.dense_linear import is_transposed
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
 
@@ -112,47 +113,6 @@ class LillamaConfig(QuantizationConfigMixin):
         name, _, version = (producer if isinstance(producer, str) else "").partition(" ")
         named = {"name": name, "version": version} if name else {}
         self.producer = producer if isinstance(producer, dict) else named
-
-
-class _StackFactors(ConversionOps):
-    """Per-expert tensors of one projection -> one stacked tensor, padded with zeros to the largest
-    rank."""
-
-    def __init__(self, projection: str, suffix: str) -> None:
-        self.projection = projection
-        self.suffix = suffix
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        tensors = next(iter(input_dict.values()))
-        path = kwargs["full_layer_name"].removesuffix(f".{self.projection}_{self.suffix}")
-        module = kwargs["model"].get_submodule(path)
-        ranks = module.ranks[self.projection]
-        owners = [e for e, rank in enumerate(ranks) if (rank == 0) == (self.suffix == "W")]
-        if len(owners) != len(tensors):
-            raise ValueError(
-                f"{path} needs {len(owners)} tensors of {self.projection}, got {len(tensors)}"
-            )
-        shape = module.get_parameter(f"{self.projection}_{self.suffix}").shape
-        stacked = tensors[0].new_zeros(shape)
-        for row, (expert, tensor) in enumerate(zip(owners, tensors, strict=True)):
-            if self.suffix == "A":
-                stacked[expert, : ranks[expert]] = tensor
-            elif self.suffix == "B":
-                stacked[expert, :, : ranks[expert]] = tensor
-            else:
-                stacked[row] = tensor
-        return {target_patterns[0]: stacked}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        # saving goes through get_state_dict_and_metadata, whose names no reversed pattern matches
-        return self
 
 
 def dense_shapes(
@@ -269,20 +229,7 @@ class LillamaQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list, *args: Any, **kwargs: Any
     ) -> list:
-        families = [*FAMILIES.values(), *([self._family] if self._family else [])]
-        namings = [family.experts for family in families if family.experts is not None]
-        # a name stands for the same projection in every family
-        shorts = {naming.hub_projection(p): p for naming in namings for p in PROJECTIONS}
-        ours = [
-            WeightConverter(
-                [f".experts.*.{short}.lr_{suffix}"],
-                [f".experts.{projection}_{suffix}"],
-                operations=[_StackFactors(projection, suffix)],
-            )
-            for short, projection in shorts.items()
-            for suffix in "ABW"
-        ]
-        return [*ours, *weight_conversions]
+        return [*expert_conversions(self._family), *weight_conversions]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -304,12 +251,13 @@ class LillamaQuantizer(HfQuantizer):
                     name = _damaged_name(family, path, module, key, parameter)
                     name = self._canonical(name, model, family)
                     raise InputError(f"{name} holds NaN or infinity; the checkpoint is damaged")
-            if isinstance(module, PivotLowRankLinear) and not module.lr_order.is_meta:
-                order = module.lr_order.sort().values
-                if not torch.equal(order, torch.arange(len(order)).to(order)):
+            for name, order in _orders(family, path, module).items():
+                found = order.sort().values
+                if not torch.equal(found, torch.arange(len(order)).to(order)):
+                    name = self._canonical(name, model, family)
                     raise InputError(
-                        f"{path}.lr_order is no permutation of its {len(order)} outputs; the "
-                        "checkpoint is damaged"
+                        f"{name} is no permutation of its {len(order)} outputs; the checkpoint is "
+                        "damaged"
                     )
         # tensors that went through a conversion keep the dtype of the file; tensors mapped from a
         # file lie at any address, and products on a CPU then differ in their last bit
@@ -333,7 +281,7 @@ class LillamaQuantizer(HfQuantizer):
         for path, module in _factorised(model):
             if not isinstance(module, LowRankExperts) or family.experts is None:
                 continue
-            for key, _ in module.named_parameters():
+            for key in module.state_dict():
                 del state[f"{path}.{key}"]
             for projection in PROJECTIONS:
                 short = family.experts.hub_projection(projection)
@@ -379,6 +327,22 @@ def _damaged_name(family: Family, path: str, module: nn.Module, key: str, parame
     if suffix == "W":
         row = [e for e, rank in enumerate(module.ranks[projection]) if rank == 0][row]
     return f"{path}.{row}.{naming.hub_projection(projection)}.lr_{suffix}"
+
+
+def _orders(family: Family, path: str, module: nn.Module) -> dict[str, Tensor]:
+    """{hub name: the order of outputs} of what is in the pivot gauge, but on the meta device."""
+    if isinstance(module, PivotLowRankLinear):
+        found = {f"{path}.lr_order": module.lr_order}
+    elif isinstance(module, PivotLowRankExperts) and family.experts is not None:
+        found = {
+            f"{path}.{expert}.{family.experts.hub_projection(projection)}.lr_order": order
+            for projection in PROJECTIONS
+            for expert in range(module.num_experts)
+            if (order := module.stored(projection, expert).get("lr_order")) is not None
+        }
+    else:
+        found = {}
+    return {name: order for name, order in found.items() if not order.is_meta}
 
 
 def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:

@@ -37,7 +37,7 @@ class _LowRankExpertsInterface(ExpertsInterface):
 def _forward(
     experts: "LowRankExperts", hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    return low_rank_experts(hidden_states, top_k_index, top_k_weights, experts.factors())
+    return experts.combined(hidden_states, top_k_index, top_k_weights)
 
 
 _INTERFACE = _LowRankExpertsInterface()
@@ -79,18 +79,21 @@ class LowRankExperts(nn.Module):
         for name, ranks_e in self.ranks.items():
             if len(ranks_e) != num_experts:
                 raise ValueError(f"{name} needs {num_experts} ranks, got {len(ranks_e)}")
-            N, K = self.projection_shape(name)
-            num_dense, rank = ranks_e.count(0), max(ranks_e)
-            shapes = {
-                "A": (num_experts, rank, K) if rank else None,
-                "B": (num_experts, N, rank) if rank else None,
-                "W": (num_dense, N, K) if num_dense else None,
-            }
-            for suffix, shape in shapes.items():
+            for suffix, shape in self._shapes(name).items():
                 value = None if shape is None else torch.zeros(shape, device=device, dtype=dtype)
                 self.register_parameter(
                     f"{name}_{suffix}", None if value is None else nn.Parameter(value)
                 )
+
+    def _shapes(self, projection: str) -> dict[str, tuple[int, int, int] | None]:
+        """{suffix: shape} of one projection's parameters; None for one that it does not have."""
+        (N, K), ranks = self.projection_shape(projection), self.ranks[projection]
+        num_dense, rank = ranks.count(0), max(ranks)
+        return {
+            "A": (self.num_experts, rank, K) if rank else None,
+            "B": (self.num_experts, N, rank) if rank else None,
+            "W": (num_dense, N, K) if num_dense else None,
+        }
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """(N, K) of one projection: gate and up [I, H], down [H, I]."""
@@ -119,6 +122,10 @@ class LowRankExperts(nn.Module):
             "lr_A": getattr(self, f"{projection}_A")[expert, :rank],
             "lr_B": getattr(self, f"{projection}_B")[expert, :, :rank],
         }
+
+    def combined(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """What `forward` returns, whatever implementation the config names."""
+        return low_rank_experts(hidden_states, top_k_index, top_k_weights, self.factors())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [M, H], top_k_index [M, k], top_k_weights [M, k] -> [M, H]."""

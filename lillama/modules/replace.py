@@ -11,6 +11,7 @@ from lillama.modules.dense_linear import DenseLinear, is_linear, linear_shape
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
 __all__ = ["copy_dense_experts", "dense_expert", "group_ranks", "replace_modules"]
@@ -63,8 +64,8 @@ def replace_modules(
 
     `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
     `base_prefix`. Factors are left unset (zeros for experts) and have the dense weight's device and
-    dtype where none is given; biases are not copied. `pivot`: linear layers in the pivot gauge.
-    `family`: of the model, where it is not declared.
+    dtype where none is given; biases are not copied. `pivot`: linear layers and experts are in the
+    pivot gauge. `family`: of the model, where it is not declared.
 
     Raises:
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
@@ -100,7 +101,7 @@ def replace_modules(
             raise ValueError(f"{name} is not a stacked experts module of this model")
         weight = old.get_parameter("down_proj")
         num_experts, hidden_size, intermediate_size = weight.shape
-        new_experts = LowRankExperts(
+        new_experts = (PivotLowRankExperts if pivot else LowRankExperts)(
             getattr(
                 old, "config", config
             ),  # the module's own: it knows the experts implementation in use

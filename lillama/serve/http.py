@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lillama.config import ServeConfig
+from lillama.config_serve import ServeConfig
 from lillama.errors import InputError
+from lillama.hub_checkpoint import find_model
 from lillama.loading import load_tokenizer
 from lillama.serve.request import Engine
 
@@ -22,14 +23,14 @@ def serve(
     """Serve `model` until SIGTERM or SIGINT. Same as `lillama serve`.
 
     Args:
-        model: local checkpoint folder.
+        model: local checkpoint folder, or ORG/NAME[@REVISION] of the Hub.
         on_ready: called once with the server's address.
-        options: the other fields of `lillama.config.ServeConfig`.
+        options: the other fields of `lillama.config_serve.ServeConfig`.
 
     Raises:
         InputError: a model, key file or address that cannot be used, or lillama[serve] is missing.
     """
-    config = ServeConfig(model=Path(model), **options)
+    config = ServeConfig(model=find_model(model), **options)
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(

@@ -17,7 +17,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from lillama.config import ServeConfig
+from lillama.config_serve import ServeConfig
+from lillama.hub import model_name
 from lillama.serve.http_answer import Answer, ChatAnswer, CompletionAnswer, sse
 from lillama.serve.http_errors import ApiError, error_body, explain_validation
 from lillama.serve.http_gate import Gate
@@ -72,7 +73,7 @@ class Service:
         self.tokens = Tokens(tokenizer)
         self.config = config
         self.metrics = Metrics(engine)
-        self.name = config.served_name or config.model.resolve().name
+        self.name = config.served_name or model_name(config.model)
         self.created = int(time.time())
         self.engine_stopped = False
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from lillama_kernels import low_rank_linear, low_rank_linears
+from lillama_kernels import low_rank_linear, low_rank_linears, pivot_low_rank_linear
 from torch import Tensor, nn
 
 from lillama.modules.low_rank_embedding import LowRankEmbedding
@@ -122,7 +122,7 @@ def projection(module: nn.Module, device: torch.device) -> Callable[[Tensor], Te
     if isinstance(module, LowRankLinear):
         return _low_rank(module, device)
     if isinstance(module, PivotLowRankLinear):
-        return _pivot(module)
+        return _pivot(module, device)
     if type(module) is nn.Linear:
         weight, bias = lay_out(module.weight), module.bias
         return lambda x: F.linear(x, weight, bias)
@@ -194,9 +194,11 @@ def _low_rank(module: LowRankLinear, device: torch.device) -> Callable[[Tensor],
     return lambda x: low_rank_linear(x, A, B, bias)
 
 
-def _pivot(module: PivotLowRankLinear) -> Callable[[Tensor], Tensor]:
+def _pivot(module: PivotLowRankLinear, device: torch.device) -> Callable[[Tensor], Tensor]:
     A, C, bias = lay_out(module.lr_A), lay_out(module.lr_C), module.bias
     order = module.lr_order
+    if device.type != "cpu":
+        return lambda x: pivot_low_rank_linear(x, A, C, order, bias)
 
     def project(x: Tensor) -> Tensor:
         z = F.linear(x, A)

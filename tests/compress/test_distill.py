@@ -25,6 +25,7 @@ from lillama.errors import RunError
 
 ROWS, T, H = 24, 6, 16
 LOSSES: list[Loss] = ["teacher", "student", "joint"]
+FORM = PRESETS["default"].form
 
 
 class Block(nn.Module):
@@ -105,8 +106,8 @@ def test_train_block_lowers_the_held_out_loss_of_a_damaged_block(loss, device):
     block = damaged_block(device)
     held_out = make_stream(device, 9, noise=0.1)
     result = train(block, make_stream(device, noise=0.1), held_out, device, 3e-2, loss)
-    before = held_out_loss(damaged_block(device), held_out, loss, 4, device)
-    after = held_out_loss(block, held_out, loss, 4, device)
+    before = held_out_loss(damaged_block(device), held_out, loss, FORM, 4, device)
+    after = held_out_loss(block, held_out, loss, FORM, 4, device)
     assert result.loss_before == pytest.approx(before, rel=1e-6)
     assert result.loss_after == pytest.approx(after, rel=1e-6)
     floor = math.log(1 + math.exp(-1)) * (2 if loss == "joint" else 1)
@@ -142,7 +143,7 @@ def test_train_block_keeps_the_best_of_its_evaluations(device):
         assert rows == 4 and math.isfinite(loss)
         if len(seen) == 3:  # something goes wrong in the fourth of six steps
             block.weight.data += 1
-        seen.append(held_out_loss(block, held_out, "joint", 4, device))
+        seen.append(held_out_loss(block, held_out, "joint", FORM, 4, device))
         return False
 
     result = train(
@@ -152,7 +153,9 @@ def test_train_block_keeps_the_best_of_its_evaluations(device):
     assert len(values) == 7
     assert result.best_step == min(range(7), key=values.__getitem__) == 3
     assert result.loss_after == pytest.approx(min(values), rel=1e-6)
-    assert held_out_loss(block, held_out, "joint", 4, device) == pytest.approx(result.loss_after)
+    assert held_out_loss(block, held_out, "joint", FORM, 4, device) == pytest.approx(
+        result.loss_after
+    )
 
 
 def test_train_block_same_seed_is_bitwise_equal_and_another_is_not(device):
@@ -181,7 +184,7 @@ def expected(
 ) -> Tensor:
     mask = None if stream.mask is None else stream.mask[rows].to(device)
     x, target = inputs.read(rows).to(device), stream.target.read(rows).to(device)
-    return distill_loss(block(x), target, mask)
+    return distill_loss(block(x), target, mask, form=FORM)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["packed", "padded"])
@@ -193,7 +196,7 @@ def test_batch_loss_feeds_what_its_name_says(noise, masked, device):
     block, rows = damaged_block(device), torch.tensor([3, 1, 8, 20])
     teacher = expected(block, stream.teacher, stream, rows, device)
     student = expected(block, stream.student, stream, rows, device)
-    found = {loss: batch_loss(block, stream, rows, loss, device) for loss in LOSSES}
+    found = {loss: batch_loss(block, stream, rows, loss, FORM, device) for loss in LOSSES}
     # bf16 autocast on a GPU
     close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     if device.type == "cuda":
@@ -202,7 +205,7 @@ def test_batch_loss_feeds_what_its_name_says(noise, masked, device):
     torch.testing.assert_close(found["student"], student, **close)
     torch.testing.assert_close(found["joint"], teacher + student, **close)
     if noise:
-        assert abs(float(found["teacher"] - found["student"])) > 0.05
+        assert abs(float(found["teacher"] - found["student"])) > 0.05 * float(found["student"])
     else:
         torch.testing.assert_close(found["joint"], 2 * found["teacher"], **close)
 
@@ -216,8 +219,8 @@ def test_batch_loss_runs_one_pass_while_the_streams_are_equal(device):
             return super().forward(hidden)
 
     block, rows = Counting(1).to(device), torch.arange(4)
-    batch_loss(block, make_stream(device), rows, "joint", device)
-    batch_loss(block, make_stream(device, noise=0.1), rows, "joint", device)
+    batch_loss(block, make_stream(device), rows, "joint", FORM, device)
+    batch_loss(block, make_stream(device, noise=0.1), rows, "joint", FORM, device)
     assert sizes == [4, 8]
 
 
@@ -229,8 +232,8 @@ def test_batch_loss_asks_for_the_keyword_arguments_of_its_rows(device):
         return {}
 
     stream = dataclasses.replace(make_stream(device, noise=0.1), kwargs=kwargs)
-    batch_loss(damaged_block(device), stream, torch.tensor([5, 2]), "joint", device)
-    batch_loss(damaged_block(device), stream, torch.tensor([5, 2]), "student", device)
+    batch_loss(damaged_block(device), stream, torch.tensor([5, 2]), "joint", FORM, device)
+    batch_loss(damaged_block(device), stream, torch.tensor([5, 2]), "student", FORM, device)
     # joint runs teacher's and student's inputs as one batch
     assert asked == [[5, 2, 5, 2], [5, 2]]
 
@@ -253,13 +256,13 @@ def test_masked_positions_have_no_influence(loss, device):
     results = []
     for case in (stream, garbage):
         block = damaged_block(device)
-        value = batch_loss(block, case, rows, loss, device)
+        value = batch_loss(block, case, rows, loss, FORM, device)
         value.backward()
         assert block.weight.grad is not None
         results.append((value.detach(), block.weight.grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
     block = damaged_block(device)
-    means = [held_out_loss(block, case, loss, 5, device) for case in (stream, garbage)]
+    means = [held_out_loss(block, case, loss, FORM, 5, device) for case in (stream, garbage)]
     assert means[0] == pytest.approx(means[1], rel=1e-6)
 
 
@@ -268,8 +271,10 @@ def test_held_out_loss_weighs_tokens_not_batches(device):
     mask = torch.arange(T) < torch.tensor([1, 6] * (ROWS // 2)).sort().values[:, None]
     stream = make_stream(device, mask=mask)
     block = damaged_block(device)
-    whole = held_out_loss(block, stream, "teacher", ROWS, device)
-    assert held_out_loss(block, stream, "teacher", 5, device) == pytest.approx(whole, rel=1e-3)
+    whole = held_out_loss(block, stream, "teacher", FORM, ROWS, device)
+    assert held_out_loss(block, stream, "teacher", FORM, 5, device) == pytest.approx(
+        whole, rel=1e-3
+    )
 
 
 def test_train_block_nan_in_the_loss_names_the_block(device):

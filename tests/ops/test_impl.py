@@ -9,7 +9,13 @@ from typing import cast
 import lillama_kernels
 import pytest
 import torch
-from lillama_kernels import MixerWeights, kernels_impl, launch
+from lillama_kernels import (
+    MixerWeights,
+    PivotExpertFactors,
+    PivotProjectionFactors,
+    kernels_impl,
+    launch,
+)
 from lillama_kernels import impl as rule
 from lillama_kernels.impl import resolve_impl
 from lillama_kernels.testing import (
@@ -24,11 +30,21 @@ from lillama_kernels.testing import (
 from torch import Tensor
 
 NOT_OPS = {"ExpertFactors", "MixerWeights", "ProjectionFactors", "kernels_impl"}
-NOT_OPS |= {"mamba_mixer_step_runs_triton"}
+NOT_OPS |= {"PivotExpertFactors", "PivotProjectionFactors", "mamba_mixer_step_runs_triton"}
 OPS = sorted(set(lillama_kernels.__all__) - NOT_OPS)
 CPU = torch.zeros(1)
 # resolve_impl asks a tensor only for these
 CUDA = cast(Tensor, SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda"))
+
+
+def pivot_expert_factors(tensors: dict[str, Tensor]) -> PivotExpertFactors:
+    """Of two experts of rank 2: rows of B serve as C."""
+    parts = []
+    for name in ("gate", "up", "down"):
+        A, B = tensors[f"{name}_A"], tensors[f"{name}_B"]
+        order = torch.arange(B.shape[1], device=B.device).repeat(2, 1)
+        parts.append(PivotProjectionFactors((2, 2), A, B[:, 2:], order, None))
+    return PivotExpertFactors(*parts)
 
 
 def inputs_of(op: str, device: torch.device) -> dict:
@@ -50,6 +66,10 @@ def inputs_of(op: str, device: torch.device) -> dict:
             inputs |= {"topk_index": index, "factors": expert_factors(tensors, ranks)}
         case "low_rank_linear":
             inputs |= low_rank_linear_inputs([3], 4, 5, 2, **where)
+        case "pivot_low_rank_experts":
+            tensors, index = low_rank_experts_inputs(3, 1, 4, 6, ranks, **where)
+            inputs |= {n: tensors[n] for n in ("hidden", "topk_weight")}
+            inputs |= {"topk_index": index, "factors": pivot_expert_factors(tensors)}
         case "pivot_low_rank_linear":
             inputs |= low_rank_linear_inputs([3], 4, 3, 2, **where)
             inputs["C"] = inputs.pop("B")

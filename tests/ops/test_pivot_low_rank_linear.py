@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lillama_kernels import pivot_low_rank_linear
-from lillama_kernels.testing import check_op, low_rank_linear_inputs
+from lillama_kernels.testing import check_op, pivot_low_rank_linear_inputs
 from torch import Tensor
 
 DTYPES = [
@@ -12,16 +12,6 @@ DTYPES = [
     pytest.param(torch.bfloat16, id="bf16"),
 ]
 SIZES = [(1, 1, 1, 1), (1, 257, 63, 8), (63, 100, 48, 7), (100, 63, 257, 100), (63, 40, 24, 24)]
-
-
-def pivot_low_rank_linear_inputs(rows, in_features, out_features, rank, *, dtype, device):
-    """Floating tensors x [*rows, K], A [R, K], C [N - R, R], bias [N], and order [N]."""
-    found = low_rank_linear_inputs(
-        rows, in_features, out_features, rank, dtype=dtype, device=device
-    )
-    found["C"] = found.pop("B")[rank:]
-    order = torch.randperm(out_features, generator=torch.Generator().manual_seed(1))
-    return found, order.to(device)
 
 
 def made(size, dtype, device):
@@ -96,7 +86,10 @@ def test_pivot_refuses_what_does_not_fit(case):
         pivot_low_rank_linear(**{"order": order, **inputs, **changed})
 
 
-def test_pivot_has_no_triton_kernel():
-    inputs, order = pivot_low_rank_linear_inputs([5], 20, 12, 4, dtype=torch.float32, device="cpu")
-    with pytest.raises(NotImplementedError, match="no Triton kernel yet"):
-        pivot_low_rank_linear(order=order, impl="triton", **inputs)
+def test_pivot_autocast(device):
+    inputs, order = pivot_low_rank_linear_inputs([5], 20, 12, 4, dtype=torch.float32, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = pivot_low_rank_linear(order=order, **inputs)
+    rounded = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, pivot_low_rank_linear(order=order, **rounded))

@@ -22,6 +22,8 @@ COMPILED = {"enforce_eager": False}
         ("mixtral", "plain", {}),
         ("mixtral+vocabulary", "plain", TP),
         ("mixtral", "plain", EP),
+        ("mixtral", "pivot", EP),
+        ("mixtral", "pivot", {}),
         ("mixtral+vocabulary", "plain", COMPILED),
         ("llama", "plain", {}),
         ("llama", "plain", TP),
@@ -41,11 +43,14 @@ def test_vllm_gives_the_tokens_of_transformers(
     found, output = run_vllm(served, **options)
     assert found is not None, output[-6000:]
     assert found == wanted
+    expanded = kind.startswith("mixtral") and gauge == "pivot"
+    assert ("are held as plain factors in vLLM" in output) == expanded
 
 
 def test_transformers_with_lillama_gives_them_too(make_served, transformers_tokens):
     for kind, gauge in (
         ("mixtral", "plain"),
+        ("mixtral", "pivot"),
         ("mamba", "plain"),
         ("mamba", "pivot"),
         ("mixtral+vocabulary", "plain"),

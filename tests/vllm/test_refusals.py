@@ -11,6 +11,14 @@ def no_expert_factor(tensors: dict[str, Tensor]) -> None:
     del tensors[f"{EXPERT}.lr_B"]
 
 
+def no_expert_order(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{EXPERT}.lr_order"]
+
+
+def no_expert_permutation(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{EXPERT}.lr_order"][0] = tensors[f"{EXPERT}.lr_order"][1]
+
+
 def expert_of_another_rank(tensors: dict[str, Tensor]) -> None:
     tensors[f"{EXPERT}.lr_A"] = tensors[f"{EXPERT}.lr_A"][:-1].clone()
 
@@ -37,6 +45,8 @@ def no_permutation(tensors: dict[str, Tensor]) -> None:
     [
         ("mixtral", "plain", no_expert_factor, "the checkpoint lacks lr_B of model.layers.1."),
         ("mixtral", "plain", expert_of_another_rank, "it does not fit its config.json"),
+        ("mixtral", "pivot", no_expert_order, "the checkpoint lacks lr_C or lr_order of model.l"),
+        ("mixtral", "pivot", no_expert_permutation, "is no permutation of the outputs that lr_C"),
         ("mamba", "plain", no_linear_factor, f"the checkpoint lacks {LINEAR}.lr_B, or"),
         ("mamba", "plain", too_many_rows, f"{LINEAR}.lr_B is [1024, 45], wanted [512, 45]"),
         ("mamba", "pivot", not_a_number, f"the checkpoint lacks {LINEAR}.lr_C, or holds NaN"),

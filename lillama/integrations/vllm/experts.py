@@ -23,7 +23,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lillama.families import PROJECTIONS
-from lillama.integrations.vllm.shards import not_loaded
+from lillama.integrations.vllm.shards import not_loaded, pivot_rows
 
 __all__ = ["LowRankExpertsMethod"]
 
@@ -70,16 +70,27 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
         moe: vLLM's description of the layer.
         prefix: checkpoint name of the experts.
         gate, up, down: ranks of all experts of the layer, 0 for a dense matrix.
+        pivot: whether factors are in the pivot gauge. They are held as plain ones: the operation
+            has a Triton kernel for these alone.
     """
 
     def __init__(
-        self, moe: Any, prefix: str, gate: Sequence[int], up: Sequence[int], down: Sequence[int]
+        self,
+        moe: Any,
+        prefix: str,
+        gate: Sequence[int],
+        up: Sequence[int],
+        down: Sequence[int],
+        pivot: bool = False,
     ) -> None:
         super().__init__(moe)
         if moe.activation != MoEActivation.SILU:
             raise ValueError(f"{prefix} uses {moe.activation}; low-rank experts are silu only")
         self.prefix = prefix
         self.all_ranks = dict(zip(PROJECTIONS, (gate, up, down), strict=True))
+        self.suffixes = ("A", "C", "order", "W") if pivot else ("A", "B", "W")
+        # what of C and order came first, by projection and expert
+        self.waiting: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
@@ -116,7 +127,7 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{name}_{suffix}", Parameter(tensor, requires_grad=False))
         # what vLLM looks up by name while it loads
         for name in ("w13", "w2"):
-            for suffix in "ABW":
+            for suffix in self.suffixes:
                 door = Parameter(torch.empty(0), requires_grad=False)
                 door.weight_loader = self._loader(layer)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{name}_lr_{suffix}", door)
@@ -154,7 +165,14 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             place = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if place == -1:
                 return False if return_success else None
-            name, suffix = SHARD_IDS[shard_id], weight_name[-1]
+            name, suffix = SHARD_IDS[shard_id], weight_name.rpartition("_")[2]
+            if suffix in ("C", "order"):
+                both = self.waiting.setdefault((name, expert_id), {})
+                both[suffix] = loaded_weight.clone()  # its memory may be used again
+                if len(both) < 2:
+                    return True if return_success else None
+                del self.waiting[name, expert_id]
+                loaded_weight, suffix = self._plain(name, expert_id, **both), "B"
             target = self._view(layer, name, suffix, place)
             label = f"{self.prefix}.{expert_id} ({name}) lr_{suffix}"
             if target is None:
@@ -169,6 +187,16 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             return True if return_success else None
 
         return load
+
+    def _plain(self, name: str, expert: int, C: Tensor, order: Tensor) -> Tensor:
+        """B [N, R] of what the pivot gauge stores of it."""
+        label = f"{self.prefix}.{expert} ({name})"
+        if C.ndim != 2 or order.shape != (sum(C.shape),) or not_loaded({"it": order}):
+            raise ValueError(
+                f"{label}: lr_order {list(order.shape)} is no permutation of the outputs that lr_C "
+                f"{list(C.shape)} belongs to; the checkpoint is damaged"
+            )
+        return pivot_rows(C, order, torch.arange(len(order), device=order.device))
 
     def _share(self, layer: Any, name: str, suffix: str, value: Tensor) -> Tensor:
         """What this process holds of one expert's tensor: the intermediate size is split."""
@@ -189,7 +217,7 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
                 that the Triton kernels have no tiles for, with CUDA graphs.
         """
         for name in ("w13", "w2"):
-            for suffix in "ABW":
+            for suffix in self.suffixes:
                 delattr(layer, f"{name}_lr_{suffix}")
         for name in PROJECTIONS:
             for suffix in "ABW":
@@ -202,6 +230,8 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
         for place, expert in enumerate(self.numbers):
             view = self._view(layer, name, suffix, place)
             if view is not None and not bool(torch.isfinite(view).all()):
+                if suffix == "B" and "C" in self.suffixes:
+                    suffix = "C or lr_order"
                 return (
                     f"the checkpoint lacks lr_{suffix} of {self.prefix}.{expert} ({name}), or "
                     "holds NaN or infinity there; it is damaged"

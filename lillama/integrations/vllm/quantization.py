@@ -1,5 +1,7 @@
 """vLLM's QuantizationConfig of our checkpoints: which layer gets which of our methods."""
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +24,17 @@ from lillama.integrations.vllm.linear import LowRankLinearMethod
 from lillama.integrations.vllm.vocabulary import LowRankVocabularyMethod
 
 __all__ = ["LillamaVllmConfig"]
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _say_expanded() -> None:
+    """Once a process, however many layers there are."""
+    logger.warning(
+        "experts in the pivot gauge are held as plain factors in vLLM: R^2 numbers more for each "
+        "matrix of rank R than the checkpoint has"
+    )
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -115,4 +128,6 @@ class LillamaVllmConfig(QuantizationConfig):
         if not any(map(any, ranks)):
             return None  # vLLM's own for dense experts
         gate, up, down = ranks
-        return LowRankExpertsMethod(layer.moe_config, prefix, gate, up, down)
+        if self.pivot:
+            _say_expanded()
+        return LowRankExpertsMethod(layer.moe_config, prefix, gate, up, down, self.pivot)

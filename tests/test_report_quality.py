@@ -1,0 +1,119 @@
+"""What `lillama report` shows of each kind of `lillama eval --json`, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs lillama[report]")
+
+import lillama  # noqa: E402
+from lillama.errors import InputError  # noqa: E402
+from tests.html_page import Page  # noqa: E402
+
+WORDS = {
+    "metric": "words",
+    **{"word_perplexity": 31.25, "byte_perplexity": 1.75, "bits_per_byte": 0.8125},
+    **{"token_perplexity": 9.5, "tokens": 4321, "words": 1234},
+}
+AGAINST = {
+    **{"base_word_perplexity": 28.5, "base_byte_perplexity": 1.5, "base_bits_per_byte": 0.6875},
+    **{"base_token_perplexity": 8.5, "retained": 0.895, "kl": 0.046875, "top1_agreement": 0.765625},
+    **{"base_params": 7, "base_bytes": 28},
+}
+TASKS = {
+    "lm_eval": "0.4.13",
+    "tasks": {
+        "cats": {
+            **{"alias": "cats", "acc": 0.4375, "acc_stderr": 0.03125, "version": 1.5, "rows": 20},
+            **{"base_acc": 0.5625, "base_acc_stderr": None, "acc_recovery_percent": 77.75},
+        }
+    },
+}
+WRITTEN = {
+    "generations": {
+        **{"count": 32, "greedy": {"empty": 0.0, "loop": 0.34375}, "warning": "<b>it loops"},
+        **{"base_greedy": {"empty": 0.0, "loop": 0.15625}},
+    },
+    "speed": {
+        **{"device": "cpu", "decode_tokens_per_s": 612.5, "base_decode_tokens_per_s": 487.5},
+        "peak_memory_bytes": None,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def out(mamba, text_file, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("quality") / "out"
+    lillama.compress(
+        mamba, path, reduction=0.2, text=text_file, tokens=300, seq_len=32, train=False,
+        preset="whitened", device="cpu",
+    )  # fmt: skip
+    return path
+
+
+def page(out: Path, folder: Path, *parts: dict[str, Any], **changes: Any) -> Page:
+    """The report with an eval.json of these parts."""
+    made = json.loads((out / "report.json").read_text("utf-8"))
+    whole: dict[str, Any] = {"params": made["params_after"], "bytes": made["bytes_after"]}
+    for part in (*parts, changes):
+        whole |= part
+    file = folder / "eval.json"
+    file.write_text(json.dumps(whole), "utf-8")
+    lillama.report(out, eval=file)
+    return Page((out / "report.html").read_text("utf-8"))
+
+
+def test_report_shows_words_tasks_generations_and_speed(out, tmp_path):
+    found = page(out, tmp_path, WORDS, AGAINST, TASKS, WRITTEN)
+    rows = found.tables["Quality on the text that eval was given"]
+    assert ["word perplexity", "31.25", "28.5"] in rows
+    assert ["token perplexity", "9.5", "8.5"] in rows
+    assert ["share of tokens with the same first choice", "0.765625", "1"] in rows
+    tasks = found.tables["Tasks of lm-evaluation-harness"]
+    assert tasks[1:] == [["cats, acc", "0.4375", "0.03125", "0.5625", "-", "77.75"]]
+    wrote = found.tables["What both wrote"]
+    assert ["greedy loop", "0.34375", "0.15625"] in wrote and ["count", "32", "-"] in wrote
+    speed = found.tables["Speed and memory of transformers' generate"]
+    assert ["decode tokens per s", "612.5", "487.5"] in speed
+    assert ["peak memory bytes", "-", "-"] in speed
+    said = " ".join(found.texts["p"])
+    assert "4,321 tokens were predicted, by the definition words." in said
+    assert "Warning: <b>it loops." in said and not found.all("b"), "shown, and as text"
+
+
+def test_report_shows_tasks_alone_and_the_old_form(out, tmp_path):
+    found = page(out, tmp_path, TASKS)
+    assert "Tasks of lm-evaluation-harness" in found.tables
+    assert "Quality on the text that eval was given" not in found.tables
+    old = page(out, tmp_path, {"perplexity": 12.5, "bits_per_byte": 1.25, "tokens": 99})
+    rows = old.tables["Quality on the text that eval was given"]
+    assert [
+        "perplexity",
+        "12.5",
+        "-",
+    ] in rows and "Tasks of lm-evaluation-harness" not in old.tables
+    assert "run eval with --against MODEL" in " ".join(old.texts["p"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        ((), {}, "perplexity must be a finite number, got None"),
+        ((WORDS,), {"metric": "pages"}, "metric must be one of blocks, rows, words"),
+        (
+            (WORDS,),
+            {"word_perplexity": "low"},
+            "word_perplexity must be a finite number",
+        ),
+        ((WORDS,), {"retained": 0.5}, "base_word_perplexity must be a finite number, got None"),
+        ((), {"tasks": [1]}, "tasks must be an object, got list"),
+        ((), {"tasks": {"cats": 3}}, r"tasks.cats must be an object, got int"),
+        ((TASKS,), {"speed": {"rounds": [5]}}, r"speed: rounds must be a number, got \[5\]"),
+        ((TASKS,), {"generations": {"x": float("nan")}}, "x must be a finite number, got nan"),
+    ],
+)
+def test_report_refuses_a_damaged_quality(parts, changes, message, out, tmp_path):
+    with pytest.raises(InputError, match=message):
+        page(out, tmp_path, *parts, **changes)
