@@ -93,11 +93,14 @@ def _line(error: BaseException) -> str:
 def _run(
     model: PreTrainedModel, tokenizer: Any, tasks: list[str], manager: Any, batch: int, limit: Any
 ) -> dict[str, Any]:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
 
-    wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    found = simple_evaluate(
+    # its decorators hide both signatures from a type checker
+    wrapper: Any = huggingface.HFLM
+    evaluate: Any = evaluator.simple_evaluate
+    wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    found = evaluate(
         model=wrapped,
         tasks=list(tasks),
         task_manager=manager,

@@ -92,9 +92,8 @@ def _texts(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and config.seq_len > limit:
         raise InputError(f"--seq-len must be at most {limit} for this model, got {config.seq_len}")
-    start = tokenizer.bos_token_id
-    end = tokenizer.eos_token_id
-    start = end if start is None else start
+    end: Any = tokenizer.eos_token_id
+    start: Any = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         raise InputError(f"the tokenizer of {config.model} has neither bos nor eos to start from")
     prompt = torch.full((config.batch_size, 1), start, device=device)
@@ -115,7 +114,7 @@ def _texts(
             output = model.generate(prompt, attention_mask=torch.ones_like(prompt))
         for ids in output[:, 1:].tolist():
             for document in _split(ids, end):
-                text = tokenizer.decode(document, skip_special_tokens=True)
+                text = str(tokenizer.decode(document, skip_special_tokens=True))
                 # the last character may be cut in half
                 if text := text.rstrip("\ufffd"):
                     yield text

@@ -59,6 +59,8 @@ class LowRankExperts(nn.Module):
         ValueError: activation other than silu, or ranks of the wrong number.
     """
 
+    config: PretrainedConfig  # set by use_experts_implementation
+
     def __init__(
         self,
         config: PretrainedConfig,

@@ -89,8 +89,10 @@ def test_one_budget_buys_more_rank_than_in_the_plain_gauge(compressed, mixtral):
     plain_report, plain = compressed("plain", gauge="plain")
     assert quantization(plain)["gauge"] == "plain"
     assert sum(quantization(out)["ranks"].values()) > sum(quantization(plain)["ranks"].values())
-    for found in (report, plain_report):
-        assert 0.3 <= found["reduction"] < 0.33
+    # of so small experts the places of the outputs take a tenth
+    for found, most in ((report, 0.36), (plain_report, 0.33)):
+        assert 0.3 <= found["reduction"] < most
+        assert 1 - found["bytes_after"] / found["bytes_before"] < 0.33
     plan = lillama.plan(mixtral, 0.3, strategy="uniform", preset="fast")
     assert plan["gauge"] == "pivot"
     for row in plan["matrices"]:
@@ -103,7 +105,10 @@ def test_export_to_every_format_keeps_the_logits(compressed, tmp_path, device):
     wanted = logits_of(out, device)
     for format in ("dense", "plain"):
         report = export(out, tmp_path / format, format=format)
-        assert report["matrices"] == len(quantization(out)["ranks"])
+        ranks = quantization(out)["ranks"]
+        # embeddings and head are plain in any case
+        inside = [name for name in ranks if ".layers." in name]
+        assert report["matrices"] == len(ranks if format == "dense" else inside)
         close(logits_of(tmp_path / format, device), wanted)
     export(tmp_path / "plain", tmp_path / "pivot", format="pivot")
     close(logits_of(tmp_path / "pivot", device), wanted)

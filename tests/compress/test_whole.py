@@ -9,7 +9,7 @@ import lillama
 from lillama.compress import pipeline as module
 from lillama.errors import InputError, RunError
 
-OPTIONS = {"reduction": 0.3, "tokens": 1500, "seq_len": 32, "device": "cpu"}
+OPTIONS = {"reduction": 0.25, "tokens": 1500, "seq_len": 32, "device": "cpu"}
 
 
 def tensors(folder) -> dict:
