@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lillama.compress.factorize import plain_svd
-from lillama.compress.plan import block_list, make_plan
+from lillama.compress.plan import make_plan
 from lillama.config import PlanConfig
 from lillama.modules.replace import dense_expert
+from lillama.skeleton import block_list
 
 __all__ = ["PublishedExperts", "PublishedRun", "published_loop"]
 

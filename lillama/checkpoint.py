@@ -13,7 +13,7 @@ sentinel, makes a load without lillama fail instead of serving random weights.
 import json
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from lillama.errors import InputError
-from lillama.families import Family, family_of
+from lillama.families import Family, check_model_type
 
 __all__ = [
     "FACTOR_SUFFIXES",
@@ -36,6 +36,7 @@ __all__ = [
     "check_unquantized",
     "compression_of",
     "dtype_of",
+    "hub_headers",
     "is_pivot",
     "read_config",
     "read_headers",
@@ -66,12 +67,14 @@ _UNQUANTIZED = (
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One tensor of a checkpoint, as the shard's header tells it."""
+    """One tensor of a checkpoint, as its shard tells it; `stored_name` where the shard calls it
+    otherwise than we do."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    stored_name: str | None = None
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -92,7 +95,7 @@ def read_config(path: Path) -> PretrainedConfig:
         model_type = json.loads(file.read_text("utf-8")).get("model_type")
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file} is not a JSON object: {error}") from error
-    family_of(str(model_type))
+    check_model_type(str(model_type))
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # a config class may fail on a bad value in any way
@@ -215,6 +218,22 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     for file in _shard_files(path):
         headers.update(read_shard_headers(file))
     return headers
+
+
+def hub_headers(
+    headers: dict[str, TensorHeader], family: Family, block_path: str
+) -> dict[str, TensorHeader]:
+    """The headers with the base model's prefix where the checkpoint has none: those that were saved
+    without a head, as the hub's GPT-2 and OPT. `block_path`: runtime path of the blocks."""
+    prefix = f"{block_path.partition('.')[0]}."
+    if any(name.startswith(prefix) for name in headers):
+        return headers
+    return {
+        name if name.startswith(f"{family.head}.") else prefix + name: replace(
+            header, stored_name=name
+        )
+        for name, header in headers.items()
+    }
 
 
 def check_unquantized(headers: Mapping[str, TensorHeader]) -> None:

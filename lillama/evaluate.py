@@ -29,7 +29,7 @@ from lillama.evaluate_generations import check_generations
 from lillama.evaluate_speed import measure_speed
 from lillama.evaluate_tasks import check_harness, run_tasks
 from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
-from lillama.families import family_of
+from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model
 from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
@@ -65,7 +65,7 @@ def stored_size(path: Path) -> tuple[int, int]:
     headers = read_headers(path)
     if compression is None:
         return count_params(config), tensor_bytes(headers)
-    family, ranks = family_of(config.model_type), compression["ranks"]
+    family, ranks = family_for(config), compression["ranks"]
     gauge = compression.get("gauge", "plain")
     return count_params(config, ranks, gauge), tensor_bytes(
         headers, skip=sentinel_names(headers, family, ranks)

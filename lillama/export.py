@@ -33,13 +33,16 @@ from lillama.compress.describe import card_metadata, card_text
 from lillama.compress.gauge import plain_of, rounded, to_pivot
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
-from lillama.families import Family, family_of
+from lillama.families import Family
+from lillama.families_generic import family_for
 from lillama.hub import model_name
 from lillama.hub_checkpoint import find_model
 from lillama.integrations.transformers import dense_shapes, kept_dense
 from lillama.journal import locked
-from lillama.loading import count_params, skeleton
+from lillama.loading import count_params
+from lillama.modules.dense_linear import is_transposed
 from lillama.shard_file import DTYPES, Entry, entries_of, write_shard
+from lillama.skeleton import skeleton
 from lillama.version import __version__
 
 __all__ = ["export"]
@@ -51,7 +54,8 @@ MARK = ".export"
 
 @dataclass
 class _Source:
-    """What is read: `shapes` {matrix: (N, K)} of every factorised matrix and every `lr_W`."""
+    """What is read: `shapes` {matrix: (N, K)} of every factorised matrix and every `lr_W`;
+    `transposed`: the matrices that a dense checkpoint holds as [K, N]."""
 
     path: Path
     family: Family
@@ -60,6 +64,7 @@ class _Source:
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, int]]
     sentinels: set[str]
+    transposed: set[str]
     _open: dict[Path, Any] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
@@ -93,7 +98,7 @@ class _Source:
         return order
 
     def product(self, matrix: str) -> Tensor:
-        """B A [N, K] from fp32 products, in the dtype of A."""
+        """B A from fp32 products, in the dtype of A, as a dense checkpoint holds it."""
         A = self.read(f"{matrix}.lr_A")
         if self.is_pivot(matrix):
             # the rows that A holds come out as they are
@@ -101,7 +106,8 @@ class _Source:
             dense = torch.cat([A.float(), C @ A.float()])[order.long()]
         else:
             dense = self.read(f"{matrix}.lr_B").float() @ A.float()
-        return _finite(matrix, dense.to(A.dtype))
+        dense = _finite(matrix, dense.to(A.dtype))
+        return dense.mT.contiguous() if matrix in self.transposed else dense
 
 
 def _finite(matrix: str, value: Tensor) -> Tensor:
@@ -118,7 +124,8 @@ def _open_source(path: Path, format: str) -> _Source:
     values = compression_of(config)
     if values is None:
         raise InputError(f"{path} is not compressed by lillama; there is nothing to export")
-    family, ranks = family_of(config.model_type), values["ranks"]
+    model = skeleton(config)
+    family, ranks = family_for(config, model), values["ranks"]
     gauge = values.get("gauge", "plain")
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
@@ -129,7 +136,6 @@ def _open_source(path: Path, format: str) -> _Source:
             "--format dense, or keep it as it is"
         )
     headers = read_headers(path)
-    model = skeleton(config)
     shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
     check_factors(
         {name: header.shape for name, header in headers.items()},
@@ -138,7 +144,8 @@ def _open_source(path: Path, format: str) -> _Source:
         {name for name in ranks if is_pivot(family, gauge, name)},
     )
     sentinels = set(sentinel_names(headers, family, ranks))
-    return _Source(path, family, ranks, gauge, headers, shapes, sentinels)
+    transposed = {name for name, module in model.named_modules() if is_transposed(module)}
+    return _Source(path, family, ranks, gauge, headers, shapes, sentinels, transposed)
 
 
 def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
@@ -164,7 +171,8 @@ def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[En
     """What takes the place of a matrix's factors."""
     dtype, (N, K) = DTYPES[source.headers[f"{matrix}.lr_A"].dtype], source.shapes[matrix]
     if format == "dense":
-        return [Entry(f"{matrix}.weight", dtype, (N, K), lambda: source.product(matrix))]
+        shape = (K, N) if matrix in source.transposed else (N, K)
+        return [Entry(f"{matrix}.weight", dtype, shape, lambda: source.product(matrix))]
     if source.becomes_pivot(matrix, format):
         return _pivot_entries(source, matrix, part)
     B = Entry(

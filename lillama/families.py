@@ -2,7 +2,7 @@
 
 To add one: name the nn.Linear layers inside a block, those to factorise unless told, the stacked
 experts if it has any, and what its checkpoints call embeddings and head. The blocks are found by
-themselves (`compress.plan.block_list`).
+themselves (`lillama.skeleton.block_list`).
 
 Two names meet here. The hub name is how a checkpoint calls a matrix
 (`...block_sparse_moe.experts.3.w1`); the runtime name is where transformers puts it
@@ -12,13 +12,22 @@ of GPT-NeoX.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lillama.config import Strategy
 from lillama.errors import InputError
 
-__all__ = ["FAMILIES", "PROJECTIONS", "ExpertsNaming", "Family", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "PROJECTIONS",
+    "ExpertsNaming",
+    "Family",
+    "check_model_type",
+    "family_of",
+]
 
 # The three projections of a gated expert, in the order the files of this project use.
 PROJECTIONS = ("gate", "up", "down")
@@ -61,9 +70,11 @@ class Family:
     the hub names of the matrices that the vocabulary has to itself, `runtime_head` where
     transformers puts the head. `before_blocks`: other modules with weights that the model runs
     before its first block. `inner_size`, `shared_size`: what the config calls the width of the MLP
-    (of one expert where there are experts), and of the MLP that every token sees beside them.
-    `expand`: what it calls how many times wider than the model a state-space mixer is. `scan_kept`:
-    numbers that autograd keeps of a scan for each of the mixer's width, beyond those of an MLP.
+    (of one expert where there are experts), and of the MLP that every token sees beside them, or
+    the width itself. `expand`: what it calls how many times wider than the model a state-space
+    mixer is. `scan_kept`: numbers that autograd keeps of a scan for each of the mixer's width,
+    beyond those of an MLP. `left_out`: what `lillama.families_generic` found and leaves dense, and
+    why.
     """
 
     model_type: str
@@ -75,10 +86,11 @@ class Family:
     head: str = "lm_head"
     runtime_head: str = "lm_head"
     before_blocks: tuple[str, ...] = ()
-    inner_size: str | None = "intermediate_size"
-    shared_size: str | None = None
+    inner_size: str | int | None = "intermediate_size"
+    shared_size: str | int | None = None
     expand: str | None = None
     scan_kept: int = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -93,10 +105,25 @@ class Family:
         """Experts of a block; 0 for a dense family."""
         return 0 if self.experts is None else getattr(config, self.experts.count)
 
+    def inner_width(self, config: Any) -> int:
+        """Width of the MLP, or of one expert; 0 where there is none. GPT-2's config may leave it to
+        be four hidden sizes."""
+        if self.inner_size is None:
+            return 0
+        return _width(config, self.inner_size) or 4 * config.hidden_size
+
+    def shared_width(self, config: Any) -> int:
+        """Width of the MLP beside the experts; 0 where there is none."""
+        return 0 if self.shared_size is None else _width(config, self.shared_size)
+
     @property
     def vocabulary(self) -> dict[str, str]:
         """{short name: hub name} of the token embeddings and the output head."""
         return {name.rpartition(".")[2]: name for name in (self.embedding, self.head)}
+
+
+def _width(config: Any, size: str | int) -> int:
+    return size if isinstance(size, int) else getattr(config, size)
 
 
 _ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -116,12 +143,13 @@ def _moe(
     experts: ExpertsNaming,
     targets: Mapping[str, str],
     default: tuple[str, ...] = (),
+    attention: Mapping[str, str] = _ATTENTION,
     **more: Any,
 ) -> Family:
     """A family with experts: these are the targets, and `default`; attention can be asked for."""
     return Family(
         model_type=model_type,
-        targets={**_ATTENTION, **targets},
+        targets={**attention, **targets},
         default_targets=(*experts.projections, *default),
         experts=experts,
         paper_strategy="bottom",
@@ -157,6 +185,22 @@ _PROJ_EXPERTS = ExpertsNaming(
 # asked for.
 _MIXER = {name: f"mixer.{name}" for name in ("in_proj", "out_proj", "x_proj")}
 _SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
+
+# of DeepSeek
+_ROUTED_EXPERTS = replace(_PROJ_EXPERTS, count="n_routed_experts")
+_LATENT_ATTENTION = {
+    **{name: f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj")},
+    **{"kv_a_proj": "self_attn.kv_a_proj_with_mqa", "kv_b_proj": "self_attn.kv_b_proj"},
+    "o_proj": "self_attn.o_proj",
+}
+_SHARED_EXPERTS = {f"shared_{name}": f"mlp.shared_experts.{name}" for name in _MLP}
+_DEEPSEEK: dict[str, Any] = {
+    "attention": _LATENT_ATTENTION,
+    "default": tuple(_SHARED_EXPERTS),
+    "inner_size": "moe_intermediate_size",
+    # of the dense blocks, which is wider than the shared experts
+    "shared_size": "intermediate_size",
+}
 
 # mixtral and mamba first: vLLM's side looks a naming up in this order
 FAMILIES: dict[str, Family] = {
@@ -214,6 +258,29 @@ FAMILIES: dict[str, Family] = {
         before_blocks=("model.decoder.embed_positions", "model.decoder.project_in"),
         inner_size="ffn_dim",
     ),
+    "cohere": _dense("cohere", {**_ATTENTION, **_MLP}),
+    "glm4": _dense(
+        "glm4",
+        {**_ATTENTION, "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"},
+    ),
+    "starcoder2": _dense("starcoder2", {**_ATTENTION, "c_fc": "mlp.c_fc", "c_proj": "mlp.c_proj"}),
+    # multi-head latent attention: queries through one narrow matrix or two, keys and values through
+    # two; the first blocks may be dense
+    "deepseek_v2": _moe("deepseek_v2", _ROUTED_EXPERTS, {**_MLP, **_SHARED_EXPERTS}, **_DEEPSEEK),
+    "deepseek_v3": _moe("deepseek_v3", _ROUTED_EXPERTS, {**_MLP, **_SHARED_EXPERTS}, **_DEEPSEEK),
+    # transformers' Conv1D: the checkpoint holds the transposed weight
+    "gpt2": _dense(
+        "gpt2",
+        {
+            "c_attn": "attn.c_attn",
+            "attn_c_proj": "attn.c_proj",
+            "c_fc": "mlp.c_fc",
+            "mlp_c_proj": "mlp.c_proj",
+        },
+        embedding="transformer.wte",
+        before_blocks=("transformer.wpe",),
+        inner_size="n_inner",
+    ),
     # some blocks may have one MLP in place of the experts, with the same three projections
     "qwen2_moe": _moe(
         "qwen2_moe",
@@ -260,8 +327,21 @@ def family_of(model_type: str) -> Family:
     """Raises InputError for a model type that is not declared above."""
     family = FAMILIES.get(model_type)
     if family is None:
-        raise InputError(
-            f"unknown architecture: model_type {model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(FAMILIES))}; lillama/families.py says how to add one"
-        )
+        raise InputError(_unknown(model_type))
     return family
+
+
+def check_model_type(model_type: str) -> None:
+    """Raises InputError for a model type that is neither declared above nor a causal language model
+    of transformers, in which a family may be found (`lillama.families_generic`)."""
+    if model_type not in FAMILIES and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{_unknown(model_type)}; transformers has no causal language model of this type either"
+        )
+
+
+def _unknown(model_type: str) -> str:
+    return (
+        f"unknown architecture: model_type {model_type!r} is not supported; "
+        f"supported are {', '.join(sorted(FAMILIES))}; lillama/families.py says how to add one"
+    )

@@ -1,7 +1,6 @@
 """Open a model or tokenizer that is already on disk, dense or compressed, with errors a user can
 act on."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,9 @@ from lillama.checkpoint import (
     read_headers,
 )
 from lillama.errors import InputError
-from lillama.families import family_of
+from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, register
+from lillama.skeleton import skeleton
 
 __all__ = [
     "check_vocabulary",
@@ -32,7 +32,6 @@ __all__ = [
     "count_params",
     "load_model",
     "load_tokenizer",
-    "skeleton",
 ]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -79,13 +78,6 @@ def check_vocabulary(token_ids: torch.Tensor, vocab_size: int) -> None:
         )
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the meta device: shapes and modules, no memory."""
-    config = copy.deepcopy(config)  # the model keeps and edits the object it is given
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype or dtype_of(config)).eval()
-
-
 def count_params(
     config: PretrainedConfig, ranks: dict[str, int] | None = None, gauge: str = "plain"
 ) -> int:
@@ -95,7 +87,7 @@ def count_params(
     params = sum(parameter.numel() for parameter in model.parameters())
     if not ranks:
         return params
-    family = family_of(config.model_type)
+    family = family_for(config, model)
     for name, (N, K) in dense_shapes(model, family, ranks).items():
         rank = ranks[name]
         identity = rank if is_pivot(family, gauge, name) else 0

@@ -6,7 +6,6 @@ otherwise an error says which file and which entry.
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from lillama.compress.allocate import Matrix
 from lillama.compress.plan import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
-from lillama.families import Family, family_of
-from lillama.loading import skeleton
+from lillama.families import Family
+from lillama.families_generic import family_for
+from lillama.skeleton import block_list, skeleton
 
 __all__ = ["METRIC_NUMBERS", "TRAINED", "Facts", "Layer", "RankedMatrix", "read_facts"]
 
-BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 BLOCK_NUMBERS = (
     *("index", "held_out_loss_before", "held_out_loss_after", "steps", "best_step"),
     *("params_before", "params_after", "seconds", "peak_memory_bytes"),
@@ -251,11 +250,10 @@ def _read_curves(file: Path, report: dict[str, Any]) -> dict[int, list[tuple[int
     return {block: sorted(losses.items()) for block, losses in sorted(found.items())}
 
 
-def _part_of(name: str, family: Family) -> str | int:
+def _part_of(name: str, family: Family, block_path: str) -> str | int:
     """The layer that a tensor belongs to, by its hub or runtime name."""
-    block = BLOCK.search(name)
-    if block is not None:
-        return int(block[1])
+    if name.startswith(f"{block_path}."):
+        return int(name.removeprefix(f"{block_path}.").partition(".")[0])
     for part, prefix in (("embeddings", family.embedding), ("head", family.head)):
         if name.startswith(f"{prefix}."):
             return part
@@ -263,9 +261,11 @@ def _part_of(name: str, family: Family) -> str | int:
 
 
 def _label(matrix: Matrix, family: Family) -> str:
+    """What the family calls it, an expert's after its number."""
     parsed = None if family.experts is None else family.experts.parse(matrix.name)
     if parsed is None or family.experts is None:
-        return matrix.name.rpartition(".")[2]
+        ends = (short for short, path in family.targets.items() if matrix.name.endswith(f".{path}"))
+        return next(ends, matrix.name.rpartition(".")[2])
     return f"{parsed[1]}.{family.experts.hub_projection(parsed[2])}"
 
 
@@ -311,17 +311,18 @@ def _layers(
     before: Counter[str | int] = Counter()
     saved: Counter[str | int] = Counter()
     bytes_after: Counter[str | int] = Counter()
+    block_path = block_list(model)[0]
     # a model may call its head otherwise than its checkpoint does
     head: Any = model.get_output_embeddings()
     ends = {id(head.weight): "head"}
     ends[id(model.get_input_embeddings().weight)] = "embeddings"  # tied ones count here
     for name, parameter in model.named_parameters():
-        before[ends.get(id(parameter), _part_of(name, family))] += parameter.numel()
+        before[ends.get(id(parameter), _part_of(name, family, block_path))] += parameter.numel()
     for row in matrices:
         numbers = row.matrix.N * row.matrix.K - row.params_after
-        saved[_part_of(f"{row.matrix.name}.weight", family)] += numbers
+        saved[_part_of(f"{row.matrix.name}.weight", family, block_path)] += numbers
     for name, num_bytes in stored.items():
-        bytes_after[_part_of(name, family)] += num_bytes
+        bytes_after[_part_of(name, family, block_path)] += num_bytes
     names = {
         "embeddings": ("token embeddings", "emb"),
         "rest": ("final norm and other", "rest"),
@@ -354,7 +355,8 @@ def read_facts(options: ReportConfig) -> Facts:
     if compression is None:
         raise InputError(f"{out} is a dense model; report is about what `lillama compress` wrote")
     report, recipe = _read_report(out), _read_recipe(out)
-    family, model = family_of(config.model_type), skeleton(config)
+    model = skeleton(config)
+    family = family_for(config, model)
     matrices = _matrices(model, family, compression, recipe)
     headers = read_headers(out)
     skipped = set(sentinel_names(headers, family, compression["ranks"]))

@@ -31,11 +31,12 @@ from lillama.compress.pipeline import COPIED_FILES
 from lillama.compress.run import pieces_of
 from lillama.compress.student import copied_entry
 from lillama.errors import InputError
-from lillama.families import family_of
+from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, kept_dense
-from lillama.loading import count_params, skeleton
+from lillama.loading import count_params
 from lillama.modules.replace import replace_modules
 from lillama.shard_file import Entry, entries_of, file_sha256
+from lillama.skeleton import skeleton
 from lillama.upstream_files import Upstream, is_in, open_upstream, some
 from lillama.version import __version__
 
@@ -82,8 +83,8 @@ class _Base:
             if rank is None:
                 found[name] = shape
             elif kind == "weight":
-                found |= {f"{matrix}.0.weight": (rank, shape[1])}
-                found |= {f"{matrix}.1.weight": (shape[0], rank)}
+                N, K = self.teacher.shape(matrix)
+                found |= {f"{matrix}.0.weight": (rank, K), f"{matrix}.1.weight": (N, rank)}
         return found
 
 
@@ -91,7 +92,7 @@ def _open_base(path: Path) -> tuple[PretrainedConfig, TeacherBlocks]:
     config = read_config(path)
     if compression_of(config) is not None:
         raise InputError(f"--base {path} is compressed itself; give the dense model")
-    family = family_of(config.model_type)
+    family = family_for(config)
     return config, TeacherBlocks(path, config, family, torch.device("cpu"), torch.float32)
 
 
@@ -111,7 +112,9 @@ def _kept_dense(
                 raise ValueError(f"{name} [{shape[0]}, {shape[1]}] cannot have rank {ranks[name]}")
         dense = frozenset(kept_dense(model, teacher.family, ranks))
         prefix = model.base_model_prefix
-        replace_modules(model, config, ranks, base_prefix=prefix, device="meta")
+        replace_modules(
+            model, config, ranks, base_prefix=prefix, device="meta", family=teacher.family
+        )
     except ValueError as error:
         text = str(error).replace("quantization_config names ", "")
         raise InputError(f"the ranks do not fit --base {path}: {text}") from error

@@ -128,6 +128,12 @@ def mamba_config(**changes: object) -> MambaConfig:
     return MambaConfig(**{**values, **changes})
 
 
+DEEPSEEK: dict[str, object] = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    **{"first_k_dense_replace": 1, "moe_intermediate_size": 32, "num_key_value_heads": 4},
+    **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+}
+
 # What a tiny model of the other families has that is not in `family_config`
 FAMILY_CHANGES: dict[str, dict[str, object]] = {
     # a window shorter than the tests' texts
@@ -136,6 +142,14 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
     "qwen3": {"head_dim": 16},
     "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gpt2": {"n_inner": 64},
+    "cohere": {"logit_scale": 2.0},
+    "glm4": {"head_dim": 8},
+    # key heads so wide that there is a rank between 8 and what saves nothing
+    "starcoder2": {"sliding_window": 8, "use_bias": True, "num_key_value_heads": 4},
+    # the first block is dense; queries through one matrix, or through two
+    "deepseek_v2": {**DEEPSEEK, "q_lora_rank": None, "norm_topk_prob": False},
+    "deepseek_v3": {**DEEPSEEK, "q_lora_rank": 16, "n_group": 2, "topk_group": 2},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     # the first block is dense
     "qwen2_moe": {
@@ -222,7 +236,7 @@ def random_model(config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) ->
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            matrices = ("proj", "fc1", "fc2", "dense", "query_key_value")
+            matrices = ("proj", "fc1", "fc2", "dense", "query_key_value", "c_attn", "c_fc")
             if parameter.ndim >= 2 and any(part in name for part in matrices):
                 parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
             if name.endswith("bias"):

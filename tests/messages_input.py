@@ -29,7 +29,7 @@ def _(kit):
 
 @case("unknown architecture: model_type ... is not supported; supported are ...")
 def _(kit):
-    lillama.plan(kit.edited_config(kit.mamba, model_type="gpt2"), 0.2)
+    lillama.plan(kit.edited_config(kit.mamba, model_type="no-such"), 0.2)
 
 
 @case("... holds no model.safetensors and no index of shards...")

@@ -20,11 +20,12 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 # each other. So compress and serve never meet, and nothing imports cli.
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
 LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", "hub_text"}
-LEAVES |= {"shard_file", "version"}
+LEAVES |= {"shard_file", "skeleton", "version"}
 LEAVES |= {"config_advice"}
 LAYERS = (
     LEAVES,
     {"modules"},
+    {"families_generic"},
     {"integrations"},
     {"loading"},
     {"sample"},

@@ -61,10 +61,10 @@ def test_read_config_broken_json(tmp_path, content):
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "no-such-thing", None, ["mixtral"]])
+@pytest.mark.parametrize("model_type", ["t5", "no-such-thing", None, ["mixtral"]])
 def test_read_config_unknown_architecture(tmp_path, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(InputError, match="unknown architecture: .*supported are .*mamba, mistral"):
+    with pytest.raises(InputError, match="unknown architecture: .*supported are .*mamba, mamba2"):
         read_config(tmp_path)
 
 

@@ -177,10 +177,11 @@ def test_cli_model_with_a_truncated_shard(keep, fails, copy, mamba):
 def test_cli_model_of_an_unknown_architecture(fails, copy, mamba):
     path = copy(mamba)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "no-such"}))
     message = fails(2, model=path)
     assert (
-        "unknown architecture: model_type 'gpt2' is not supported; supported are gemma," in message
+        "unknown architecture: model_type 'no-such' is not supported; supported are cohere,"
+        in message
     )
 
 

@@ -345,13 +345,14 @@ def advise(
     for count, matrix in enumerate(sample):
         if progress is not None:
             progress("spectra", count, len(sample))
-        spectra.append(spectrum_of(matrix, teacher.read, device))
+        spectra.append(spectrum_of(matrix, teacher.matrix, device))
     speed = forecast.model_speed(plan, config.run_options("default"), device)
     losses = tokens = None
     if config.text:
         tokens = _tokens_of(config)
         losses = _measure_losses(config, plan, teacher, tokens, progress)
-    found = _Found(config, plan, teacher.headers, held, speed, device, losses, tokens)
+    headers = {name: teacher.headers[name] for name in teacher.runtime}
+    found = _Found(config, plan, headers, held, speed, device, losses, tokens)
     return _document(found, spectra)
 
 

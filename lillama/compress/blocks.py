@@ -22,12 +22,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lillama.checkpoint import TensorHeader, read_headers
+from lillama.checkpoint import TensorHeader, hub_headers, read_headers
+from lillama.compress.arguments import by_name, check_arguments
 from lillama.compress.calibrate import dense_experts_forward, experts_of
-from lillama.compress.plan import block_list
 from lillama.errors import InputError, RunError
-from lillama.families import Family
-from lillama.loading import skeleton
+from lillama.families import FAMILIES, Family
+from lillama.modules.dense_linear import is_transposed
+from lillama.skeleton import block_list, skeleton
 
 __all__ = ["TeacherBlocks"]
 
@@ -55,9 +56,12 @@ class TeacherBlocks:
         self.family = family
         self.device = device
         self.dtype = dtype
-        self.headers = read_headers(path)
         self.model = skeleton(config)
         self.block_path, self.blocks = block_list(self.model)
+        self.headers = hub_headers(read_headers(path), family, self.block_path)
+        self._transposed = {
+            path for path, module in self.model.named_modules() if is_transposed(module)
+        }
         self._open: dict[Path, Any] = {}
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -94,8 +98,12 @@ class TeacherBlocks:
             if module is self.model.get_input_embeddings()
         )
         self._loaded: set[nn.Module] = set()
+        self._checked = family.model_type in FAMILIES  # whose tests do
+        # whether the model takes the first of what a block returns; seen when it runs
+        self._in_tuples = False
         present = dict(self.model.named_modules())
-        for name in filter(present.__contains__, family.before_blocks):
+        self._before = [name for name in family.before_blocks if name in present]
+        for name in self._before:
             # small, and needed for every batch
             self._loaded.add(self._load(name).to(dtype))
 
@@ -139,12 +147,22 @@ class TeacherBlocks:
         """
         header: TensorHeader = self.headers[hub_name]
         try:
-            tensor = self._handle(header.file).get_tensor(hub_name)
+            tensor = self._handle(header.file).get_tensor(header.stored_name or hub_name)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read {hub_name} from {header.file}: {error}") from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RunError(f"the weight {hub_name} holds NaN or infinity; repair the checkpoint")
         return tensor
+
+    def matrix(self, name: str) -> Tensor:
+        """The weight [N, K] of the matrix with this hub name, otherwise as `read`."""
+        weight = self.read(f"{name}.weight")
+        return weight.mT.contiguous() if name in self._transposed else weight
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(N, K) of the same."""
+        N, K = self.headers[f"{name}.weight"].shape
+        return (K, N) if name in self._transposed else (N, K)
 
     def _load(self, prefix: str) -> nn.Module:
         self._load_names(self.hub_names(prefix), prefix)
@@ -162,7 +180,11 @@ class TeacherBlocks:
         """Fill the parameters that these tensors become; `prefix` is for messages."""
         mapping: Any = get_model_conversion_mapping(self.model)
         try:
-            slices = {name: self._handle(self.headers[name].file).get_slice(name) for name in names}
+            slices = {}
+            for name in names:
+                header = self.headers[name]
+                stored = header.stored_name or name
+                slices[name] = self._handle(header.file).get_slice(stored)
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot read the shards of {prefix}: {error}") from error
         info, _ = convert_and_load_state_dict_in_model(
@@ -235,8 +257,8 @@ class TeacherBlocks:
         Raises:
             RunError: as `block`.
         """
-        inside = f"{self.block_path}."
-        outside = [name for name, target in self.runtime.items() if not target.startswith(inside)]
+        there = tuple(f"{path}." for path in (self.block_path, *self._before))
+        outside = [name for name, target in self.runtime.items() if not target.startswith(there)]
         self._load_names(outside, "what is outside the blocks")
         self.model.tie_weights()
         modules = [m for name, m in self.model.named_modules() if self._is_outside(name, m)]
@@ -264,9 +286,12 @@ class TeacherBlocks:
         `weights` (by runtime name) in place of its own. Inside `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
-        with self._blocks_as(lambda states, **kwargs: hidden):
+        with self._blocks_as(lambda *args, **kwargs: self._returned(hidden)):
             nothing = self._nothing(*hidden.shape[:2])
             return self._run(mask, weights, inputs_embeds=nothing).logits
+
+    def _returned(self, hidden: Tensor) -> Any:
+        return (hidden,) if self._in_tuples else hidden
 
     def _nothing(self, *shape: int) -> Tensor:
         """Embeddings of no token, for what does not depend on them."""
@@ -284,27 +309,34 @@ class TeacherBlocks:
         input_ids [b, T], mask [b, T] bool or None -> hidden [b, T, H] and one dict a block (masks,
         rotary embeddings), the same objects where the model shares them. Inside `embeddings` only.
         """
-        return self._record(mask, input_ids=input_ids.to(self.device))
+        found = self._record(mask, input_ids=input_ids.to(self.device))
+        if not self._checked:
+            self._checked = True
+            others = self.arguments((input_ids.shape[0], input_ids.shape[1]), mask)
+            check_arguments(self.model.config.model_type, found[1], others)
+        return found
+
+    def embedded(self, embeddings: Tensor, mask: Tensor | None) -> Tensor:
+        """What the model makes of its embeddings [b, T, H] before its first block (positions, a
+        scale), for gradients at them: hidden states of block 0, as in `inputs`."""
+        return self._record(mask, inputs_embeds=embeddings)[0]
 
     def _record(self, mask: Tensor | None, **inputs: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         hidden: list[Tensor] = []
         calls: list[dict[str, Any]] = []
         last = len(self.blocks) - 1
 
-        def recorder(states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if args:
-                raise RunError(
-                    f"blocks of {self.model.config.model_type} take positional arguments"
-                )
+        def recorder(*args: Any, **kwargs: Any) -> Any:
+            states, given = by_name(self.blocks[len(calls)], args, kwargs)
             hidden.append(states)
-            calls.append(
-                {k: v for k, v in kwargs.items() if k not in ("past_key_values", "cache_params")}
-            )
+            self._in_tuples |= states.ndim < hidden[0].ndim
+            calls.append(given)
             if len(calls) > last:
                 raise _Stop
-            return states
+            return self._returned(states)
 
-        with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.no_grad():
+        wanted = any(value.requires_grad for value in inputs.values())
+        with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.set_grad_enabled(wanted):
             self._run(mask, **inputs)
         return hidden[0], calls
 

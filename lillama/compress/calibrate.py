@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lillama.compress.factorize import Moment, moment_side
 from lillama.families import PROJECTIONS, Family
+from lillama.modules.dense_linear import DenseLinear
 from lillama.modules.replace import dense_expert
 
 __all__ = ["Key", "MomentCollector", "dense_experts_forward", "experts_of", "key_of"]
@@ -100,7 +101,7 @@ class MomentCollector:
 
     Args:
         block: the teacher's block, with its weights.
-        linears: paths in the block of the nn.Linear targets; with_experts: all experts too.
+        linears: paths in the block of the linear targets; with_experts: all experts too.
         floor: tokens an expert should have seen (the missing ones are made up in `finish`).
         sample_rows: rows kept of each batch for that.
 
@@ -163,7 +164,7 @@ class MomentCollector:
             self._sample.append(self._kept(hidden)[: self.sample_rows].clone())
         return dense_experts_forward(experts, hidden, topk_index, topk_weight, self._see_expert)
 
-    def _see_linear(self, path: str, module: nn.Linear, x: Tensor, y: Tensor) -> None:
+    def _see_linear(self, path: str, module: DenseLinear, x: Tensor, y: Tensor) -> None:
         y = y if module.bias is None else y - module.bias
         self._add(path, self._kept(x), self._kept(y))
 
@@ -175,7 +176,7 @@ class MomentCollector:
         for path in self.linears:
 
             def linear_hook(module: nn.Module, args: tuple, output: Tensor, path: str = path):
-                assert isinstance(module, nn.Linear)
+                assert isinstance(module, DenseLinear)
                 self._see_linear(path, module, args[0], output)
 
             handles.append(self.block.get_submodule(path).register_forward_hook(linear_hook))

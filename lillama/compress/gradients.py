@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lillama.compress.calibrate import Key, MomentCollector
 from lillama.compress.factorize import Moment, moment_side
 from lillama.families import Family
+from lillama.modules.dense_linear import DenseLinear, linear_weight
 from lillama.modules.replace import dense_expert
 
 __all__ = ["GradientCollector", "MatrixSensitivity", "Pooled"]
@@ -62,12 +63,12 @@ class GradientCollector(MomentCollector):
             energy, tokens = energy + old.energy, tokens + old.tokens
         self._gradients[key] = Moment(side, gram, tokens, energy)
 
-    def _see_linear(self, path: str, module: nn.Linear, x: Tensor, y: Tensor) -> None:
+    def _see_linear(self, path: str, module: DenseLinear, x: Tensor, y: Tensor) -> None:
         inputs, outputs = x.detach(), y.detach()  # a hook that holds y itself would be a cycle
 
         def hook(gradient: Tensor) -> None:
             super(GradientCollector, self)._see_linear(path, module, inputs, outputs)
-            self._add_gradient(path, module.weight, self._kept(gradient))
+            self._add_gradient(path, linear_weight(module), self._kept(gradient))
 
         y.register_hook(hook)
 

@@ -124,11 +124,11 @@ def _widths(plan: Plan) -> tuple[float, int]:
     """Numbers inside a block for one token at its widest, an MLP or a mixer: of what every token
     sees, and of one expert."""
     config, family = plan.config, plan.family
-    inner = getattr(config, family.inner_size) if family.inner_size else 0
+    inner = family.inner_width(config)
     mixer = getattr(config, family.expand) * config.hidden_size if family.expand else 0
     if family.experts is None:
         return max(inner, mixer), 0
-    return max(getattr(config, family.shared_size) if family.shared_size else 0, mixer), inner
+    return max(family.shared_width(config), mixer), inner
 
 
 def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:

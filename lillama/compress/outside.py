@@ -34,11 +34,14 @@ class Outside:
         before = tuple(f"{name}." for name in plan.family.before_blocks)
         inside = f"{teacher.block_path}."
         outside = {n: r for n, r in teacher.runtime.items() if not r.startswith(inside)}
+        parameters = dict(teacher.model.named_parameters())
         # by hub name: vectors that no module before the blocks owns, as the final norm's
         self.vectors = [
             name
             for name, runtime in outside.items()
-            if len(teacher.headers[name].shape) == 1 and not runtime.startswith(before)
+            if len(teacher.headers[name].shape) == 1
+            and runtime in parameters
+            and not runtime.startswith(before)
         ]
         self._behind = [name for name in outside if name == head or name in self.vectors]
         self._rest = [name for name in outside if name not in self._behind]

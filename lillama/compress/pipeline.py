@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lillama.checkpoint import sentinel
+from lillama.checkpoint import read_config, sentinel
 from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.blocks import TeacherBlocks
@@ -25,6 +25,7 @@ from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
+from lillama.families_generic import family_for
 from lillama.hub_checkpoint import fetch_weights, find_model
 from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
@@ -142,6 +143,7 @@ def compress(
         text=find_texts(text),
         **options,
     )
+    family_for(read_config(config.model))  # refused before its weights are downloaded
     fetch_weights(config.model)
     plan = make_plan(config, needs_weights=True)
     inside = config.out.resolve().is_relative_to(config.model.resolve())

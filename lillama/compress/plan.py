@@ -16,6 +16,7 @@ from lillama.checkpoint import (
     check_unquantized,
     compression_of,
     dtype_of,
+    hub_headers,
     is_pivot,
     read_config,
     read_headers,
@@ -23,11 +24,13 @@ from lillama.checkpoint import (
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
-from lillama.families import Family, family_of
+from lillama.families import FAMILIES, Family
+from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model, remote_headers
-from lillama.loading import skeleton
+from lillama.modules.dense_linear import linear_shape
+from lillama.skeleton import block_list, skeleton
 
-__all__ = ["Plan", "block_list", "find_matrices", "make_plan", "plan"]
+__all__ = ["Plan", "find_matrices", "make_plan", "plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,15 +159,6 @@ class Plan:
         }
 
 
-def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder blocks."""
-    decoder = model.get_decoder()
-    path = next(name for name, module in model.named_modules() if module is decoder)
-    blocks = decoder.get_submodule("layers")
-    assert isinstance(blocks, nn.ModuleList)
-    return f"{path}.layers", blocks
-
-
 def find_matrices(
     model: PreTrainedModel,
     family: Family,
@@ -195,7 +189,7 @@ def find_matrices(
     seen = set(family.vocabulary)
     for at, (short, name) in zip((-1, len(blocks)), family.vocabulary.items(), strict=True):
         if short in targets:
-            N, K = model.get_submodule(family.runtime_name(name)).get_parameter("weight").shape
+            N, K = linear_shape(model.get_submodule(family.runtime_name(name)))
             outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
     for index, block in enumerate(blocks):
         for short, name, N, K in _inside(block, family):
@@ -236,7 +230,7 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
     modules = dict(block.named_modules())
     for short, path in family.targets.items():
         if path in modules:
-            N, K = modules[path].get_parameter("weight").shape
+            N, K = linear_shape(modules[path])
             yield short, path, N, K
     naming = family.experts
     if naming is None or naming.runtime not in modules:
@@ -248,27 +242,48 @@ def _inside(block: nn.Module, family: Family) -> Iterator[tuple[str, str, int, i
             yield short, f"{naming.hub}.{expert}.{short}", N, K
 
 
-def _headers(path: Path, needs_weights: bool) -> dict[str, TensorHeader] | None:
-    """None for a folder with only config.json, where that will do."""
+def _headers(
+    path: Path, model: PreTrainedModel, family: Family, needs_weights: bool
+) -> dict[str, TensorHeader] | None:
+    """Without what the model's own code leaves out of old checkpoints. None for a folder with only
+    config.json, where that will do."""
     headers = remote_headers(path)
     if headers is None:
         if not (needs_weights or any(path.glob("*.safetensors*")) or any(path.glob("*.bin"))):
             return None
         headers = read_headers(path)
     check_unquantized(headers)
-    return headers
+    headers = hub_headers(headers, family, block_list(model)[0])
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
+    # these patterns are for tensors that the model has not: GPT-2's fit its biases as well
+    own = model.state_dict().keys()
+    return {n: header for n, header in headers.items() if n in own or not ignored.search(n)}
 
 
 def _bytes_before(
     path: Path, model: PreTrainedModel, params: int, headers: Mapping[str, TensorHeader] | None
-) -> int:
-    """From the headers, without what the model's own code leaves out of old checkpoints; a folder
-    with only config.json is counted in the config's dtype."""
+) -> tuple[int, int]:
+    """Of all tensors and of buffers among them, from the headers; a folder with only config.json is
+    counted in the config's dtype."""
     if headers is not None:
-        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "$^")
-        return sum(h.num_bytes for name, h in headers.items() if not ignored.search(name))
+        buffers = {name for name, _ in model.named_buffers()}
+        sizes = {name: header.num_bytes for name, header in headers.items()}
+        return sum(sizes.values()), sum(size for name, size in sizes.items() if name in buffers)
     logger.warning("%s holds no weights; bytes are counted in the config's dtype", path)
-    return params * dtype_of(model.config).itemsize
+    return params * dtype_of(model.config).itemsize, 0
+
+
+def _tell_found(family: Family) -> None:
+    """Say of a family that is not declared what was found in the model."""
+    if family.model_type in FAMILIES:
+        return
+    logger.warning(
+        "model_type %r is not tested; factorised by default: %s; on request: %s; embeddings %s, "
+        "head %s%s",
+        family.model_type, ", ".join(family.default_targets),
+        ", ".join(sorted(set(family.targets) - set(family.default_targets))) or "nothing more",
+        family.embedding, family.head, "".join(f"; {text}" for text in family.left_out),
+    )  # fmt: skip
 
 
 def _check_vocabulary_targets(options: PlanConfig) -> None:
@@ -290,8 +305,9 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     config = read_config(path)
     if compression_of(config) is not None:
         raise InputError(f"{path} is itself compressed by lillama; give the dense base model")
-    family = family_of(config.model_type)
     model = skeleton(config)
+    family = family_for(config, model)
+    _tell_found(family)
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
     vocabulary = options.recipe.vocabulary and strategy == "global"
     gauge = options.gauge or options.recipe.gauge
@@ -300,8 +316,8 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         _check_vocabulary_targets(options)
     params = sum(parameter.numel() for parameter in model.parameters())
     rules = RankRules.for_hidden_size(config.hidden_size)
-    headers = _headers(path, needs_weights)
-    bytes_before = _bytes_before(path, model, params, headers)
+    headers = _headers(path, model, family, needs_weights)
+    bytes_before, buffer_bytes = _bytes_before(path, model, params, headers)
     return Plan(
         config=config,
         family=family,
@@ -310,7 +326,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         ranks=allocate(matrices, params, options.reduction, strategy, rules),
         params_before=params,
         bytes_before=bytes_before,
-        item_bytes=bytes_before / params,
+        item_bytes=(bytes_before - buffer_bytes) / params,
         block_path=block_list(model)[0],
         attention=str(model.config._attn_implementation),
         max_reduction=max_removable(matrices, strategy, rules) / params,

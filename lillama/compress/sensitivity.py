@@ -147,16 +147,20 @@ class _Pass:
         size = self.teacher.model.config.hidden_size
         gram = torch.zeros(size, size, device=self.device)
         counts = torch.zeros(matrix.N, dtype=torch.int64)
+        weight = self.teacher.read(f"{matrix.name}.weight").to(self.device)
         for rows, gradient in prefetched(
             self.batches(), self.gradient.read, self.gradient.background
         ):
             ids, found = self.sample.input_ids[rows], gradient.to(self.device, torch.float32)
+            embeddings = F.embedding(ids.to(self.device), weight).float().requires_grad_()
+            self.teacher.embedded(embeddings, self.mask(rows)).backward(found)
+            assert embeddings.grad is not None
+            found = embeddings.grad
             if (mask := self.mask(rows)) is not None:
                 ids, found = ids[mask], found[mask.to(self.device)]
             found = found.reshape(-1, size)
             gram += found.mT @ found
             counts += torch.bincount(ids.reshape(-1).cpu(), minlength=matrix.N)
-        weight = self.teacher.read(f"{matrix.name}.weight").to(self.device)
         return embedding_sensitivity(matrix, weight, counts.to(self.device), gram, self.recipe)
 
     def backward(self, index: int, collector: GradientCollector, block: nn.Module) -> None:
@@ -274,7 +278,7 @@ def _of_block(
     # an expert's "up" may share the moment of its "gate", which therefore comes last
     for matrix in sorted(targets, key=lambda m: keys[m.name][-1] != "up"):
         key = keys[matrix.name]
-        weight = teacher.read(f"{matrix.name}.weight").to(teacher.device)
+        weight = teacher.matrix(matrix.name).to(teacher.device)
         config = teacher.model.config
         experts = teacher.family.num_experts(config) if isinstance(key, tuple) else 1
         found[matrix.name] = _of_matrix(

@@ -139,9 +139,9 @@ class Spectrum:
 def spectrum_of(matrix: Matrix, read: Callable[[str], Tensor], device: torch.device) -> Spectrum:
     """From the eigenvalues of W W^T or W^T W in fp64: what lies below 1e-8 of the largest is noise.
 
-    read(name): the weight [N, K] of that name, in any dtype.
+    read(name): the weight [N, K] of the matrix of that name, in any dtype.
     """
-    weight = read(f"{matrix.name}.weight").to(device, torch.float64)
+    weight = read(matrix.name).to(device, torch.float64)
     gram = weight @ weight.mT if matrix.N <= matrix.K else weight.mT @ weight
     values = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0).sqrt()
     return Spectrum(matrix, kind_of(matrix.name), values.cpu())

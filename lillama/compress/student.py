@@ -61,7 +61,7 @@ def _factors(weight: Tensor, rank: int, fill: _Fill, moment: Moment | None, name
 def _fill_linear(
     new: LowRankLinear, name: str, path: str, teacher: TeacherBlocks, fill: _Fill
 ) -> None:
-    weight = teacher.read(f"{name}.weight").to(teacher.device)
+    weight = teacher.matrix(name).to(teacher.device)
     A, B = _factors(weight, new.rank, fill, fill.moments.pop(path), name)
     new.lr_A.copy_(A)
     new.lr_B.copy_(B)
@@ -101,7 +101,9 @@ def student_structure(
     student = copy.deepcopy(block, shared)
     prefix = f"{teacher.block_path}.{index}."
     ranks = {name.removeprefix(prefix): rank for name, rank in plan.ranks_of_block(index).items()}
-    replaced = replace_modules(student, plan.config, ranks, device="meta", dtype=teacher.dtype)
+    replaced = replace_modules(
+        student, plan.config, ranks, device="meta", dtype=teacher.dtype, family=plan.family
+    )
     for old in replaced.values():
         # it holds the module it belongs to: in a cycle the dense weights would outlive the block
         old.__dict__.pop("forward", None)
@@ -298,6 +300,7 @@ def _values(
     student has none of its own}."""
     prefix = f"{teacher.block_path}.{index}"
     one_to_one = _one_to_one(teacher, index)
+    parameters = dict(student.named_parameters())
     experts = teacher.family.experts
     values: dict[str, Tensor | _Rows | str] = {}
     for name in teacher.hub_names(prefix):
@@ -315,8 +318,8 @@ def _values(
             assert isinstance(low_rank, LowRankLinear)
             part = _Part(low_rank, None)
             values.update({f"{matrix}.{key}": value for key, value in part.stored().items()})
-        elif name in one_to_one:
-            values[name] = student.get_parameter(one_to_one[name]).detach()
+        elif one_to_one.get(name) in parameters:
+            values[name] = parameters[one_to_one[name]].detach()
         else:
             values[name] = name
     return values

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from lillama.families import FAMILIES, PROJECTIONS
+from lillama.families import FAMILIES, PROJECTIONS, Family
 
 __all__ = ["expert_conversions"]
 
@@ -58,9 +58,10 @@ class _StackFactors(ConversionOps):
         return self
 
 
-def expert_conversions() -> list[WeightConverter]:
-    """Of every family's names, for both gauges."""
-    namings = [family.experts for family in FAMILIES.values() if family.experts is not None]
+def expert_conversions(found: Family | None = None) -> list[WeightConverter]:
+    """Of every family's names and of `found`'s, which may not be declared, for both gauges."""
+    families = [*FAMILIES.values(), *([found] if found else [])]
+    namings = [family.experts for family in families if family.experts is not None]
     # a name stands for the same projection in every family
     shorts = {naming.hub_projection(p): p for naming in namings for p in PROJECTIONS}
     return [

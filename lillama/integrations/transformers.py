@@ -33,8 +33,10 @@ from lillama.checkpoint import (
     sentinel,
 )
 from lillama.errors import InputError
-from lillama.families import PROJECTIONS, Family, family_of
+from lillama.families import PROJECTIONS, Family
+from lillama.families_generic import family_for
 from lillama.integrations.stacked_experts import expert_conversions
+from lillama.modules.dense_linear import is_transposed
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -127,7 +129,8 @@ def dense_shapes(
     for name in ranks:
         parsed = None if family.experts is None else family.experts.parse(name)
         tensor = f"{parsed[0]}.down_proj" if parsed else f"{family.runtime_name(name)}.weight"
-        found = parameters.get(tensor, parameters.get(tensor.removeprefix(f"{prefix}.")))
+        tensor = tensor if tensor in parameters else tensor.removeprefix(f"{prefix}.")
+        found = parameters.get(tensor)
         wanted_ndim = 2 if parsed is None else 3
         if (
             found is None
@@ -136,7 +139,8 @@ def dense_shapes(
         ):
             raise InputError(f"quantization_config names {name}, which is no matrix of this model")
         if parsed is None:
-            shapes[name] = (found.shape[0], found.shape[1])
+            transposed = is_transposed(model.get_submodule(tensor.rpartition(".")[0]))
+            shapes[name] = (found.shape[transposed], found.shape[not transposed])
         else:
             hidden, intermediate = found.shape[1:]
             down = parsed[2] == "down"
@@ -165,6 +169,8 @@ class LillamaQuantizer(HfQuantizer):
     quantization_config: LillamaConfig  # type: ignore[assignment]
     # a dense checkpoint cannot be loaded with our config: compress it instead
     requires_calibration = True
+    # of the model that is being loaded
+    _family: Family | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         return
@@ -187,7 +193,7 @@ class LillamaQuantizer(HfQuantizer):
         return {name: rank for name, rank in ranks.items() if has_head or name != family.head}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        family = family_of(model.config.model_type)
+        family = family_for(model.config)
         ranks = self._ranks(model, family)
         gauge = self.quantization_config.gauge
         shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
@@ -209,7 +215,9 @@ class LillamaQuantizer(HfQuantizer):
             base_prefix=model.base_model_prefix,
             device="meta",
             pivot=gauge == "pivot",
+            family=family,
         )
+        self._family = family
         dense_names = [
             f"{path}.{key}" for path, old in replaced.items() for key, _ in old.named_parameters()
         ]
@@ -221,12 +229,12 @@ class LillamaQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list, *args: Any, **kwargs: Any
     ) -> list:
-        return [*expert_conversions(), *weight_conversions]
+        return [*expert_conversions(self._family), *weight_conversions]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        family = family_of(model.config.model_type)
+        family = family_for(model.config)
         state = model.state_dict(keep_vars=True)
         for name, wanted in self._shapes.items():
             if name in state and tuple(state[name].shape) != wanted:
@@ -268,7 +276,7 @@ class LillamaQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For save_pretrained: experts one by one without padding, and the sentinel."""
-        family = family_of(model.config.model_type)
+        family = family_for(model.config)
         state = model.state_dict()
         for path, module in _factorised(model):
             if not isinstance(module, LowRankExperts) or family.experts is None:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from lillama.families import PROJECTIONS, Family, family_of
+from lillama.modules.dense_linear import DenseLinear, is_linear, linear_shape
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -57,24 +58,25 @@ def replace_modules(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     pivot: bool = False,
+    family: Family | None = None,
 ) -> dict[str, nn.Module]:
     """Replace in `root` every module that `ranks` names; return {runtime name: dense module}.
 
     `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
     `base_prefix`. Factors are left unset (zeros for experts) and have the dense weight's device and
     dtype where none is given; biases are not copied. `pivot`: linear layers and experts are in the
-    pivot gauge.
+    pivot gauge. `family`: of the model, where it is not declared.
 
     Raises:
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
     """
-    family = family_of(config.model_type)
+    family = family_of(config.model_type) if family is None else family
     linears, experts = group_ranks(family, ranks, family.num_experts(config))
     replaced: dict[str, nn.Module] = {}
     for name, rank in linears.items():
         path, old = _find(root, family.runtime_name(name), base_prefix)
-        exact = type(old) in (nn.Linear, nn.Embedding)  # what a subclass does would be lost
-        if not exact or not isinstance(old, nn.Linear | nn.Embedding):
+        exact = is_linear(old) or type(old) is nn.Embedding  # what a subclass does would be lost
+        if not exact or not isinstance(old, DenseLinear | nn.Embedding):
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
@@ -84,7 +86,8 @@ def replace_modules(
             sizes = old.num_embeddings, old.embedding_dim
             new = LowRankEmbedding(*sizes, rank, old.padding_idx, **made)
         else:
-            sizes, bias = (old.in_features, old.out_features), old.bias is not None
+            N, K = linear_shape(old)
+            sizes, bias = (K, N), old.bias is not None
             if name == family.head:
                 new = LowRankLinear(*sizes, rank, bias=bias, is_head=True, **made)
             else:

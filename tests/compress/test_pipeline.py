@@ -19,8 +19,8 @@ from lillama.compress.factorize import plain_svd
 from lillama.compress.pipeline import COPIED_FILES
 from lillama.compress.plan import find_matrices
 from lillama.families import family_of
-from lillama.loading import skeleton
 from lillama.modules import LowRankExperts, LowRankLinear
+from lillama.skeleton import skeleton
 
 KINDS = ["mixtral", "mamba"]
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]

@@ -253,8 +253,8 @@ def test_plan_model_quantized_by_something_else_is_refused(mixtral, tmp_path):
 
 
 def test_plan_unknown_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "config.json").write_text('{"model_type": "no-such"}')
     with pytest.raises(
-        InputError, match="'gpt2' is not supported; supported are falcon_mamba, .*mixtral"
+        InputError, match="'no-such' is not supported; supported are cohere, .*mixtral"
     ):
         lillama.plan(tmp_path, 0.2)

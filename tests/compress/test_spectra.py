@@ -16,7 +16,7 @@ SIZES = [(64, 160), (200, 200), (300, 100)]
 def look(weight: torch.Tensor) -> Spectrum:
     N, K = weight.shape
     matrix = Matrix("blocks.0.mixer.in_proj", 0, N, K)
-    return spectrum_of(matrix, lambda name: {f"{matrix.name}.weight": weight}[name], CPU)
+    return spectrum_of(matrix, lambda name: {matrix.name: weight}[name], CPU)
 
 
 def noise(N: int, K: int, seed: int = 0) -> torch.Tensor:
