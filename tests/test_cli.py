@@ -115,7 +115,9 @@ def test_cli_compress_json_is_the_last_line_and_the_report(compress, tmp_path):
     result, out = compress("--json", *options, text=rows)
     assert result.code == 0
     assert result.document.keys() >= COMPRESS_KEYS
-    assert result.document == json.loads((out / "report.json").read_text())
+    report = json.loads((out / "report.json").read_text())
+    assert report.pop("rank_losses"), "curves for the page are in the file only"
+    assert result.document == report
     assert result.err == "", "no log, no progress bar where stderr is no terminal"
     options = json.loads((out / "recipe.json").read_text())["options"]
     assert (options["seed"], options["packing"], options["loss"]) == (4, False, "teacher")
@@ -281,7 +283,7 @@ def test_cli_unreachable_reduction_says_the_maximum(command, compress, lillama_c
         result = compress(reduction=0.9)[0]
     else:
         result = lillama_command("plan", mamba, "--reduction", 0.9)
-    assert_one_line(result, 2, "--reduction 0.9 cannot be reached", "at most 0.3")
+    assert_one_line(result, 2, "--reduction 0.9 cannot be reached", "at most 0.2")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
