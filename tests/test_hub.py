@@ -215,9 +215,9 @@ def test_find_model_without_safetensors_is_refused(hub):
 def test_find_model_refuses_before_the_weights_come(what, hub):
     config = json.loads((hub.remote / "config.json").read_text())
     change = {"quantization_config": {"quant_method": "awq"}}
-    config |= change if what == "quantized" else {"model_type": "bert"}
+    config |= change if what == "quantized" else {"model_type": "t5"}
     (hub.remote / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="quantized with 'awq'" if what == "quantized" else "bert"):
+    with pytest.raises(InputError, match="quantized with 'awq'" if what == "quantized" else "'t5'"):
         find_model("org/name")
     assert len(hub.asked) == 1
     assert not list(hub.snapshot.glob("*.safetensors"))
@@ -294,6 +294,14 @@ def test_compress_records_name_and_commit(hub, mamba, text_file, tmp_path, devic
 def test_compress_checks_its_options_before_the_weights_come(hub, tmp_path):
     with pytest.raises(InputError, match="--reduction must lie"):
         lillama.compress("org/name", tmp_path / "out", **{**OPTIONS, "reduction": 2.0}, text="t")
+    assert not list(hub.snapshot.glob("*.safetensors"))
+
+
+def test_compress_refuses_an_undeclared_family_before_the_weights_come(hub, tmp_path):
+    """transformers has a causal model of this type, which only its config shows to be unfit."""
+    (hub.remote / "config.json").write_text(json.dumps({"model_type": "whisper"}))
+    with pytest.raises(InputError, match="'whisper' cannot be compressed: it has an encoder"):
+        lillama.compress("org/name", tmp_path / "out", reduction=0.2, text=tmp_path / "text.txt")
     assert not list(hub.snapshot.glob("*.safetensors"))
 
 
