@@ -25,8 +25,9 @@ COLUMNS = (
 NOTE = (
     "The loss that a matrix leaves out at a rank, in nats a token, by the gradients before "
     "training: of use to compare matrices, too high in absolute terms. Measured up to the largest "
-    "rank that saves parameters. Of experts the median, and in the plot the range; their chosen "
-    "rank is the median of those that were factorised. report.json has all points (rank_losses)."
+    "rank that saves parameters. Of experts the median, and in the plot the range; their mark is "
+    "at the median rank of those that were factorised, a bar through it from the lowest to the "
+    "highest. report.json has all points (rank_losses)."
 )
 MAX_DECADES = 5  # of loss in a plot, below its highest point
 
