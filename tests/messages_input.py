@@ -70,7 +70,10 @@ def _(kit):
     kit.compress(kit.make_checkpoint("mamba", vocab_size=100))
 
 
-@case("the model is quantized with ...; give the unquantized checkpoint")
+@case(
+    "the model is quantized with ..., and compressing works on plain weights; "
+    "give the original checkpoint ..."
+)
 def _(kit):
     lillama.plan(
         kit.edited_config(kit.mamba, quantization_config={"quant_method": "gptq", "bits": 4}), 0.2
@@ -206,11 +209,6 @@ def _(kit):
 @case("--targets with embeddings or the output head need a preset that measures gradients ...")
 def _(kit):
     lillama.plan(kit.mixtral, 0.02, targets=("lm_head",), preset="whitened")
-
-
-@case("--gauge pivot is for linear layers; ...: use --gauge plain")
-def _(kit):
-    lillama.plan(kit.mixtral, 0.2, gauge="pivot")
 
 
 @case("--seq-len must be at most ... for this model, got ...")
