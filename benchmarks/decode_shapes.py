@@ -120,7 +120,7 @@ def _decodes() -> list[DecodeShape]:
 
 DECODES = _decodes()
 
-# Of whole answers every model is there with 40% and with 20% fewer parameters. Mixtral-8x7B has
+# Of whole answers every model is there with about 40% and 20% fewer parameters. Mixtral-8x7B has
 # 45.1 of its 46.7 billion in experts, Mamba-2.8B 2.52 of 2.77 billion in in_proj and out_proj,
 # Llama-3-8B 6.98 of 8.03 billion in the blocks' matrices.
 GENERATE_KEEPS = {
