@@ -22,7 +22,7 @@ from lillama.report_spectra import COLUMNS, lines_of, spectra_plot  # noqa: E402
 from tests.html_page import Page  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"reduction": 0.3, "tokens": 400, "seq_len": 32, "device": "cpu"}
-TARGETS = ("w1", "w2", "w3", "q_proj", "lm_head")
+TARGETS = ("w1", "w2", "w3", "embed_tokens", "lm_head")
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def test_page_has_a_line_for_every_kind_and_block(out):
     ranks = json.loads((out / "config.json").read_text())["quantization_config"]["ranks"]
     rows = {row[0]: row for row in page.tables["Loss left by rank"]}
     assert rows["matrix"] == list(COLUMNS)
-    wanted = {"lm_head", *(f"block {b}: q_proj" for b in (0, 1))}
+    wanted = {"embed_tokens", "lm_head"}
     wanted |= {f"block {b}: experts.{m}, 4 matrices" for b in (0, 1) for m in ("w1", "w2", "w3")}
     assert set(rows) == {"matrix", *wanted}
     seen = 0
