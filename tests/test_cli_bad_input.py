@@ -54,7 +54,7 @@ def fails(monkeypatch, capfd, mamba, text_file, tmp_path, device) -> Fails:
             staging = out.with_name("out.unfinished")
             assert sorted(out.parent.iterdir()) == [staging]
             assert len(list(staging.glob("model-*.safetensors"))) == kept
-            assert f"; {kept} of 3 shards are finished in {staging}: the same" in stderr
+            assert f"; {kept} of 4 shards are finished in {staging}: the same" in stderr
         else:
             assert sorted(out.parent.iterdir()) == before[1]
         return stderr
@@ -225,7 +225,9 @@ def test_cli_model_that_lacks_a_tensor(fails, copy, mamba):
 def test_cli_nan_in_the_loss_names_the_block(fails, monkeypatch):
     distill = sys.modules["lillama.compress.distill"]
     original = distill.distill_loss
-    monkeypatch.setattr(distill, "distill_loss", lambda *args: original(*args) * float("nan"))
+    monkeypatch.setattr(
+        distill, "distill_loss", lambda *args, **more: original(*args, **more) * float("nan")
+    )
     message = fails(1)
     assert "loss of block backbone.layers.0 became nan; lower the learning rate" in message
 
@@ -286,7 +288,7 @@ def test_cli_file_that_the_system_cuts_short(limit, fails, monkeypatch):
 def test_cli_ctrl_c_in_a_step_is_one_line(fails, monkeypatch):
     distill = sys.modules["lillama.compress.distill"]
 
-    def interrupt(*args: object) -> None:
+    def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(distill, "distill_loss", interrupt)

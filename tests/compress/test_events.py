@@ -50,7 +50,7 @@ def test_events_tell_a_failure(mamba, text_file, tmp_path, device):
         )  # fmt: skip
     last = lines(tmp_path / "events.jsonl")[-1]
     assert last["event"] == "failed" and last["error"] == "the GPU fell off the bus"
-    assert str(caught.value).startswith("the GPU fell off the bus; 1 of 3 shards are finished")
+    assert str(caught.value).startswith("the GPU fell off the bus; 1 of 4 shards are finished")
 
 
 def test_events_that_cannot_be_written_are_refused_at_once(mamba, text_file, tmp_path):

@@ -89,7 +89,9 @@ def test_compress_reports_what_it_did(kind, dtype, small, make_checkpoint):
     assert all(
         row["held_out_loss_after"] <= row["held_out_loss_before"] for row in report["blocks"]
     )
-    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    written = json.loads((out / "report.json").read_text())
+    assert written.pop("rank_losses"), "curves for the page are in the file only"
+    assert written == json.loads(json.dumps(report))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

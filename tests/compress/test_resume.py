@@ -159,7 +159,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_go_on(small, mamba, tmp_
 
     before = signal.getsignal(number)
     with pytest.raises(
-        RunError, match=r"interrupted; 1 of 3 shards are finished in .*the same command goes on"
+        RunError, match=r"interrupted; 1 of 4 shards are finished in .*the same command goes on"
     ):
         small(mamba, out, progress=progress, checkpoint_seconds=1000)
     assert signal.getsignal(number) is before
@@ -287,7 +287,7 @@ def test_shard_of_the_model_that_vanishes_is_named_and_the_work_kept(
             shard.rename(moved)
 
     # a preset that has not opened all shards before the first block is done
-    with pytest.raises(RunError, match=rf"{shard.name}.*1 of 3 shards are finished"):
+    with pytest.raises(RunError, match=rf"{shard.name}.*1 of 4 shards are finished"):
         small(model, tmp_path / "out", progress=progress, preset="whitened")
     moved.rename(shard)
     small(model, tmp_path / "out", preset="whitened")
