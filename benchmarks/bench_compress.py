@@ -75,7 +75,7 @@ def _ours(block: nn.Module, stream: Stream, device: torch.device) -> Callable[[]
 
     def step() -> None:
         nonlocal worst
-        loss = batch_loss(block, stream, rows, "joint", device)
+        loss = batch_loss(block, stream, rows, "joint", "l1_cosine", device)
         worst = torch.maximum(worst, loss.detach())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -119,7 +119,7 @@ def _same_gradients(shape: CompressStepShape, device: torch.device, stream: Stre
                 out = out[0] if isinstance(out, tuple) else out
                 distill_loss(out, stream.target.read(rows).to(device), None).backward()
         else:
-            batch_loss(block, stream, rows, "joint", device).backward()
+            batch_loss(block, stream, rows, "joint", "l1_cosine", device).backward()
         found.append(block.get_parameter("post_attention_layernorm.weight").grad)
     # a GPU computes ours in bf16
     close = {"rtol": 1e-3, "atol": 1e-6} if device.type == "cpu" else {"rtol": 0.1, "atol": 1e-3}

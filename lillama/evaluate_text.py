@@ -233,7 +233,8 @@ _MAKERS = {"blocks": _of_blocks, "rows": _of_rows, "words": _of_words}
 
 def scored_text(
     metric: Metric,
-    paths: Sequence[Path],
+    # files, and for blocks also datasets of the Hub
+    paths: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,

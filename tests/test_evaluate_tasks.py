@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_tasks_equal_the_harness_called_directly(mixtral, compressed, folder):
     assert found["lm_eval"] == lm_eval.__version__ and "perplexity" not in found
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     for path, prefix in ((compressed, ""), (mixtral, "base_")):
-        direct = lm_eval.simple_evaluate(
+        direct: Any = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(path), "dtype": "float32"},
             tasks=["cats", "dogs"],
@@ -163,7 +164,7 @@ def test_tasks_words_equals_the_harness_wikitext(mixtral, mamba, tokenizer, tmp_
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     for path, length in ((mixtral, 64), (mamba, 512)):
-        direct = lm_eval.simple_evaluate(
+        direct: Any = lm_eval.simple_evaluate(
             model="hf",
             model_args={"pretrained": str(path), "dtype": "float32", "max_length": length},
             tasks=["local_pages"],

@@ -95,7 +95,7 @@ def _pivot_low_rank_linear_product_kernel(
     """
     acc, offs_m, offs_n, mask_n = _product_tile(
         a_ptr, b_ptr, M, N, K, stride_a, stride_b,
-        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, True, True, ALIGNED,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, True, True, ALIGNED,  # type: ignore[arg-type]
     )  # fmt: skip
     rows = offs_m.to(tl.int64)[:, None]
     mask = (offs_m < M)[:, None] & mask_n[None, :]

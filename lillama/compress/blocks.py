@@ -337,7 +337,7 @@ class TeacherBlocks:
 
         wanted = any(value.requires_grad for value in inputs.values())
         with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.set_grad_enabled(wanted):
-            self._run(mask, **inputs)
+            self._run(mask, None, **inputs)
         return hidden[0], calls
 
     @contextmanager
@@ -351,7 +351,7 @@ class TeacherBlocks:
                 del block.forward
 
     def _run(
-        self, mask: Tensor | None, weights: dict[str, Tensor] | None = None, **inputs: Tensor
+        self, mask: Tensor | None, weights: dict[str, Tensor] | None = None, **inputs: Any
     ) -> Any:
         attention_mask = None if mask is None else mask.to(self.device, torch.long)
         given = {**inputs, "attention_mask": attention_mask, "use_cache": False}
