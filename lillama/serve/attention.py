@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lillama.errors import InputError
-from lillama.serve.experts import experts_cpu, experts_gpu
+from lillama.serve.experts import expand_pivots, experts_cpu
 from lillama.serve.runner import PREFILL_CHUNK, Prefilled, lookup, projection, projections
 
 __all__ = ["MODEL_TYPES", "AttentionRunner"]
@@ -261,7 +261,8 @@ def _moe(mlp: Any, device: torch.device) -> Function:
     # Mixtral always scales the weights to a sum of 1, and leaves them in fp32
     scaled, rounded = getattr(mlp.gate, "norm_topk_prob", True), hasattr(mlp.gate, "norm_topk_prob")
     # on a GPU the module: ours is one operation that reads nothing back
-    experts = experts_cpu(mlp.experts) if device.type == "cpu" else experts_gpu(mlp)
+    held: Any = expand_pivots(mlp)
+    experts = experts_cpu(held) if device.type == "cpu" else held
 
     def run(x: Tensor) -> Tensor:
         probs = F.linear(x, router).float().softmax(dim=-1)

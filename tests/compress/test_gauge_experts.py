@@ -18,7 +18,7 @@ from lillama.loading import load_model
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.serve.engine import LocalEngine
-from lillama.serve.experts import experts_gpu
+from lillama.serve.experts import expand_pivots
 from tests.serve.heard import Heard, greedy
 
 OPTIONS = {"reduction": 0.3, "tokens": 900, "seq_len": 32, "preset": "fast"}
@@ -202,6 +202,6 @@ def test_plain_experts_compute_the_same(compressed, device):
     weight, index = torch.rand(9, module.num_experts).softmax(-1).topk(2)
     args = x, index.to(device), weight.to(device)
     block = SimpleNamespace(experts=module)
-    plain = experts_gpu(block)
-    assert type(plain) is LowRankExperts and block.experts is plain is experts_gpu(block)
+    plain = expand_pivots(block)
+    assert type(plain) is LowRankExperts and block.experts is plain is expand_pivots(block)
     torch.testing.assert_close(plain(*args), module(*args))
