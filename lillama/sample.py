@@ -112,12 +112,16 @@ def _texts(
         with fast_mamba(), torch.random.fork_rng(devices):
             torch.manual_seed(config.seed + (batch << 32))
             output = model.generate(prompt, attention_mask=torch.ones_like(prompt))
-        for ids in output[:, 1:].tolist():
-            for document in _split(ids, end):
-                text = str(tokenizer.decode(document, skip_special_tokens=True))
-                # the last character may be cut in half
-                if text := text.rstrip("\ufffd"):
-                    yield text
+        documents = [part for ids in output[:, 1:].tolist() for part in _split(ids, end)]
+        texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in documents]
+        # the last character may be cut in half
+        texts = [kept for text in texts if (kept := text.rstrip("\ufffd"))]
+        if not texts:
+            raise RunError(
+                f"{config.model} wrote {config.batch_size} sequences without any text; give "
+                "calibration text with --text"
+            )
+        yield from texts
 
 
 def _split(ids: list[int], end: int | None) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """Text that a model writes by itself."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -81,6 +82,27 @@ def test_sample_refuses_in_one_line(mamba, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 
 
+def test_a_model_without_a_word_is_refused(mamba, tmp_path, monkeypatch):
+    module = sys.modules["lillama.sample"]
+    monkeypatch.setattr(module, "_split", lambda ids, end: iter(()))
+    with pytest.raises(RunError, match="wrote 4 sequences without any text; give calibration text"):
+        lillama.sample(mamba, tmp_path / "own.jsonl", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_the_text_is_written_leaves_nothing(mamba, tmp_path):
+    def progress(stage: str, done: int, total: int) -> None:
+        assert stage == "sample", "the sampling went on"
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(RunError, match="interrupted"):
+        lillama.compress(
+            mamba, tmp_path / "out", reduction=0.2, tokens=600, seq_len=32, device="cpu",
+            progress=progress,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compress_without_text_lets_the_model_write_it(mamba, tmp_path, monkeypatch):
     given = {"reduction": 0.2, "preset": "fast", "tokens": 600, "seq_len": 32, "device": "cpu"}
     out = tmp_path / "out"
@@ -102,7 +124,10 @@ def test_compress_without_text_lets_the_model_write_it(mamba, tmp_path, monkeypa
     assert report["tokens"] >= 600 and not file.exists()
     recipe = json.loads((out / "recipe.json").read_text("utf-8"))
     assert recipe["options"]["text"] == [str(file)]
-    file.write_text(text, "utf-8")
-    lillama.compress(mamba, tmp_path / "same", **given, text=file)
+    # a file of that name that the caller gave is the caller's
+    mine = tmp_path / "same.sample.jsonl"
+    mine.write_text(text, "utf-8")
+    lillama.compress(mamba, tmp_path / "same", **given, text=mine)
+    assert mine.read_text("utf-8") == text
     same = json.loads((tmp_path / "same" / "recipe.json").read_text("utf-8"))
     assert same["data_sha256"] == recipe["data_sha256"]

@@ -62,9 +62,9 @@ class HeadTrainer:
             name: nn.Parameter(value.to(device, torch.float32)) for name, value in vectors.items()
         }
         self.parameters = [self.A, self.B, *self.vectors.values()]
-        peak = recipe.peak_learning_rate(self.A.shape[1])
+        self.peak = recipe.peak_learning_rate(self.A.shape[1])
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=peak, weight_decay=recipe.weight_decay, fused=True
+            self.parameters, lr=self.peak, weight_decay=recipe.weight_decay, fused=True
         )
         self.best = [parameter.detach().clone() for parameter in self.parameters]
 
@@ -109,8 +109,8 @@ class HeadTrainer:
             for row in rows.split(1):
                 (self._loss(stream, row, product) / max(1, tokens)).backward()
         if product.grad is not None:
-            self.A.grad, self.B.grad = self.B.detach().mT @ product.grad, product.grad @ self.A.mT
-            self.A.grad, self.B.grad = self.A.grad.detach(), self.B.grad.detach()
+            with torch.no_grad():
+                self.A.grad, self.B.grad = self.B.mT @ product.grad, product.grad @ self.A.mT
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.recipe.gradient_clip is not None:
@@ -131,8 +131,7 @@ class HeadTrainer:
         before = best = self.judge(held_out)
         best_step = 0
         for step, rows in enumerate(batches, start=1):
-            peak = self.recipe.peak_learning_rate(self.A.shape[1])
-            rate = learning_rate_at(peak, step - 1, len(batches), self.recipe.warmup_fraction)
+            rate = learning_rate_at(self.peak, step - 1, len(batches), self.recipe.warmup_fraction)
             self.step(train, rows, rate)
             on_step(len(rows))
             if step % every and step < len(batches):

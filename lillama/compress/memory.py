@@ -185,6 +185,16 @@ def _sensitivity_bytes(
     return found
 
 
+def _head_bytes(plan: Plan, head: Matrix, options: PlanConfig) -> int:
+    """Embeddings and dense head; the product of the factors and its gradient; the factors in fp64,
+    then in fp32 with gradients, AdamW's moments and the best state; the predictions of both for one
+    sequence, their logarithms and gradients."""
+    matrix, factors = head.N * head.K, plan.ranks[head.name] * (head.N + head.K)
+    logits = 8 * options.seq_len * head.N
+    train = (4 * matrix + 5 * factors + logits) * FP32 + factors * FP64
+    return max(train, _factorise_bytes(head, plan.item_bytes))
+
+
 def _finetune_bytes(plan: Plan, options: PlanConfig) -> int:
     """Both models whole in fp32 (as a CPU computes); gradients, AdamW's moments and the best state
     of the smaller; what autograd keeps of a batch, with both models' predictions."""
@@ -234,6 +244,8 @@ def peak_memory(
             )
         for phase, size in found.items():
             phases[phase] = max(phases.get(phase, 0), size)
+    if options.train and options.recipe.train_head and plan.head is not None:
+        phases["head"] = _head_bytes(plan, plan.head, options)
     sized = {phase: base_bytes + streams + size for phase, size in phases.items()}
     if plan.strategy == "global" or options.recipe.init == "fisher":
         found = _sensitivity_bytes(plan, options, headers)

@@ -153,8 +153,9 @@ def compress(
     ranks = Ranks()
     try:
         with fast_mamba(), StopRequest() as stop:
-            if not config.text:
-                config = _with_own_text(config, ranks, progress)
+            own_text = not config.text
+            if own_text:
+                config = _with_own_text(config, ranks, stop, progress)
             if config.finetune:
                 report = _compress_whole(config, plan, ranks, stop, events, progress)
             else:
@@ -162,7 +163,8 @@ def compress(
     finally:
         ranks.close()
     if ranks.is_first:
-        _own_text_file(config.out).unlink(missing_ok=True)
+        if own_text:
+            _own_text_file(config.out).unlink()
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
     return report if ranks.world == 1 else {**report, "rank": ranks.rank}
 
@@ -172,7 +174,7 @@ def _own_text_file(out: Path) -> Path:
 
 
 def _with_own_text(
-    config: CompressConfig, ranks: Ranks, progress: Progress | None
+    config: CompressConfig, ranks: Ranks, stop: StopRequest, progress: Progress | None
 ) -> CompressConfig:
     """With text that the model wrote: once, where a run of the same command is taken up."""
     if ranks.world > 1:
@@ -198,7 +200,13 @@ def _with_own_text(
             raise InputError(f"{file} is not of this command; delete it or choose another OUT")
     else:
         given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-        sample(given.pop("model"), given.pop("out"), progress=progress, **given)
+
+        def tick(stage: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(stage, done, total)
+            stop.check()
+
+        sample(given.pop("model"), given.pop("out"), progress=tick, **given)
     return dataclasses.replace(config, text=(file,))
 
 

@@ -1,6 +1,8 @@
 """End-to-end training of a compressed model: closer to its base, same ranks, whole or not there."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +118,31 @@ def test_finetune_refuses_what_cannot_be(compressed, text_file, tmp_path):
         with pytest.raises(InputError, match=message):
             lillama.finetune(source, target, base=dense, text=text_file, **{**OPTIONS, **options})
     assert other != base and not out.exists()
+
+
+def test_a_failed_exchange_puts_the_old_model_back(compressed, text_file, tmp_path, monkeypatch):
+    base, model = compressed["mamba"]
+    out = tmp_path / "out"
+    shutil.copytree(model, out)
+    # as `import-upstream` leaves it: how long it took is not known
+    report = json.loads((model / "report.json").read_text("utf-8"))
+    del report["seconds"]
+    (out / "report.json").write_text(json.dumps(report), "utf-8")
+    given = {**OPTIONS, "tokens": 300, "device": "cpu", "overwrite": True, "text": text_file}
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == "out.unfinished":
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(RunError, match="cannot write .*out"):
+            lillama.finetune(out, out, base=base, **given)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((out / "report.json").read_text("utf-8")) == report
+    found = lillama.finetune(out, out, base=base, **given)
+    after = json.loads((out / "report.json").read_text("utf-8"))
+    assert after["seconds"] == found["seconds"] and after["finetune"] == found
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
