@@ -51,13 +51,13 @@ bench: setup ## run the benchmarks on the CPU; figures go to .benchmarks/cpu.jso
 	@mkdir -p .benchmarks
 	@$(BIN)/pytest benchmarks $(BENCH) -q --benchmark-json=.benchmarks/cpu.json
 
-# Of `make gpu`. SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=tests/ops
+# Of `make gpu`; bench_quality.py is a command, not a suite. SUITES="low_rank_linear distill_loss" runs those benchmarks only, TESTS=tests/ops
 # those tests; TESTS=no, SUITES=none or BLOCKS= leaves them out. FULL=--full measures every layer, rank and
 # number of rows. No row starts later than BUDGET_S seconds after the start. COMMIT says what is
 # measured where git cannot.
 FIRST := low_rank_linear low_rank_linears distill_loss
 SUITES := $(FIRST) \
-    $(filter-out $(FIRST),$(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py)))
+    $(filter-out $(FIRST) quality,$(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py)))
 TESTS := tests
 # Blocks of which models are compressed, with how many tokens; 13M take hours on a slow device
 BLOCKS := mixtral-8x7b mamba-2.8b

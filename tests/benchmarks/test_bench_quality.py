@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compress_blocks, quality
+from benchmarks import bench_quality, compress_blocks
 from benchmarks.published import PublishedExperts, published_loop
 from lillama.compress.plan import make_plan
 from lillama.config import PlanConfig
@@ -42,11 +42,11 @@ def arguments(mamba, text_file, tmp_path):
 
 
 def run(arguments: list, *more: object) -> int:
-    return quality.main([str(argument) for argument in (*arguments, *more)])
+    return bench_quality.main([str(argument) for argument in (*arguments, *more)])
 
 
 def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quality, "BLOCKS", 8)
+    monkeypatch.setattr(bench_quality, "BLOCKS", 8)
     assert run(arguments, "--methods", "svd", "fast", "--plot", tmp_path / "plot.png") == 0
     first = capsys.readouterr().out
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
@@ -57,7 +57,7 @@ def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert first.count("\n| mamba | 20% |") == 2 and "| 2 |" in first
     # all there: nothing runs, the same table
-    monkeypatch.setattr(quality, "run_cell", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(bench_quality, "run_cell", lambda *_: pytest.fail("ran again"))
     assert run(arguments, "--methods", "svd", "fast") == 0
     assert capsys.readouterr().out == first
     with pytest.raises(SystemExit):

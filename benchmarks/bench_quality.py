@@ -1,7 +1,7 @@
 """What each recipe keeps: a table of method x reduction x teacher x seed, on text that neither the
 teacher nor the compression has seen.
 
-    python -m benchmarks.quality --teacher DIR --text FILE --held-out FILE... --out FILE.jsonl
+    python -m benchmarks.bench_quality --teacher DIR --text FILE --held-out FILE... --out FILE.jsonl
 
 One line of JSON is added to --out for every finished cell; cells that are there are not run again,
 so the command can be stopped and repeated. At the end (with --table at once) the table is printed;
@@ -212,7 +212,7 @@ def plot(cells: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.bench_quality", description=__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True)
