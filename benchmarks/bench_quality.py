@@ -4,9 +4,10 @@ teacher nor the compression has seen.
     python -m benchmarks.bench_quality --teacher DIR --text FILE --held-out FILE... --out FILE.jsonl
 
 One line of JSON is added to --out for every finished cell; cells that are there are not run again,
-so the command can be stopped and repeated. At the end (with --table at once) the table is printed;
---plot FILE.png draws quality against bytes. All cells of a file must have been made with the same
-tokens and texts: a line that was not is an error.
+so the command can be stopped and repeated. With --models the models are kept, and rows that only
+round a model's numbers take the one that is there. At the end (with --table at once) the table is
+printed; --plot FILE.png draws quality against bytes. All cells of a file must have been made with
+the same tokens and texts: a line that was not is an error.
 
 `excess` is what a model's mean loss is over its teacher's, in nats a token: 0 keeps everything.
 """
@@ -111,6 +112,13 @@ def compress(
             "predicted_loss_increase": None,
         }
         return arguments.teacher, report
+    if arguments.models is not None:
+        base = cell["method"].removesuffix(", int8").removesuffix(", int4").replace(",", "")
+        name = f"{cell['teacher']}-{base}-{cell['reduction']}-{cell['seed']}"
+        out = arguments.models / name.replace(" ", "-")
+        if (made := out / "report.json").is_file():
+            return out, json.loads(made.read_text("utf-8"))
+        arguments.models.mkdir(parents=True, exist_ok=True)
     text = () if cell["method"] in OWN_TEXT else arguments.text
     PRESETS["cell"] = recipe
     started = time.monotonic()
@@ -222,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reductions", type=float, nargs="+", default=[0.2, 0.4, 0.6])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--models", type=Path, help="keep the compressed models here")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args(argv)

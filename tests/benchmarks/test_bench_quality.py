@@ -65,6 +65,21 @@ def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
     assert "other tokens or texts" in capsys.readouterr().err
 
 
+def test_rounding_takes_the_model_that_is_kept(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_quality, "BLOCKS", 8)
+    monkeypatch.setitem(bench_quality.METHODS, "default", bench_quality.FAST)
+    more = ["--models", tmp_path / "models", "--seeds", 0]
+    assert run(arguments, "--methods", "default", *more) == 0
+    monkeypatch.setattr(bench_quality.lillama, "compress", lambda *_, **__: pytest.fail("again"))
+    assert run(arguments, "--methods", "default, int8", "default, int4", *more) == 0
+    lines = (tmp_path / "cells.jsonl").read_text().splitlines()
+    whole, int8, int4 = (json.loads(line) for line in lines)
+    assert whole["params_after"] == int8["params_after"] == int4["params_after"]
+    assert whole["bytes_after"] > 1.5 * int8["bytes_after"] > 2 * int4["bytes_after"]
+    error = [cell["texts"]["text.txt"]["kl"] for cell in (whole, int8, int4)]
+    assert error[0] < error[2] and error[1] < error[2]
+
+
 def test_blocks_of_a_large_model_are_timed(tmp_path, capsys):
     out = tmp_path / "folder" / "blocks.json"
     assert compress_blocks.main(["mixtral-mini", "--tokens", "5000", "--json", str(out)]) == 0
