@@ -52,7 +52,10 @@ Revision = Annotated[
 Out = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward pass.")]
 Epochs = Annotated[int, typer.Option(help="How often every token is seen.")]
-LearningRate = Annotated[float, typer.Option(help="Of AdamW, at its peak.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help="Of AdamW, at its peak; from the model's divergence if left out."),
+]
 Texts = Annotated[
     list[str],
     typer.Option(

@@ -276,8 +276,8 @@ class FinetuneConfig:
     packing: bool = True
     # how often every token is seen
     epochs: int = 1
-    # of AdamW, at its peak
-    learning_rate: float = 1e-3
+    # of AdamW, at its peak; None: from the width and from how far the model is from its base
+    learning_rate: float | None = None
     seed: int = 0
     device: str = "auto"
     overwrite: bool = False
@@ -291,7 +291,7 @@ class FinetuneConfig:
         check_at_least("--seq-len", self.seq_len, 2)
         check_at_least("--batch-size", self.batch_size, 1)
         check_at_least("--epochs", self.epochs, 1)
-        if not 0 < self.learning_rate < math.inf:
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InputError(
                 f"--learning-rate must be a finite number > 0, got {self.learning_rate}"
             )

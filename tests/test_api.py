@@ -153,7 +153,7 @@ DEFAULTS = {
         "batch_size": 8,
         "packing": True,
         "epochs": 1,
-        "learning_rate": 1e-3,
+        "learning_rate": None,
         "seed": 0,
         "device": "auto",
         "overwrite": False,

@@ -66,6 +66,18 @@ def test_finetune_brings_the_model_closer(kind, compressed, text_file, tokenizer
     assert sizes[0]["params"] == sizes[1]["params"]
 
 
+def test_the_rate_follows_the_divergence(compressed, text_file, tmp_path):
+    base, model = compressed["mamba"]
+    options = {**OPTIONS, "learning_rate": None, "tokens": 300}
+    report = lillama.finetune(model, tmp_path / "out", base=base, text=text_file, device="cpu",
+                              **options)  # fmt: skip
+    width = json.loads((base / "config.json").read_text())["hidden_size"]
+    expected = 1.8e-3 * (report["kl_before"] * 128 / width) ** 0.5
+    assert report["learning_rate"] == pytest.approx(expected) and 0 < report["kl_before"] < 1
+    recorded = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert recorded["learning_rate"] == report["learning_rate"]
+
+
 def test_the_start_is_kept_where_training_harms(compressed, text_file, tmp_path):
     base, model = compressed["mamba"]
     report = lillama.finetune(
