@@ -25,11 +25,10 @@ class PivotFactors(NamedTuple):
 def _first_pivots(B: Tensor) -> Tensor:
     """R rows of B [N, R] by elimination with row pivoting, as LU does it."""
     _, pivots, _ = torch.linalg.lu_factor_ex(B)
-    rows = torch.arange(len(B), device=B.device)
+    rows = list(range(len(B)))
     for place, other in enumerate((pivots - 1).tolist()):
-        if place != other:
-            rows[[place, other]] = rows[[other, place]]
-    return rows[: B.shape[1]]
+        rows[place], rows[other] = rows[other], rows[place]
+    return torch.tensor(rows[: B.shape[1]], device=B.device)
 
 
 def to_pivot(A: Tensor, B: Tensor) -> PivotFactors:
