@@ -2,7 +2,6 @@
 nearer to what the model knows (data-free distillation, e.g. LLM-QAT, Liu et al., arXiv 2305.17888).
 """
 
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,9 +107,11 @@ def _texts(
         pad_token_id=start,
     )
     devices = [device] if device.type == "cuda" else []
-    for batch in itertools.count():
+    # PyTorch's CPU generator takes 32 bits of a seed
+    seeds = torch.Generator().manual_seed(config.seed)
+    while True:
         with fast_mamba(), torch.random.fork_rng(devices):
-            torch.manual_seed(config.seed + (batch << 32))
+            torch.manual_seed(int(torch.randint(2**32, (), generator=seeds)))
             output = model.generate(prompt, attention_mask=torch.ones_like(prompt))
         documents = [part for ids in output[:, 1:].tolist() for part in _split(ids, end)]
         texts = [str(tokenizer.decode(part, skip_special_tokens=True)) for part in documents]

@@ -41,6 +41,21 @@ def test_sample_writes_rows_that_calibrate(kind, request, tmp_path):
     assert rows(again) == texts != rows(other)
 
 
+def test_no_batch_repeats_another(mamba, tmp_path):
+    out = tmp_path / "text.jsonl"
+    options = {"tokens": 600, "seq_len": 33, "batch_size": 2, "device": "cpu"}
+    lillama.sample(mamba, out, **options)
+    texts = [json.loads(line)["text"] for line in out.read_text("utf-8").splitlines()]
+    starts = [text[:12] for text in texts if len(text) > 12]
+    assert len(starts) > 8 and len(set(starts)) == len(starts)
+    again = tmp_path / "again.jsonl"
+    lillama.sample(mamba, again, **options)
+    assert [json.loads(line)["text"] for line in again.read_text("utf-8").splitlines()] == texts
+    other = tmp_path / "other.jsonl"
+    lillama.sample(mamba, other, seed=1, **options)
+    assert json.loads(other.read_text("utf-8").splitlines()[1])["text"] not in texts
+
+
 def test_cold_text_is_what_the_model_holds_likeliest(mamba, tmp_path):
     """At a temperature near 0 every sequence is the greedy one."""
     file = tmp_path / "own.jsonl"
