@@ -16,6 +16,7 @@ from lillama.cli_eval import evaluate
 from lillama.cli_options import (
     ActivationMemory,
     BatchSize,
+    BudgetOption,
     CalibrationTexts,
     CheckpointSeconds,
     DeviceOption,
@@ -97,6 +98,7 @@ def compress(
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
     gauge: GaugeOption = None,
+    budget: BudgetOption = _COMPRESS["budget"],
     loss: LossOption = _COMPRESS["loss"],
     packing: Packing = _COMPRESS["packing"],
     train: TrainOption = _COMPRESS["train"],
@@ -125,6 +127,7 @@ def compress(
             strategy=strategy,
             targets=names(targets),
             gauge=gauge,
+            budget=budget,
             loss=loss,
             packing=packing,
             train=train,

@@ -9,6 +9,7 @@ import typer
 __all__ = [
     "ActivationMemory",
     "BatchSize",
+    "BudgetOption",
     "CalibrationTexts",
     "CheckpointSeconds",
     "DeviceOption",
@@ -93,6 +94,13 @@ StrategyOption = Annotated[
     typer.Option(
         help="global, uniform, bottom or top; the preset's choice when left out.",
         show_default=False,
+    ),
+]
+BudgetOption = Annotated[
+    str,
+    typer.Option(
+        help="What --reduction is a share of: stored (the checkpoint's bytes) or active (the "
+        "parameters that one token uses)."
     ),
 ]
 GaugeOption = Annotated[

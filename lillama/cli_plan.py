@@ -11,6 +11,7 @@ from rich.table import Table
 from lillama.cli_advice import print_advice
 from lillama.cli_options import (
     ActivationMemory,
+    BudgetOption,
     DeviceOption,
     GaugeOption,
     Json,
@@ -86,6 +87,7 @@ def plan(
     strategy: StrategyOption = None,
     targets: TargetsOption = None,
     gauge: GaugeOption = None,
+    budget: BudgetOption = _PLAN["budget"],
     tokens: TokensOption = None,
     seq_len: SeqLen = _PLAN["seq_len"],
     train: TrainOption = _PLAN["train"],
@@ -106,8 +108,9 @@ def plan(
         "activation_memory": parse_bytes("--activation-memory", activation_memory),
     }
     if advise:
-        if strategy not in (None, "global") or not train:
+        if strategy not in (None, "global") or not train or budget != _PLAN["budget"]:
             wrong = "--no-train" if not train else f"--strategy {strategy}"
+            wrong = wrong if budget == _PLAN["budget"] else f"--budget {budget}"
             raise InputError(
                 f"--advise compares presets fast and default as they are; leave {wrong} out"
             )
@@ -123,7 +126,7 @@ def plan(
     chosen: Any = preset or _PLAN["preset"]
     which: Any = strategy
     _print(
-        run(model, reduction, preset=chosen, strategy=which, train=train, **shared),
+        run(model, reduction, preset=chosen, strategy=which, train=train, budget=budget, **shared),
         f"{model}, --reduction {reduction}",
         as_json,
     )

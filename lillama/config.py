@@ -15,6 +15,7 @@ from lillama.hub_text import HubText
 __all__ = [
     "PRESETS",
     "RANK_MULTIPLE",
+    "Budget",
     "CompressConfig",
     "ExportConfig",
     "ExportFormat",
@@ -40,6 +41,7 @@ Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
 LossForm = Literal["l1_cosine", "nmse"]
 Gauge = Literal["plain", "pivot"]
+Budget = Literal["stored", "active"]
 ExportFormat = Literal["dense", "plain", "pivot"]
 
 # Ranks are multiples of this: grouped matrix products need rows of 16 bytes (8 bf16 numbers).
@@ -180,6 +182,8 @@ class PlanConfig:
     targets: tuple[str, ...] | None = None
     # None: the preset's
     gauge: Gauge | None = None
+    # what `reduction` is a share of: bytes of the checkpoint, or parameters that one token uses
+    budget: Budget = "stored"
     tokens: int | None = None
     seq_len: int = 512
     train: bool = True
@@ -195,6 +199,7 @@ class PlanConfig:
         check_choice("--preset", self.preset, tuple(PRESETS))
         check_choice("--strategy", self.strategy, get_args(Strategy), optional=True)
         check_choice("--gauge", self.gauge, get_args(Gauge), optional=True)
+        check_choice("--budget", self.budget, get_args(Budget))
         check_at_least("--tokens", self.num_tokens, 1)
         check_at_least("--seq-len", self.seq_len, 2)
         check_at_least("--activation-memory", self.activation_memory, 0)

@@ -70,11 +70,11 @@ MAX_FUNCTION_LINES = 60
 LONG = {"tests/test_data.py", "examples/train_teacher.py:main"}
 
 OPTIONS = {
-    "compress": "--activation-memory --checkpoint-seconds --device --dtype --events --gauge "
-    "--json --loss --overwrite --packing --preset --reduction --revision --seed --seq-len "
+    "compress": "--activation-memory --budget --checkpoint-seconds --device --dtype --events "
+    "--gauge --json --loss --overwrite --packing --preset --reduction --revision --seed --seq-len "
     "--strategy --targets --text --tokens --train",
-    "plan": "--activation-memory --advise --device --gauge --json --preset --reduction --retain "
-    "--revision --seq-len --strategy --targets --text --tokens --train",
+    "plan": "--activation-memory --advise --budget --device --gauge --json --preset --reduction "
+    "--retain --revision --seq-len --strategy --targets --text --tokens --train",
     "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
     "--packing --revision --seed --seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --generations --json --limit --metric "

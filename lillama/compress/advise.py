@@ -76,9 +76,9 @@ class _Found:
         plan = self.plan
         if self.losses is None:
             rules = RankRules.for_hidden_size(plan.config.hidden_size)
-            ranks = allocate(plan.matrices, plan.params_before, reduction, plan.strategy, rules)
+            ranks = allocate(plan.matrices, plan.budget_total, reduction, plan.strategy, rules)
         else:
-            ranks = allocate_globally(plan.matrices, plan.params_before, reduction, self.losses)
+            ranks = allocate_globally(plan.matrices, plan.budget_total, reduction, self.losses)
         return replace(plan, ranks=ranks)
 
     def expected(self, plan: Plan) -> float | None:

@@ -20,7 +20,8 @@ class Matrix:
     is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
-    R (K + N), and the order of the N outputs.
+    R (K + N), and the order of the N outputs. counts: what one of its numbers counts in the
+    budget; 1 where that is what is stored.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Matrix:
     N: int
     K: int
     pivot: bool = False
+    counts: int = 1
 
     def numbers(self, rank: int) -> int:
         """Parameters of its factors."""
@@ -71,8 +73,9 @@ class Matrix:
         return self.N * self.K - self.numbers(rank)
 
     def saved(self, rank: int) -> int:
-        """What rank `rank` frees of the file, in numbers: budgets count the order too."""
-        return self.params_saved(rank) - self.order
+        """What rank `rank` frees of the budget: of the file, in numbers, and there the order counts
+        too."""
+        return self.counts * (self.params_saved(rank) - self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ class RankRules:
 
 
 def removed(matrices: Sequence[Matrix], ranks: dict[str, int]) -> int:
-    """What an allocation frees of the file, in numbers."""
+    """What an allocation frees of the budget."""
     return sum(matrix.saved(ranks[matrix.name]) for matrix in matrices if matrix.name in ranks)
 
 
@@ -183,9 +186,11 @@ def allocate(
     reduction: float,
     strategy: Strategy,
     rules: RankRules,
+    what: str = "the model's parameters",
 ) -> dict[str, int]:
-    """Choose ranks that free at least `reduction` of what `total_params` take, in the order of
-    `matrices`; where the gauge is plain, that is the share of parameters removed.
+    """Choose ranks that free at least `reduction` of `total_params`, what the whole model counts in
+    the budget (for an error: `what` that is), in the order of `matrices`; where the gauge is plain
+    and what is stored counts, that is the share of parameters removed.
     "global" needs more than shapes: it gives the ranks of "uniform" here, see `allocate_globally`.
 
     Raises:
@@ -199,7 +204,7 @@ def allocate(
         floor = RANK_MULTIPLE if by_shape else rules.min_rank
         raise InputError(
             f"--reduction {reduction} cannot be reached: with strategy {strategy} and ranks of at "
-            f"least {floor} at most {limit} of the model's parameters can be removed"
+            f"least {floor} at most {limit} of {what} can be removed"
             + ("" if by_shape else "; lower --reduction or use --strategy uniform")
         )
     if by_shape:

@@ -69,9 +69,7 @@ class _Finetuning:
         for parameter in student.parameters():
             parameter.requires_grad_(id(parameter) not in outside)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), weight_decay=0.01, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=0.01, fused=True)
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
 

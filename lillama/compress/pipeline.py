@@ -83,6 +83,8 @@ def _sizes(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> dic
     return {
         "params_before": plan.params_before,
         "params_after": plan.params_after,
+        "active_params_before": plan.active_params_before,
+        "active_params_after": plan.active_params_after,
         "reduction": plan.reduction,
         "target_reduction": options.reduction,
         "target_weights_reduction": plan.target_weights_reduction,

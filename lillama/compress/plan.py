@@ -22,6 +22,7 @@ from lillama.checkpoint import (
     read_headers,
 )
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
+from lillama.compress.budget import active_params, active_saved, of_active, token_share
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
 from lillama.families import FAMILIES, Family
@@ -45,6 +46,9 @@ class Plan:
     matrices: tuple[Matrix, ...]
     ranks: dict[str, int]
     params_before: int
+    # what the whole model counts in the budget, see `Matrix.counts`
+    budget_total: int
+    active_params_before: int
     bytes_before: int
     item_bytes: float
     block_path: str
@@ -59,6 +63,12 @@ class Plan:
     def params_after(self) -> int:
         saved = (m.params_saved(self.ranks[m.name]) for m in self.matrices if m.name in self.ranks)
         return self.params_before - sum(saved)
+
+    @property
+    def active_params_after(self) -> int:
+        """Parameters that one token uses."""
+        after = self.active_params_before
+        return round(after - active_saved(self.family, self.config, self.matrices, self.ranks))
 
     @property
     def reduction(self) -> float:
@@ -109,11 +119,8 @@ class Plan:
 
     def flops_per_token(self, matrix: Matrix, rank: int | None) -> float:
         """FLOPs of one matrix for one token, experts weighted by the share of tokens they see."""
-        share = 1.0
-        if self.family.experts is not None and self.family.experts.parse(matrix.name):
-            share = self.config.num_experts_per_tok / self.family.num_experts(self.config)
         numbers = matrix.N * matrix.K if rank is None else matrix.numbers(rank)
-        return 2 * numbers * share
+        return 2 * numbers * float(token_share(self.family, self.config, matrix.name))
 
     def as_json(self) -> dict:
         """The document of `lillama plan --json`; `matrices` lists the factorised ones."""
@@ -147,6 +154,8 @@ class Plan:
             "ranks_are_final": self.ranks_are_final,
             "params_before": self.params_before,
             "params_after": self.params_after,
+            "active_params_before": self.active_params_before,
+            "active_params_after": self.active_params_after,
             "reduction": self.reduction,
             "target_weights_reduction": self.target_weights_reduction,
             "bytes_before": self.bytes_before,
@@ -314,7 +323,11 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     matrices = find_matrices(model, family, options.targets, gauge, vocabulary=vocabulary)
     if any(m.name in family.vocabulary.values() for m in matrices):
         _check_vocabulary_targets(options)
-    params = sum(parameter.numel() for parameter in model.parameters())
+    params = budget_total = sum(parameter.numel() for parameter in model.parameters())
+    what = "the model's parameters"
+    if options.budget == "active":
+        matrices, budget_total = of_active(matrices, model, family, options.targets)
+        what = "the parameters that a token uses"
     rules = RankRules.for_hidden_size(config.hidden_size)
     headers = _headers(path, model, family, needs_weights)
     bytes_before, buffer_bytes = _bytes_before(path, model, params, headers)
@@ -323,13 +336,15 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         family=family,
         strategy=strategy,
         matrices=matrices,
-        ranks=allocate(matrices, params, options.reduction, strategy, rules),
+        ranks=allocate(matrices, budget_total, options.reduction, strategy, rules, what),
         params_before=params,
+        budget_total=budget_total,
+        active_params_before=round(active_params(model, family)),
         bytes_before=bytes_before,
         item_bytes=(bytes_before - buffer_bytes) / params,
         block_path=block_list(model)[0],
         attention=str(model.config._attn_implementation),
-        max_reduction=max_removable(matrices, strategy, rules) / params,
+        max_reduction=max_removable(matrices, strategy, rules) / budget_total,
         ranks_are_final=strategy != "global",
         gauge=gauge,
         headers=headers,
@@ -353,8 +368,8 @@ def plan(
             of the Hub, of which config.json, tokenizer and the headers of the shards are fetched.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         preset, strategy, targets, gauge: as for `compress`.
-        options: tokens, seq_len, train, activation_memory, as for `compress`; they decide the
-            memory it will need.
+        options: budget, and tokens, seq_len, train, activation_memory, which decide the memory it
+            will need, as for `compress`.
 
     Returns:
         `peak_memory_bytes` (host memory by phase and their "peak"; absent where there are no

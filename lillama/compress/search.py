@@ -93,7 +93,7 @@ def _measure(
     measure_sensitivity(teacher, matrices, blocks, recipe, memory, tick, options.seed, on_block)
     ranks = plan.ranks
     if not plan.ranks_are_final:
-        ranks = allocate_globally(plan.matrices, plan.params_before, options.reduction, losses)
+        ranks = allocate_globally(plan.matrices, plan.budget_total, options.reduction, losses)
     chosen = {matrix.name: matrix.ranks.index(ranks[matrix.name])
               for matrix in plan.matrices if ranks.get(matrix.name) in matrix.ranks}  # fmt: skip
     increase = sum(losses[name][place] for name, place in chosen.items())
