@@ -59,7 +59,7 @@ def _block(plan: Plan, headers: Mapping[str, TensorHeader], index: int) -> _Bloc
     experts = plan.family.experts
     stacked = other = numbers = 0
     for name, header in headers.items():
-        if not name.startswith(f"{plan.block_path}.{index}."):
+        if not name.startswith(f"{plan.block_paths[index]}."):
             continue
         if experts is not None and experts.parse(name.removesuffix(".weight")):
             stacked += header.num_bytes

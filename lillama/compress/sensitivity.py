@@ -104,7 +104,7 @@ class _Pass:
             sink.flush()
             if not bool(finite):
                 raise RunError(
-                    f"the output of {self.teacher.block_path}.{index} (teacher) holds NaN or "
+                    f"the output of {self.teacher.block_paths[index]} (teacher) holds NaN or "
                     "infinity; the weights of this block or of one before it are broken"
                 )
 
@@ -249,7 +249,7 @@ def measure_sensitivity(
         for index in range(len(teacher.blocks) - 1, first - 1, -1):
             targets = by_block.get(index, [])
             with teacher.block(index) as block:
-                prefix = f"{teacher.block_path}.{index}."
+                prefix = f"{teacher.block_paths[index]}."
                 keys = {m.name: key_of(teacher.family, prefix, m.name) for m in targets}
                 linears = [key for key in keys.values() if isinstance(key, str)]
                 with_experts = len(linears) < len(keys)

@@ -45,13 +45,14 @@ def _numbers_of_blocks(plan: Plan, headers: Mapping[str, TensorHeader]) -> list[
     share = 0.0
     if experts is not None:
         share = plan.config.num_experts_per_tok / plan.family.num_experts(plan.config)
-    found = [0.0] * plan.config.num_hidden_layers
-    prefix = f"{plan.block_path}."
+    places = {path: index for index, path in enumerate(plan.block_paths)}
+    depth = plan.block_paths[0].count(".") + 1
+    found = [0.0] * len(places)
     for name, header in headers.items():
-        if not name.startswith(prefix):
+        index = places.get(".".join(name.split(".")[:depth]))
+        if index is None:
             continue
         inside = experts is not None and experts.parse(name.removesuffix(".weight"))
-        index = int(name.removeprefix(prefix).partition(".")[0])
         found[index] += math.prod(header.shape) * (share if inside else 1.0)
     return found
 
@@ -163,7 +164,7 @@ def decoded_numbers(plan: Plan, headers: Mapping[str, TensorHeader]) -> tuple[fl
     outside = sum(
         math.prod(header.shape)
         for name, header in headers.items()
-        if not name.startswith(f"{plan.block_path}.")
+        if not name.startswith(tuple(f"{path}." for path in plan.block_paths))
     )
     if not plan.config.tie_word_embeddings:
         outside -= embeddings - plan.config.hidden_size
