@@ -112,7 +112,7 @@ class AudioClips:
     def seconds(self) -> float:
         """Of sound, without the silence."""
         rate = self.extractor.sampling_rate
-        return sum(wav_seconds(file, rate) for file in self.files)
+        return round(sum(wav_seconds(file, rate) for file in self.files), 2)
 
     @property
     def sha256(self) -> str:

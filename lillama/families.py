@@ -30,6 +30,7 @@ __all__ = [
     "declared_family",
     "family_of",
     "is_speech",
+    "is_speech_matrix",
 ]
 
 # The three projections of a gated expert, in the order the files of this project use.
@@ -356,6 +357,11 @@ def is_speech(config: Any) -> bool:
     """Whether a model of this config hears: its input is audio, its blocks an encoder's and a
     decoder's."""
     return config.model_type in SPEECH_FAMILIES
+
+
+def is_speech_matrix(name: str) -> bool:
+    """The same, told by the hub name of a matrix: an encoder's, or one beside what it puts out."""
+    return name.startswith("model.encoder.") or ".encoder_attn." in name
 
 
 def declared_family(model_type: str) -> Family | None:

@@ -28,6 +28,7 @@ from lillama.integrations.transformers import dense_shapes, register
 from lillama.skeleton import auto_class, skeleton
 
 __all__ = [
+    "check_text_model",
     "check_vocabulary",
     "choose_device",
     "count_params",
@@ -56,7 +57,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _check_text(path: Path, config: PretrainedConfig) -> None:
+def check_text_model(path: Path, config: PretrainedConfig) -> None:
     """Raises InputError for a speech model."""
     if is_speech(config):
         raise InputError(
@@ -70,7 +71,7 @@ def load_tokenizer(path: Path, *, speech: bool = False) -> PreTrainedTokenizerBa
     is of a speech model."""
     config = read_config(path)
     if not speech:
-        _check_text(path, config)
+        check_text_model(path, config)
     # without any, transformers makes an empty tokenizer
     if not any((path / name).is_file() for name in VOCABULARY_FILES):
         raise InputError(f"{path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
@@ -119,7 +120,7 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
         that do not fit.
     """
     config = read_config(path)
-    _check_text(path, config)
+    check_text_model(path, config)
     compression = compression_of(config)
     headers = read_headers(path)
     if compression is None:

@@ -2,6 +2,7 @@
 read."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lillama.checkpoint import dtype_of
 from lillama.errors import InputError
 from lillama.families import is_speech
 
-__all__ = ["auto_class", "block_list", "named_blocks", "skeleton"]
+__all__ = ["auto_class", "block_list", "block_of", "named_blocks", "skeleton"]
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -39,6 +40,13 @@ def named_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
     if is_speech(model.config):
         lists.insert(0, _list_in(model, model.get_encoder(), model.config.encoder_layers))
     return {f"{path}.{i}": block for path, blocks in lists for i, block in enumerate(blocks)}
+
+
+def block_of(name: str, places: Mapping[str, int]) -> int | None:
+    """The number of the block that a tensor belongs to, None outside; `places`: {path: number} of
+    `named_blocks`, all of one depth."""
+    depth = next(iter(places)).count(".") + 1
+    return places.get(".".join(name.split(".")[:depth]))
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -194,7 +194,10 @@ def speech_blocks(
             know, or too few clips.
     """
     extractor = _extractor(model, config)
-    rows = [row for path in dict.fromkeys(manifests) for row in read_manifest(path)]
+    if len({Path(path).resolve() for path in manifests}) < len(manifests):
+        names = ", ".join(map(str, manifests))
+        raise InputError(f"a manifest is given twice: {names}; give it once")
+    rows = [row for path in manifests for row in read_manifest(path)]
     random.Random(seed).shuffle(rows)
     length = config.max_source_positions
     train, held_out = _chosen(rows, tokens, most, length)

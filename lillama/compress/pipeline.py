@@ -21,7 +21,7 @@ from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import measured_curves, search_ranks
-from lillama.compress.speech import check_speech_options, speech_calibration
+from lillama.compress.speech import check_speech_options, heard, speech_calibration
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data import TokenBlocks, calibration_blocks
@@ -329,6 +329,7 @@ def _compress(
         report = {
             **_sizes(config, plan, writer),
             "tokens": blocks[0].num_tokens,
+            **heard(blocks[0]),
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_bytes": peak_memory_bytes(device),
             "predicted_host_memory_bytes": predicted,
@@ -373,6 +374,6 @@ def _finish(
     writer.finish(
         config_json(options, plan),
         report=report if curves is None else {**report, "rank_losses": curves},
-        model_card=model_card(options, report),
+        model_card=model_card(options, plan, report),
         copies=copies,
     )

@@ -24,7 +24,7 @@ from lillama.checkpoint import (
 from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
-from lillama.families import Family, declared_family
+from lillama.families import Family, declared_family, is_speech
 from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model, remote_headers
 from lillama.modules.dense_linear import linear_shape
@@ -206,6 +206,8 @@ def find_matrices(
 
 def _vocabulary_problem(model: PreTrainedModel, family: Family) -> str | None:
     """Why embeddings and output head cannot be factorised; None where they can."""
+    if is_speech(model.config):
+        return "the embeddings and the output head of a speech model cannot be factorised"
     if model.config.tie_word_embeddings:
         return (
             "embeddings and output head of this model share one matrix, which cannot be factorised"

@@ -73,9 +73,9 @@ class _Pass:
         self.gradient = self._new()
         self.part = teacher.rows_of(sample, 0)
 
-    def _new(self) -> ActivationStore:
+    def _new(self, dtype: torch.dtype | None = None) -> ActivationStore:
         shape = (*self.part.shape, self.teacher.model.config.hidden_size)
-        return self.memory.new(shape, self.dtype)
+        return self.memory.new(shape, dtype or self.dtype)
 
     def close(self) -> None:
         for store in (*self.borders, self.gradient, self.encoded, self.at_encoded):
@@ -130,7 +130,8 @@ class _Pass:
     @torch.no_grad()
     def _enter_decoder(self) -> None:
         assert isinstance(self.teacher, EncoderDecoderBlocks)
-        self.encoded, self.at_encoded = self._new(), self._new()
+        # every block of the decoder adds to it: in fp32
+        self.encoded, self.at_encoded = self._new(), self._new(torch.float32)
         for rows in self.batches():
             hidden = self.borders[-1].read(rows).to(self.device, torch.float32)
             self.encoded.write(rows, self.teacher.encoded(hidden))

@@ -13,7 +13,7 @@ from lillama.hub_text import HubText
 from lillama.loading import check_vocabulary, load_tokenizer
 from lillama.speech import speech_blocks
 
-__all__ = ["check_speech_options", "speech_calibration"]
+__all__ = ["check_speech_options", "heard", "speech_calibration"]
 
 
 def check_speech_options(options: CompressConfig) -> None:
@@ -38,6 +38,12 @@ def check_speech_options(options: CompressConfig) -> None:
         raise InputError(
             "a speech model is compressed by one process; start the command without torchrun"
         )
+
+
+def heard(blocks: TokenBlocks) -> dict[str, Any]:
+    """What the report says of clips; {} where there are none."""
+    clips = blocks.clips
+    return {} if clips is None else {"clips": clips.shape[0], "audio_seconds": clips.seconds}
 
 
 def _generation(path: Path) -> Any:

@@ -14,6 +14,7 @@ from lillama.compress.allocate import Matrix
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.plan import Plan
 from lillama.config import PlanConfig
+from lillama.skeleton import block_of
 
 __all__ = ["Work", "count_work", "decoded_numbers", "token_share"]
 
@@ -46,10 +47,9 @@ def _numbers_of_blocks(plan: Plan, headers: Mapping[str, TensorHeader]) -> list[
     if experts is not None:
         share = plan.config.num_experts_per_tok / plan.family.num_experts(plan.config)
     places = {path: index for index, path in enumerate(plan.block_paths)}
-    depth = plan.block_paths[0].count(".") + 1
     found = [0.0] * len(places)
     for name, header in headers.items():
-        index = places.get(".".join(name.split(".")[:depth]))
+        index = block_of(name, places)
         if index is None:
             continue
         inside = experts is not None and experts.parse(name.removesuffix(".weight"))
