@@ -337,6 +337,7 @@ SPEECH_FAMILIES: dict[str, Family] = {
     "whisper": _dense(
         "whisper",
         {**_SELF_ATTENTION, **_CROSS_ATTENTION, "fc1": "fc1", "fc2": "fc2"},
+        paper_strategy="uniform",
         embedding="model.decoder.embed_tokens",
         head="proj_out",
         runtime_head="proj_out",
