@@ -69,21 +69,8 @@ class TeacherBlocks:
             path for path, module in self.model.named_modules() if is_transposed(module)
         }
         self._open: dict[Path, Any] = {}
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         meta = self.model.state_dict()
-        # hub tensor name -> runtime parameter it becomes (part of)
-        self.runtime = {
-            name: target
-            for name in self.headers
-            if (
-                target := rename_source_key(
-                    name, renamings, converters, self.model.base_model_prefix, meta
-                )[0]
-            )
-            in meta
-        }
+        self.runtime = self._runtime_names(meta)
         if len(self.runtime) < len(self.headers):
             unknown = sorted(set(self.headers) - set(self.runtime))
             logger.warning(
@@ -112,6 +99,22 @@ class TeacherBlocks:
         for name in self._before:
             # small, and needed for every batch
             self._loaded.add(self._load(name).to(dtype))
+
+    def _runtime_names(self, meta: dict[str, Tensor]) -> dict[str, str]:
+        """{hub tensor name: runtime parameter it becomes (part of)}."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return {
+            name: target
+            for name in self.headers
+            if (
+                target := rename_source_key(
+                    name, renamings, converters, self.model.base_model_prefix, meta
+                )[0]
+            )
+            in meta
+        }
 
     def check_names(self, matrices: Iterable[str]) -> None:
         """Raises InputError where the checkpoint calls a matrix otherwise than the family does."""
