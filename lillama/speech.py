@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 AUDIO_KEYS = ("audio", "file_name")
 TEXT_KEYS = ("text", "transcription", "sentence")
 FEWEST_HELD_OUT = 8
+# share of what the model hears; below it a warning tells
+FEWEST_SOUND = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +143,22 @@ def _extractor(path: Path, config: Any) -> Any:
 
 def _check_lengths(rows: Sequence[Utterance], extractor: Any) -> None:
     rate = extractor.sampling_rate
-    longest = extractor.n_samples / rate
+    longest, total = extractor.n_samples / rate, 0.0
     for row in rows:
         seconds = wav_seconds(row.audio, rate)
+        total += seconds
         if seconds > longest:
             raise InputError(
                 f"{row.where}: {row.audio} lasts {seconds:.1f} s, the model hears {longest:g} s; "
                 "cut it, and its transcript"
             )
+    share = total / (longest * len(rows))
+    if share < FEWEST_SOUND:
+        logger.warning(
+            "the clips fill %.0f%% of the %g s that the model hears, the rest is silence and counts "
+            "as much; join neighbours, and their transcripts, to nearly %g s",
+            100 * share, longest, longest,
+        )  # fmt: skip
 
 
 def _chosen(rows: list[Utterance], tokens: int | None, most: int, length: int) -> tuple[int, int]:

@@ -141,6 +141,13 @@ def test_a_clip_that_is_too_long_is_named(folder, tokenizer, tmp_path):
         blocks_of(folder, tokenizer, path)
 
 
+def test_clips_that_are_mostly_silence_are_warned_of(folder, tokenizer, tmp_path, caplog):
+    blocks_of(folder, tokenizer)
+    assert "silence" not in caplog.text
+    blocks_of(folder, tokenizer, manifest(tmp_path, *[{"audio": "a.wav", "text": "x"}] * 9))
+    assert "the clips fill 6% of the 1 s that the model hears, the rest is silence" in caplog.text
+
+
 def test_an_extractor_of_another_model_is_refused(folder, tokenizer):
     config = whisper_config(num_mel_bins=128)
     with pytest.raises(InputError, match="makes 100 frames of 80 numbers, the model wants 100 of"):
