@@ -155,7 +155,7 @@ def _check_lengths(rows: Sequence[Utterance], extractor: Any) -> None:
     share = total / (longest * len(rows))
     if share < FEWEST_SOUND:
         logger.warning(
-            "the clips fill %.0f%% of the %g s that the model hears, the rest is silence and counts "
+            "clips fill %.0f%% of the %g s that the model hears, the rest is silence that counts "
             "as much; join neighbours, and their transcripts, to nearly %g s",
             100 * share, longest, longest,
         )  # fmt: skip
