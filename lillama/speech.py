@@ -96,17 +96,19 @@ def _column(row: dict[str, Any], keys: Sequence[str], where: str) -> str:
 def _start_tokens(tokenizer: Any, config: Any, generation: Any) -> Callable[[Utterance], list[int]]:
     """The tokens before the transcript of a row, as the model was trained: Whisper's say start,
     language, task and that there are no timestamps; any other tokenizer's, the start alone."""
-    several = bool(getattr(generation, "is_multilingual", False))
-    own = getattr(tokenizer, "language", None)
+    several, own = bool(getattr(generation, "is_multilingual", False)), None
+    told = hasattr(tokenizer, "set_prefix_tokens")
+    if told:
+        own = tokenizer.language
+    elif several:
+        raise InputError(
+            f"generation_config.json says is_multilingual, but {type(tokenizer).__name__} knows no "
+            "languages; copy the files of the model's own tokenizer"
+        )
     found: dict[str | None, list[int]] = {}
 
     def of(row: Utterance) -> list[int]:
         language = row.language or own
-        if language in found:
-            return found[language]
-        if not hasattr(tokenizer, "set_prefix_tokens"):
-            found[language] = [config.decoder_start_token_id]
-            return found[language]
         if several and language is None:
             raise InputError(
                 f"{row.where} has no key 'language', and the model knows several; add it, as in "
@@ -117,16 +119,21 @@ def _start_tokens(tokenizer: Any, config: Any, generation: Any) -> Callable[[Utt
                 f"{row.where}: 'language' is for models that know several, and this one's "
                 "generation_config.json does not say is_multilingual; leave it out"
             )
-        try:
-            if several:
-                tokenizer.set_prefix_tokens(language, task="transcribe", predict_timestamps=False)
-            found[language] = list(tokenizer.prefix_tokens)
-        except (ValueError, KeyError) as error:
-            why = " ".join(str(error).split())
-            raise InputError(f"{row.where}: {why}") from error
+        if language not in found:
+            found[language] = _start_of(tokenizer, language, several, row.where) if told else start
         return found[language]
 
+    start = [config.decoder_start_token_id]
     return of
+
+
+def _start_of(tokenizer: Any, language: str | None, several: bool, where: str) -> list[int]:
+    try:
+        if several:
+            tokenizer.set_prefix_tokens(language, task="transcribe", predict_timestamps=False)
+        return list(tokenizer.prefix_tokens)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
 
 
 def _extractor(path: Path, config: Any) -> Any:

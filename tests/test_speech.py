@@ -184,6 +184,14 @@ def test_a_model_of_one_language_has_a_shorter_start(whisper_tokenizer, folder, 
         blocks_of(folder, fresh, path, generation=several)
 
 
+def test_another_tokenizer_knows_no_languages(tokenizer, folder, tmp_path):
+    path = manifest(tmp_path, *[{"audio": "a.wav", "text": "x", "language": "en"}] * 9)
+    with pytest.raises(InputError, match="'language' is for models that know several"):
+        blocks_of(folder, tokenizer, path)
+    with pytest.raises(InputError, match="says is_multilingual, but .* knows no languages"):
+        blocks_of(folder, tokenizer, path, generation=GenerationConfig(is_multilingual=True))
+
+
 def test_a_manifest_twice_is_refused(folder, tokenizer):
     path = folder / "manifest.jsonl"
     config, options = whisper_config(), {"tokens": None, "most": 10**6, "seq_len": 9}
