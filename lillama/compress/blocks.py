@@ -59,7 +59,8 @@ class TeacherBlocks:
         self.device = device
         self.dtype = dtype
         self.model = skeleton(config)
-        self.block_path, self._decoder = block_list(self.model)
+        self.block_path, decoder = block_list(self.model)
+        self._decoder: Sequence[nn.Module] = list(decoder)
         named = named_blocks(self.model)
         self.block_paths, self.blocks = list(named), list(named.values())
         # blocks of an encoder, which come first (`lillama.compress.encoder`)
@@ -85,16 +86,12 @@ class TeacherBlocks:
                 + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             )
         self._fill_buffers()
-        self._embeddings = next(
-            name
-            for name, module in self.model.named_modules()
-            if module is self.model.get_input_embeddings()
-        )
+        present, embeddings = dict(self.model.named_modules()), self.model.get_input_embeddings()
+        self._embeddings = next(n for n, module in present.items() if module is embeddings)
         self._loaded: set[nn.Module] = set()
         self._checked = declared_family(family.model_type) is not None  # whose tests do
         # whether the model takes the first of what a block returns; seen when it runs
         self._in_tuples = False
-        present = dict(self.model.named_modules())
         self._before = [name for name in family.before_blocks if name in present]
         for name in self._before:
             # small, and needed for every batch
@@ -368,7 +365,7 @@ class TeacherBlocks:
 
         grad = torch.set_grad_enabled(any(value.requires_grad for value in inputs.values()))
         with grad, contextlib.suppress(_Stop), blocks_as(blocks, recorder):
-            self._run(mask, **inputs)
+            self._run(mask, None, **inputs)
         return hidden[0], calls
 
     def _run(

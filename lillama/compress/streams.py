@@ -94,7 +94,8 @@ class Streams:
             if self.diverges_before(0):
                 self._embed_student(shard)
         else:
-            self.sets = [_Set(part, part, *[self._new(part)] * 2) for part in blocks]
+            stores = [self._new(part) for part in blocks]
+            self.sets = [_Set(p, p, s, s) for p, s in zip(blocks, stores, strict=True)]
 
     def close(self) -> None:
         """Give the memory and the files back."""

@@ -164,7 +164,9 @@ def labels_drawn(logits: Tensor) -> Tensor:
 def test_gradients_are_those_of_the_whole_model(host_bytes, whisper, part, tmp_path):
     device = torch.device("cpu")
     recipe = dataclasses.replace(
-        PRESETS["default"], gradient_damping=0.0, sensitivity_tokens=8 * POSITIONS, batch_size=3
+        PRESETS["default"],
+        **{"gradient_damping": 0.0, "shrinkage": 1e-6, "batch_size": 3},
+        sensitivity_tokens=8 * POSITIONS,
     )
     plan = make_plan(PlanConfig(model=whisper, reduction=0.1))
     found: dict[str, MatrixSensitivity] = {}
@@ -187,12 +189,13 @@ def test_gradients_are_those_of_the_whole_model(host_bytes, whisper, part, tmp_p
     model.requires_grad_(False)
     with torch.no_grad():
         labels = labels_drawn(model(**given).logits)
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str):
         def save(module, args, output):
             output.requires_grad_()
-            output.register_hook(lambda g: kept.update({name: g.double()}))
+            x = args[0].detach().double()
+            output.register_hook(lambda g: kept.update({name: (x, g.double())}))
 
         return save
 
@@ -202,9 +205,11 @@ def test_gradients_are_those_of_the_whole_model(host_bytes, whisper, part, tmp_p
         model(**given).logits.flatten(0, 1), labels.flatten(), reduction="none"
     )
     losses[part.mask.flatten()].sum().backward()
-    for name, g in kept.items():
-        W = model.get_submodule(name).get_parameter("weight").double()
-        g = g.flatten(0, 1) if g.shape[1] == POSITIONS else g[part.mask]
+    assert kept.keys() == found.keys()
+    for matrix in plan.matrices:
+        name, (x, g) = matrix.name, kept[matrix.name]
+        W = model.get_submodule(name).get_parameter("weight").detach().double()
+        x, g = (v.flatten(0, 1) if v.shape[1] == POSITIONS else v[part.mask] for v in (x, g))
         rows = g @ W if moment_side(*W.shape) == "input" else g
         want = rows.mT @ rows / len(g)
         scale = float(want.abs().max())
@@ -212,6 +217,13 @@ def test_gradients_are_those_of_the_whole_model(host_bytes, whisper, part, tmp_p
         torch.testing.assert_close(
             found[name].gradient.double(), want, rtol=1e-3, atol=1e-4 * scale
         )
+        # what the optimal product of each rank leaves, summed over all rows that the matrix sees,
+        # for each token of the transcripts: one unit for both halves
+        noise = recipe.shrinkage * x.square().mean() * torch.eye(x.shape[1])
+        H, C = g.mT @ g, x.mT @ x / len(x) + noise
+        square = torch.linalg.eigvals(H @ W @ C @ W.mT).real.clamp_min(0).sort(descending=True)[0]
+        left = [float(square[rank:].sum()) / 2 / int(part.mask.sum()) for rank in matrix.ranks]
+        assert found[name].losses == pytest.approx(left, rel=2e-2, abs=3e-3 * max(left))
 
 
 def test_moments_leave_padding_out_where_tokens_are_read(whisper, part, device):
