@@ -97,6 +97,7 @@ def test_compressed_model_loads_generates_and_saves_again(preset, whisper, compr
         weight = dense.get_submodule(name).weight
         assert torch.equal(model.get_submodule(name).weight, weight)
     ranks = model.config.quantization_config.ranks
+    assert model.config.quantization_config.tokens == done["tokens"] < 9 * CLIPS
     assert any(".encoder_attn." in name for name in ranks)
     for name in ranks:
         new, old = model.get_submodule(name), dense.get_submodule(name)

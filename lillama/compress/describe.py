@@ -132,7 +132,7 @@ here: {measure}
 """
 
 
-def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
+def config_json(options: CompressConfig, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
     """The base model's config.json, plus what is needed to build and trace the compressed one."""
     values = json.loads((options.model / "config.json").read_text("utf-8"))
     if options.dtype != "auto":
@@ -148,7 +148,8 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
         "base_model": str(options.model) if found is None else found.hub_id,
         "base_revision": None if found is None else found.commit,
         "recipe": options.preset,
-        "tokens": options.num_tokens,
+        # of clips there may be fewer than asked for
+        "tokens": report["tokens"] if "clips" in report else options.num_tokens,
         "producer": {"name": "lillama", "version": __version__},
     }
     return values

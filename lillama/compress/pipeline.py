@@ -372,7 +372,7 @@ def _finish(
     curves = measured_curves(writer)
     copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
     writer.finish(
-        config_json(options, plan),
+        config_json(options, plan, report),
         report=report if curves is None else {**report, "rank_losses": curves},
         model_card=model_card(options, plan, report),
         copies=copies,
