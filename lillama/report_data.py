@@ -21,7 +21,7 @@ from lillama.config import ReportConfig
 from lillama.errors import InputError
 from lillama.families import Family
 from lillama.families_generic import family_for
-from lillama.skeleton import block_list, skeleton
+from lillama.skeleton import block_of, named_blocks, skeleton
 
 __all__ = ["METRIC_NUMBERS", "TRAINED", "Facts", "Layer", "RankedMatrix", "read_facts"]
 
@@ -250,10 +250,10 @@ def _read_curves(file: Path, report: dict[str, Any]) -> dict[int, list[tuple[int
     return {block: sorted(losses.items()) for block, losses in sorted(found.items())}
 
 
-def _part_of(name: str, family: Family, block_path: str) -> str | int:
+def _part_of(name: str, family: Family, places: Mapping[str, int]) -> str | int:
     """The layer that a tensor belongs to, by its hub or runtime name."""
-    if name.startswith(f"{block_path}."):
-        return int(name.removeprefix(f"{block_path}.").partition(".")[0])
+    if (index := block_of(name, places)) is not None:
+        return index
     for part, prefix in (("embeddings", family.embedding), ("head", family.head)):
         if name.startswith(f"{prefix}."):
             return part
@@ -288,7 +288,7 @@ def _matrices(
         raise InputError(
             f"config.json has a rank of {unknown[0]}, which is no target of the run in recipe.json"
         )
-    blocks = range(model.config.num_hidden_layers)
+    blocks = range(len(named_blocks(model)))
     return tuple(
         RankedMatrix(
             matrix,
@@ -311,18 +311,18 @@ def _layers(
     before: Counter[str | int] = Counter()
     saved: Counter[str | int] = Counter()
     bytes_after: Counter[str | int] = Counter()
-    block_path = block_list(model)[0]
+    places = {path: index for index, path in enumerate(named_blocks(model))}
     # a model may call its head otherwise than its checkpoint does
     head: Any = model.get_output_embeddings()
     ends = {id(head.weight): "head"}
     ends[id(model.get_input_embeddings().weight)] = "embeddings"  # tied ones count here
     for name, parameter in model.named_parameters():
-        before[ends.get(id(parameter), _part_of(name, family, block_path))] += parameter.numel()
+        before[ends.get(id(parameter), _part_of(name, family, places))] += parameter.numel()
     for row in matrices:
         numbers = row.matrix.N * row.matrix.K - row.params_after
-        saved[_part_of(f"{row.matrix.name}.weight", family, block_path)] += numbers
+        saved[_part_of(f"{row.matrix.name}.weight", family, places)] += numbers
     for name, num_bytes in stored.items():
-        bytes_after[_part_of(name, family, block_path)] += num_bytes
+        bytes_after[_part_of(name, family, places)] += num_bytes
     names = {
         "embeddings": ("token embeddings", "emb"),
         "rest": ("final norm and other", "rest"),

@@ -22,6 +22,7 @@ LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "famili
 LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", "hub_text"}
 LEAVES |= {"shard_file", "skeleton", "version"}
 LEAVES |= {"config_advice"}
+LEAVES |= {"audio", "speech"}
 LAYERS = (
     LEAVES,
     {"modules"},

@@ -4,7 +4,7 @@ prepares them."""
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
+from lillama.audio import AudioClips
 from lillama.checkpoint import TensorHeader, hub_headers, read_headers
-from lillama.compress.arguments import by_name, check_arguments
+from lillama.compress.arguments import blocks_as, by_name, check_arguments
 from lillama.compress.calibrate import dense_experts_forward, experts_of
+from lillama.data import TokenBlocks
 from lillama.errors import InputError, RunError
-from lillama.families import FAMILIES, Family
+from lillama.families import Family, declared_family
 from lillama.modules.dense_linear import is_transposed
-from lillama.skeleton import block_list, skeleton
+from lillama.skeleton import auto_class, block_list, named_blocks, skeleton
 
-__all__ = ["TeacherBlocks"]
+__all__ = ["TeacherBlocks", "block_output"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,27 +59,19 @@ class TeacherBlocks:
         self.device = device
         self.dtype = dtype
         self.model = skeleton(config)
-        self.block_path, self.blocks = block_list(self.model)
+        self.block_path, decoder = block_list(self.model)
+        self._decoder: Sequence[nn.Module] = list(decoder)
+        named = named_blocks(self.model)
+        self.block_paths, self.blocks = list(named), list(named.values())
+        # blocks of an encoder, which come first (`lillama.compress.encoder`)
+        self.num_encoder = len(self.blocks) - len(self._decoder)
         self.headers = hub_headers(read_headers(path), family, self.block_path)
         self._transposed = {
             path for path, module in self.model.named_modules() if is_transposed(module)
         }
         self._open: dict[Path, Any] = {}
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         meta = self.model.state_dict()
-        # hub tensor name -> runtime parameter it becomes (part of)
-        self.runtime = {
-            name: target
-            for name in self.headers
-            if (
-                target := rename_source_key(
-                    name, renamings, converters, self.model.base_model_prefix, meta
-                )[0]
-            )
-            in meta
-        }
+        self.runtime = self._runtime_names(meta)
         if len(self.runtime) < len(self.headers):
             unknown = sorted(set(self.headers) - set(self.runtime))
             logger.warning(
@@ -92,20 +86,32 @@ class TeacherBlocks:
                 + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             )
         self._fill_buffers()
-        self._embeddings = next(
-            name
-            for name, module in self.model.named_modules()
-            if module is self.model.get_input_embeddings()
-        )
+        present, embeddings = dict(self.model.named_modules()), self.model.get_input_embeddings()
+        self._embeddings = next(n for n, module in present.items() if module is embeddings)
         self._loaded: set[nn.Module] = set()
-        self._checked = family.model_type in FAMILIES  # whose tests do
+        self._checked = declared_family(family.model_type) is not None  # whose tests do
         # whether the model takes the first of what a block returns; seen when it runs
         self._in_tuples = False
-        present = dict(self.model.named_modules())
         self._before = [name for name in family.before_blocks if name in present]
         for name in self._before:
             # small, and needed for every batch
             self._loaded.add(self._load(name).to(dtype))
+
+    def _runtime_names(self, meta: dict[str, Tensor]) -> dict[str, str]:
+        """{hub tensor name: runtime parameter it becomes (part of)}."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return {
+            name: target
+            for name in self.headers
+            if (
+                target := rename_source_key(
+                    name, renamings, converters, self.model.base_model_prefix, meta
+                )[0]
+            )
+            in meta
+        }
 
     def check_names(self, matrices: Iterable[str]) -> None:
         """Raises InputError where the checkpoint calls a matrix otherwise than the family does."""
@@ -113,7 +119,8 @@ class TeacherBlocks:
         if other:
             raise InputError(
                 f"the checkpoint has no {other[0]}.weight, it calls its tensors otherwise; load it "
-                "with AutoModelForCausalLM and save it with save_pretrained first"
+                f"with {auto_class(self.model.config).__name__} and save it with save_pretrained "
+                "first"
             )
 
     def _fill_buffers(self) -> None:
@@ -223,7 +230,8 @@ class TeacherBlocks:
         Raises:
             RunError: a weight is NaN or infinite (named), or a shard cannot be read.
         """
-        module = self._load(f"{self.block_path}.{index}")
+        path = self.block_paths[index]
+        module = self._load(path)
         self._widen(module)
         try:
             yield module.eval()
@@ -231,7 +239,7 @@ class TeacherBlocks:
             experts = experts_of(self.family, module)
             if experts is not None:
                 experts.__dict__.pop("forward", None)
-            self._release(f"{self.block_path}.{index}")
+            self._release(path)
 
     @contextmanager
     def embeddings(self, factors: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
@@ -257,7 +265,7 @@ class TeacherBlocks:
         Raises:
             RunError: as `block`.
         """
-        there = tuple(f"{path}." for path in (self.block_path, *self._before))
+        there = tuple(f"{path}." for path in (*self.block_paths, *self._before))
         outside = [name for name, target in self.runtime.items() if not target.startswith(there)]
         self._load_names(outside, "what is outside the blocks")
         self.model.tie_weights()
@@ -276,7 +284,7 @@ class TeacherBlocks:
 
     def _is_outside(self, name: str, module: nn.Module) -> bool:
         own = any(True for _ in module.parameters(recurse=False))
-        inside = f"{name}.".startswith(f"{self.block_path}.")
+        inside = f"{name}.".startswith(tuple(f"{path}." for path in self.block_paths))
         return own and not inside and module not in self._loaded
 
     def logits(
@@ -286,7 +294,7 @@ class TeacherBlocks:
         `weights` (by runtime name) in place of its own. Inside `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
-        with self._blocks_as(lambda *args, **kwargs: self._returned(hidden)):
+        with blocks_as(self._decoder, lambda *args, **kwargs: self._returned(hidden)):
             nothing = self._nothing(*hidden.shape[:2])
             return self._run(mask, weights, inputs_embeds=nothing).logits
 
@@ -301,6 +309,22 @@ class TeacherBlocks:
     def arguments(self, shape: tuple[int, int], mask: Tensor | None) -> list[dict[str, Any]]:
         """The keyword arguments of each block for `shape` = (b, T); see `inputs`."""
         return self._record(mask, inputs_embeds=self._nothing(*shape))[1]
+
+    def arguments_of(
+        self, index: int, shape: tuple[int, int], mask: Tensor | None
+    ) -> dict[str, Any]:
+        """The keyword arguments of one block; see `arguments`."""
+        return self.arguments(shape, mask)[index]
+
+    def rows_of(self, part: TokenBlocks, index: int) -> TokenBlocks | AudioClips:
+        """What the rows are made of that block `index` sees."""
+        return part
+
+    def first_states(self, part: TokenBlocks | AudioClips, rows: Tensor) -> Tensor:
+        """Hidden states [b, T, H] of the rows before the first block that sees them (`rows_of`).
+        Inside `embeddings` only."""
+        assert isinstance(part, TokenBlocks)
+        return self.inputs(part.input_ids[rows], None if part.mask is None else part.mask[rows])[0]
 
     def inputs(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the model would feed its blocks: hidden states of block 0 and the keyword arguments
@@ -321,13 +345,17 @@ class TeacherBlocks:
         scale), for gradients at them: hidden states of block 0, as in `inputs`."""
         return self._record(mask, inputs_embeds=embeddings)[0]
 
-    def _record(self, mask: Tensor | None, **inputs: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    def _record(
+        self, mask: Tensor | None, blocks: Sequence[nn.Module] = (), **inputs: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What the decoder's blocks are called with, or others that these inputs reach."""
+        blocks = blocks or self._decoder
         hidden: list[Tensor] = []
         calls: list[dict[str, Any]] = []
-        last = len(self.blocks) - 1
+        last = len(blocks) - 1
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
-            states, given = by_name(self.blocks[len(calls)], args, kwargs)
+            states, given = by_name(blocks[len(calls)], args, kwargs)
             hidden.append(states)
             self._in_tuples |= states.ndim < hidden[0].ndim
             calls.append(given)
@@ -335,20 +363,10 @@ class TeacherBlocks:
                 raise _Stop
             return self._returned(states)
 
-        wanted = any(value.requires_grad for value in inputs.values())
-        with self._blocks_as(recorder), contextlib.suppress(_Stop), torch.set_grad_enabled(wanted):
+        grad = torch.set_grad_enabled(any(value.requires_grad for value in inputs.values()))
+        with grad, contextlib.suppress(_Stop), blocks_as(blocks, recorder):
             self._run(mask, None, **inputs)
         return hidden[0], calls
-
-    @contextmanager
-    def _blocks_as(self, forward: Callable[..., Tensor]) -> Iterator[None]:
-        for block in self.blocks:
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.forward
 
     def _run(
         self, mask: Tensor | None, weights: dict[str, Tensor] | None = None, **inputs: Any

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lillama.compress.activations import ActivationStore, prefetched
 from lillama.compress.blocks import block_output
+from lillama.compress.encoder import Encoded
 from lillama.config import Loss, LossForm, Recipe
 from lillama.errors import RunError
 
@@ -38,7 +39,7 @@ class Stream:
 
     teacher, student, target: stores of [n, T, H]; `student` is the same object as `teacher` until a
     block was compressed. mask [n, T] bool or None. `kwargs(rows)` gives the block's keyword
-    arguments for a list of rows.
+    arguments for a list of rows, `encoded` those that a decoder has of its encoder.
     """
 
     teacher: ActivationStore
@@ -46,10 +47,12 @@ class Stream:
     target: ActivationStore
     mask: Tensor | None
     kwargs: Callable[[Tensor], dict[str, Any]]
+    encoded: Encoded | None = None
 
     @property
     def diverged(self) -> bool:
-        return self.student is not self.teacher
+        told_apart = self.encoded is not None and self.encoded.diverged
+        return told_apart or self.student is not self.teacher
 
     @property
     def background(self) -> bool:
@@ -112,8 +115,11 @@ def batch_loss(
     inputs = inputs.to(device, torch.float32, non_blocking=True)
     target = target.to(device, torch.float32, non_blocking=True)
     mask = None if stream.mask is None else stream.mask[rows].to(device)
+    kwargs = stream.kwargs(rows.repeat(len(passes)))
+    if stream.encoded is not None:
+        kwargs = kwargs | stream.encoded.arguments(rows, [name for name, _ in passes], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        output = block_output(student, inputs, stream.kwargs(rows.repeat(len(passes))))
+        output = block_output(student, inputs, kwargs)
     parts = output.chunk(len(passes))
     terms = [
         weight * distill_loss(part, target, mask, form=form)

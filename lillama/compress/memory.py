@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from lillama.compress.factorize import moment_side
 from lillama.compress.plan import Plan
 from lillama.compress.sensitivity import batch_rows
 from lillama.config import PlanConfig
+from lillama.families import is_speech
 
 __all__ = ["held_out_blocks", "peak_memory", "peak_memory_bytes", "resident_bytes"]
 
@@ -59,7 +60,7 @@ def _block(plan: Plan, headers: Mapping[str, TensorHeader], index: int) -> _Bloc
     experts = plan.family.experts
     stacked = other = numbers = 0
     for name, header in headers.items():
-        if not name.startswith(f"{plan.block_path}.{index}."):
+        if not name.startswith(f"{plan.block_paths[index]}."):
             continue
         if experts is not None and experts.parse(name.removesuffix(".weight")):
             stacked += header.num_bytes
@@ -157,7 +158,7 @@ def _sensitivity_bytes(
 ) -> dict[str, int]:
     """Of the pass that weighs the matrices, its own streams among them: a border before each block
     and one gradient."""
-    config, blocks = plan.config, plan.config.num_hidden_layers
+    config, blocks = plan.config, len(plan.block_paths)
     first = 0 if plan.strategy == "global" else min(plan.blocks, default=blocks)
     recipe = options.recipe
     rows = (
@@ -212,6 +213,8 @@ def peak_memory(
     On a GPU the phases' own terms lie there instead, and the host keeps the streams only.
     base_bytes is what the process holds before it starts (`resident_bytes`).
     """
+    if is_speech(plan.config):  # a row of the encoder, longer than any of the decoder
+        options = replace(options, seq_len=plan.config.max_source_positions)
     count = -(-options.num_tokens // options.seq_len) + held_out_blocks(
         options.num_tokens, options.seq_len
     )

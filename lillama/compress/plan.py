@@ -25,11 +25,11 @@ from lillama.compress.allocate import Matrix, RankRules, allocate, max_removable
 from lillama.compress.budget import active_params, active_saved, of_active, token_share
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
-from lillama.families import FAMILIES, Family
+from lillama.families import Family, declared_family, is_speech
 from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model, remote_headers
 from lillama.modules.dense_linear import linear_shape
-from lillama.skeleton import block_list, skeleton
+from lillama.skeleton import block_list, named_blocks, skeleton
 
 __all__ = ["Plan", "find_matrices", "make_plan", "plan"]
 
@@ -51,7 +51,8 @@ class Plan:
     active_params_before: int
     bytes_before: int
     item_bytes: float
-    block_path: str
+    # of every block, an encoder's first
+    block_paths: tuple[str, ...]
     attention: str
     max_reduction: float
     ranks_are_final: bool = True
@@ -97,7 +98,7 @@ class Plan:
     @property
     def outside(self) -> tuple[int, int]:
         """`Matrix.block` of the embeddings and of the head."""
-        return -1, self.config.num_hidden_layers
+        return -1, len(self.block_paths)
 
     @property
     def embedding(self) -> Matrix | None:
@@ -184,7 +185,7 @@ def find_matrices(
     Raises:
         InputError: a target the family or model does not have.
     """
-    path, blocks = block_list(model)
+    blocks = named_blocks(model)
     problem = _vocabulary_problem(model, family)
     asked = targets
     if targets is None:
@@ -200,11 +201,11 @@ def find_matrices(
         if short in targets:
             N, K = linear_shape(model.get_submodule(family.runtime_name(name)))
             outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
-    for index, block in enumerate(blocks):
+    for index, (path, block) in enumerate(blocks.items()):
         for short, name, N, K in _inside(block, family):
             if short in targets:
                 seen.add(short)
-                name = f"{path}.{index}.{name}"
+                name = f"{path}.{name}"
                 pivot = is_pivot(family, gauge, name)
                 matrices.append(Matrix(name, index, N, K, pivot=pivot))
     if asked is not None and (none := sorted(set(asked) - seen)):
@@ -214,6 +215,8 @@ def find_matrices(
 
 def _vocabulary_problem(model: PreTrainedModel, family: Family) -> str | None:
     """Why embeddings and output head cannot be factorised; None where they can."""
+    if is_speech(model.config):
+        return "the embeddings and the output head of a speech model cannot be factorised"
     if model.config.tie_word_embeddings:
         return (
             "embeddings and output head of this model share one matrix, which cannot be factorised"
@@ -284,7 +287,7 @@ def _bytes_before(
 
 def _tell_found(family: Family) -> None:
     """Say of a family that is not declared what was found in the model."""
-    if family.model_type in FAMILIES:
+    if declared_family(family.model_type) is not None:
         return
     logger.warning(
         "model_type %r is not tested; factorised by default: %s; on request: %s; embeddings %s, "
@@ -342,7 +345,7 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         active_params_before=round(active_params(model, family)),
         bytes_before=bytes_before,
         item_bytes=(bytes_before - buffer_bytes) / params,
-        block_path=block_list(model)[0],
+        block_paths=tuple(named_blocks(model)),
         attention=str(model.config._attn_implementation),
         max_reduction=max_removable(matrices, strategy, rules) / budget_total,
         ranks_are_final=strategy != "global",

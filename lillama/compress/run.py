@@ -3,6 +3,7 @@ one student block in memory at a time."""
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,12 +95,14 @@ class Run:
         # the student's stream leaves the teacher's behind the first factorised matrix
         first = 0 if plan.embedding is not None else min(plan.blocks, default=0)
         last = max(plan.blocks, default=-1)
-        train, held_out = (part.input_ids.numel() for part in blocks)
         self.outside = Outside(teacher, plan, self.save_dtype)
         self.trains_head = options.train and options.recipe.train_head and plan.head is not None
         end = len(teacher.blocks) if self.trains_head else last
-        self.total_tokens = train if self.trains_head and ranks.owns(len(teacher.blocks)) else 0
+        self.total_tokens = 0
+        if self.trains_head and ranks.owns(len(teacher.blocks)):
+            self.total_tokens = blocks[0].input_ids.numel()
         for index in filter(ranks.owns, range(min(end + 1, len(teacher.blocks)))):
+            train, held_out = (math.prod(teacher.rows_of(part, index).shape) for part in blocks)
             passes = 1 + (self.with_student and first <= index < end)
             trained = options.train and index in plan.blocks
             self.total_tokens += passes * (train + held_out) + trained * train
@@ -165,7 +168,7 @@ class Run:
         round_parameters(student, dtype)
         report = {
             "index": index,
-            "name": f"{self.teacher.block_path}.{index}",
+            "name": self.teacher.block_paths[index],
             "ranks": sorted(set(self.plan.ranks_of_block(index).values())),
             "held_out_loss_before": result.loss_before,
             "held_out_loss_after": result.loss_after,
@@ -216,8 +219,8 @@ class Run:
             )
             result = TrainResult(loss, loss, 0, 0)
         logger.info(
-            "%s.%d: held-out loss %.5f -> %.5f (step %d of %d)",
-            self.teacher.block_path, index,
+            "%s: held-out loss %.5f -> %.5f (step %d of %d)",
+            self.teacher.block_paths[index],
             result.loss_before, result.loss_after, result.best_step, result.steps,
         )  # fmt: skip
         return result
@@ -235,9 +238,9 @@ class Run:
         starved = [expert for expert in sorted(tokens) if tokens[expert] < moments.floor]
         if starved:
             logger.warning(
-                "%s.%d: experts %s saw fewer than %d of the calibration tokens; the rest of their "
+                "%s: experts %s saw fewer than %d of the calibration tokens; the rest of their "
                 "statistics comes from tokens routed elsewhere (more --tokens would help)",
-                self.teacher.block_path, index, starved, moments.floor,
+                self.teacher.block_paths[index], starved, moments.floor,
             )  # fmt: skip
         counts = [tokens[expert] for expert in sorted(tokens)]
         return {"expert_tokens": counts, "starved_experts": starved}
@@ -250,10 +253,10 @@ class Run:
         notes: dict[str, Any],
         writer: CheckpointWriter,
     ) -> TrainResult:
-        piece, seq_len = f"block-{index}", self.options.seq_len
+        piece, (_, length) = f"block-{index}", self.teacher.rows_of(self.blocks[0], index).shape
 
         def on_step(rows: int, loss: Tensor) -> bool:
-            self.tick(f"block {index} train", rows * seq_len)
+            self.tick(f"block {index} train", rows * length)
             return self.stop.wanted
 
         def save(state: TrainState) -> None:
@@ -276,7 +279,7 @@ class Run:
             peak_learning_rate=self.recipe.peak_learning_rate(self.plan.config.hidden_size),
             seed=self.options.seed + index,
             device=self.device,
-            name=f"{self.teacher.block_path}.{index}",
+            name=self.teacher.block_paths[index],
             on_step=on_step,
             resume=self._saved_state(index, writer),
             save=save,

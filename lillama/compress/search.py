@@ -2,6 +2,7 @@
 on."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -125,9 +126,12 @@ def search_ranks(
         return plan, None
     problem = None
     if ranks.is_first and writer.journal.last(kind="allocation") is None:
-        sample = sample_of(blocks, recipe.sensitivity_tokens).input_ids.numel()
+        sample = sample_of(blocks, recipe.sensitivity_tokens)
         first = max(0, min(matrix.block for matrix in _candidates(plan)))
-        total = sample * (2 * len(teacher.blocks) - first)
+        both = range(len(teacher.blocks)), range(first, len(teacher.blocks))
+        total = sum(
+            math.prod(teacher.rows_of(sample, index).shape) for part in both for index in part
+        )
         done = 0
 
         def tick(stage: str, tokens: int) -> None:

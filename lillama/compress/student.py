@@ -99,7 +99,7 @@ def student_structure(
     train."""
     shared: dict[int, Any] = {id(p): p for p in block.parameters()}
     student = copy.deepcopy(block, shared)
-    prefix = f"{teacher.block_path}.{index}."
+    prefix = f"{teacher.block_paths[index]}."
     ranks = {name.removeprefix(prefix): rank for name, rank in plan.ranks_of_block(index).items()}
     replaced = replace_modules(
         student, plan.config, ranks, device="meta", dtype=teacher.dtype, family=plan.family
@@ -151,7 +151,7 @@ def fill_student(
     """Factorise the targets of a block into its `student_structure`. The dense weights are read one
     by one, and the moments taken out of `moments`, so that neither waits for the last;
     `gradients(hub name)` gives those of the gradients (init "fisher" only)."""
-    prefix = f"{teacher.block_path}.{index}"
+    prefix = teacher.block_paths[index]
     fill = _Fill(moments, recipe, gradients)
     for path, new in empty_student(student, teacher.device).items():
         if isinstance(new, LowRankExperts):
@@ -183,7 +183,7 @@ def load_student(
 
 def _one_to_one(teacher: TeacherBlocks, index: int) -> dict[str, str]:
     """{hub tensor name: parameter path in the block} for tensors that are stored as they are."""
-    prefix = f"{teacher.block_path}.{index}"
+    prefix = teacher.block_paths[index]
     names = teacher.hub_names(prefix)
     targets = [teacher.runtime[name] for name in names]
     return {
@@ -240,7 +240,7 @@ class _Part(NamedTuple):
 
 def _pivots(student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan) -> dict[str, _Part]:
     """What is stored in the pivot gauge, by hub name."""
-    prefix = f"{teacher.block_path}.{index}."
+    prefix = f"{teacher.block_paths[index]}."
     experts = teacher.family.experts
     found = {}
     for matrix in plan.matrices:
@@ -298,7 +298,7 @@ def _values(
 ) -> dict[str, Tensor | _Rows | str]:
     """{checkpoint name: the student's tensor that it stores, or the teacher's hub name where the
     student has none of its own}."""
-    prefix = f"{teacher.block_path}.{index}"
+    prefix = teacher.block_paths[index]
     one_to_one = _one_to_one(teacher, index)
     parameters = dict(student.named_parameters())
     experts = teacher.family.experts
@@ -345,7 +345,7 @@ def block_entries(
     Without a student the teacher's tensors pass through; `dtype` None keeps each tensor's own
     dtype.
     """
-    names = teacher.hub_names(f"{teacher.block_path}.{index}")
+    names = teacher.hub_names(teacher.block_paths[index])
     if student is None:
         return [copied_entry(teacher, name, dtype) for name in names]
     entries = []

@@ -14,6 +14,7 @@ from lillama.compress.allocate import Matrix
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.plan import Plan
 from lillama.config import PlanConfig
+from lillama.skeleton import block_of
 
 __all__ = ["Work", "count_work", "decoded_numbers", "token_share"]
 
@@ -45,13 +46,13 @@ def _numbers_of_blocks(plan: Plan, headers: Mapping[str, TensorHeader]) -> list[
     share = 0.0
     if experts is not None:
         share = plan.config.num_experts_per_tok / plan.family.num_experts(plan.config)
-    found = [0.0] * plan.config.num_hidden_layers
-    prefix = f"{plan.block_path}."
+    places = {path: index for index, path in enumerate(plan.block_paths)}
+    found = [0.0] * len(places)
     for name, header in headers.items():
-        if not name.startswith(prefix):
+        index = block_of(name, places)
+        if index is None:
             continue
         inside = experts is not None and experts.parse(name.removesuffix(".weight"))
-        index = int(name.removeprefix(prefix).partition(".")[0])
         found[index] += math.prod(header.shape) * (share if inside else 1.0)
     return found
 
@@ -163,7 +164,7 @@ def decoded_numbers(plan: Plan, headers: Mapping[str, TensorHeader]) -> tuple[fl
     outside = sum(
         math.prod(header.shape)
         for name, header in headers.items()
-        if not name.startswith(f"{plan.block_path}.")
+        if not name.startswith(tuple(f"{path}." for path in plan.block_paths))
     )
     if not plan.config.tie_word_embeddings:
         outside -= embeddings - plan.config.hidden_size
