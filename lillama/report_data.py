@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lillama.checkpoint import compression_of, read_config, read_headers, sentinel_names
 from lillama.compress.allocate import Matrix
-from lillama.compress.plan import find_matrices
+from lillama.compress.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
 from lillama.families import Family

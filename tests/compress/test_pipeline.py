@@ -17,7 +17,7 @@ from lillama.checkpoint import read_config
 from lillama.compress.allocate import removed
 from lillama.compress.factorize import plain_svd
 from lillama.compress.pipeline import COPIED_FILES
-from lillama.compress.plan import find_matrices
+from lillama.compress.targets import find_matrices
 from lillama.families import family_of
 from lillama.modules import LowRankExperts, LowRankLinear
 from lillama.skeleton import skeleton
