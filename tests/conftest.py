@@ -1,8 +1,10 @@
 """Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
 
 import importlib.util
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Triton binds its functions to its interpreter when it is imported, and torch may import it.
@@ -80,6 +82,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, model_max_length=512
     )
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """The command line sets the package's logger up for a process of its own."""
+    package = logging.getLogger("lillama")
+    saved = package.handlers, package.level, package.propagate
+    yield
+    package.handlers, package.level, package.propagate = saved
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_rows_are_start_tokens_and_transcript_padded(folder, tokenizer):
 
 
 def test_all_clips_are_used_unless_tokens_are_told(folder, tokenizer, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lillama"):
         train, held_out = blocks_of(folder, tokenizer)
     assert (train.shape[0], held_out.shape[0]) == (6, 8)
     assert "all 14 clips are used, 8 of them held out" in caplog.text
