@@ -114,7 +114,9 @@ def compress(
         return arguments.teacher, report
     if arguments.models is not None:
         base = cell["method"].removesuffix(", int8").removesuffix(", int4").replace(",", "")
-        name = f"{cell['teacher']}-{base}-{cell['reduction']}-{cell['seed']}"
+        # a model made of other text or more tokens has another name
+        made_of = hashlib.sha256(json.dumps(conditions(arguments)).encode()).hexdigest()[:8]
+        name = f"{cell['teacher']}-{base}-{cell['reduction']}-{cell['seed']}-{made_of}"
         out = arguments.models / name.replace(" ", "-")
         if (made := out / "report.json").is_file():
             return out, json.loads(made.read_text("utf-8"))

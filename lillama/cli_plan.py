@@ -108,11 +108,15 @@ def plan(
         "activation_memory": parse_bytes("--activation-memory", activation_memory),
     }
     if advise:
-        if strategy not in (None, "global") or not train or budget != _PLAN["budget"]:
-            wrong = "--no-train" if not train else f"--strategy {strategy}"
-            wrong = wrong if budget == _PLAN["budget"] else f"--budget {budget}"
+        changes = {
+            "--no-train": not train,
+            f"--strategy {strategy}": strategy not in (None, "global"),
+            f"--budget {budget}": budget != _PLAN["budget"],
+        }
+        if wrong := [option for option, is_given in changes.items() if is_given]:
             raise InputError(
-                f"--advise compares presets fast and default as they are; leave {wrong} out"
+                "--advise compares presets fast and default as they are; leave "
+                f"{', '.join(wrong)} out"
             )
         _advise(model, reduction, preset, text or [], retain, device, as_json, shared)
         return

@@ -1,7 +1,6 @@
 """The commands as a user runs them: stdout, stderr and exit codes."""
 
 import json
-import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -51,8 +50,6 @@ class Result:
 @pytest.fixture
 def lillama_command(monkeypatch, capfd):
     """lillama_command("plan", MODEL, ...) -> Result, in this process."""
-    package = logging.getLogger("lillama")
-    saved = package.handlers, package.level, package.propagate
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["lillama", *map(str, arguments)])
@@ -62,8 +59,7 @@ def lillama_command(monkeypatch, capfd):
         out, err = capfd.readouterr()
         return Result(int(caught.value.code or 0), out, err)
 
-    yield run
-    package.handlers, package.level, package.propagate = saved
+    return run
 
 
 @pytest.fixture

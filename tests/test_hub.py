@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -319,8 +318,6 @@ def test_plan_fetches_headers_only(hub, mamba):
 @pytest.fixture
 def command(monkeypatch, capfd) -> Any:
     """command("plan", ...) -> (exit code, stdout, stderr)."""
-    package = logging.getLogger("lillama")
-    saved = package.handlers, package.level, package.propagate
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lillama", *map(str, arguments)])
@@ -329,8 +326,7 @@ def command(monkeypatch, capfd) -> Any:
             cli.main()
         return int(caught.value.code or 0), *capfd.readouterr()
 
-    yield run
-    package.handlers, package.level, package.propagate = saved
+    return run
 
 
 COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {

@@ -73,8 +73,7 @@ class Matrix:
         return self.N * self.K - self.numbers(rank)
 
     def saved(self, rank: int) -> int:
-        """What rank `rank` frees of the budget: of the file, in numbers, and there the order counts
-        too."""
+        """What rank `rank` frees of the budget, where the order counts too."""
         return self.counts * (self.params_saved(rank) - self.order)
 
 

@@ -78,6 +78,9 @@ def test_rounding_takes_the_model_that_is_kept(arguments, tmp_path, monkeypatch)
     assert whole["bytes_after"] > 1.5 * int8["bytes_after"] > 2 * int4["bytes_after"]
     error = [cell["texts"]["text.txt"]["kl"] for cell in (whole, int8, int4)]
     assert error[0] < error[2] and error[1] < error[2]
+    other = ["--tokens", 700, "--out", tmp_path / "other.jsonl"]
+    with pytest.raises(pytest.fail.Exception, match="again"):  # not the model of 600 tokens
+        run(arguments, "--methods", "default, int8", *more, *other)
 
 
 def test_blocks_of_a_large_model_are_timed(tmp_path, capsys):

@@ -35,7 +35,9 @@ def test_active_parameters_of_mixtral_8x7b(tmp_path):
     assert 0.2 <= lost < 0.2005
     # only experts are targets: three quarters of theirs are not active
     assert active["reduction"] == pytest.approx(4 * lost * 12.7488 / 46.7028, rel=1e-3)
-    assert 0.2 <= stored["reduction"] < 0.2005 and stored["active_params_after"] > 0
+    assert 0.2 <= stored["reduction"] < 0.2005
+    removed = stored["params_before"] - stored["params_after"]
+    assert stored["active_params_before"] - stored["active_params_after"] == removed / 4
 
 
 def test_compress_takes_from_what_every_token_uses(mixtral, text_file, tmp_path, device):
