@@ -21,6 +21,7 @@ from lillama.checkpoint import compression_of, dtype_of, read_config
 from lillama.checkpoint_writer import check_out
 from lillama.compress.distill import learning_rate_at
 from lillama.compress.memory import held_out_blocks
+from lillama.compress.optimizer import WholeOptimizer
 from lillama.compress.stop import StopRequest
 from lillama.config import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
@@ -69,7 +70,7 @@ class _Finetuning:
         for parameter in student.parameters():
             parameter.requires_grad_(id(parameter) not in outside)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), weight_decay=0.01, fused=True)
+        self.optimizer = WholeOptimizer(student, self.trained, weight_decay=0.01)
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
 
@@ -106,14 +107,11 @@ class _Finetuning:
         return mean
 
     def step(self, blocks: TokenBlocks, rows: Tensor, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         with torch.enable_grad():
             loss, tokens = self.loss(blocks, rows)
             (loss / tokens).backward()
         nn.utils.clip_grad_norm_(list(self.trained.values()), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(rate)
 
     @torch.no_grad()
     def keep_best(self) -> None:
