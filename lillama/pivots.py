@@ -32,8 +32,13 @@ def marks_of(order: Tensor, rank: int) -> Tensor:
     """The marks [N] uint8 of an order [N], on its device.
 
     Raises:
-        ValueError: marks cannot express it.
+        ValueError: marks cannot express it, or it is offloaded.
     """
+    if order.is_meta:
+        raise ValueError(
+            f"the order of {len(order)} outputs is offloaded, and its marks cannot be saved; load "
+            "the model without offload_buffers=True"
+        )
     marks = (order < rank).to(torch.uint8)
     if not (is_permutation(order) and torch.equal(order_of(marks, rank), order.to(torch.int32))):
         raise ValueError(

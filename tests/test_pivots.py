@@ -27,6 +27,11 @@ def test_order_gathers_rows_where_the_marks_put_them(num_outputs, share, device)
     assert marks_of(order, rank).dtype == torch.uint8
 
 
+def test_an_offloaded_order_is_refused():
+    with pytest.raises(ValueError, match="of 6 outputs is offloaded.* without offload_buffers"):
+        marks_of(torch.empty(6, dtype=torch.int32, device="meta"), 3)
+
+
 def test_orders_of_a_batch_are_those_of_its_rows():
     ranks = [1, 4, 9, 16]
     marks = torch.stack([marks_of(random_order(16, rank), rank) for rank in ranks])

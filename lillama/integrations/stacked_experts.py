@@ -37,10 +37,12 @@ class _StackFactors(ConversionOps):
             raise ValueError(
                 f"{path} needs {len(owners)} tensors of {self.projection}, got {len(tensors)}"
             )
-        shape = getattr(module, self.target).shape
-        stacked = tensors[0].new_zeros(shape)
+        target = getattr(module, self.target)
         if self.suffix == "pivots":  # of a dense expert, as the module has it from the beginning
-            stacked += torch.arange(shape[1], dtype=stacked.dtype, device=stacked.device)
+            places = torch.arange(target.shape[1], dtype=target.dtype, device=tensors[0].device)
+            stacked = places.repeat(len(ranks), 1)
+        else:
+            stacked = tensors[0].new_zeros(target.shape)
         for row, (expert, tensor) in enumerate(zip(owners, tensors, strict=True)):
             if self.suffix == "A":
                 stacked[expert, : ranks[expert]] = tensor
