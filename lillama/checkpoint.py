@@ -4,10 +4,11 @@ A compressed model is a sharded safetensors checkpoint in the model's own hub na
 `<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N, R];
 `config.json` carries the ranks. Token embeddings [V, H] are stored as any matrix with N = V and
 K = H. In gauge "pivot" all but embeddings and head have `<name>.lr_C` [N - R, R] and
-`<name>.lr_order` [N] (int32) instead of `.lr_B`: B = cat([identity, C])[order]. Inside a stacked
-experts module that is only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as
-`.weight` transformers would try to stack it). One mis-shaped tensor under a dense name, the
-sentinel, makes a load without lillama fail instead of serving random weights.
+`<name>.lr_pivots` [N] (uint8) instead of `.lr_B`: the rows of B where it is 1 are those of the
+identity, the others those of C (see lillama/pivots.py). Inside a stacked experts module that is
+only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers
+would try to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without
+lillama fail instead of serving random weights.
 """
 
 import json
@@ -48,8 +49,9 @@ __all__ = [
 ]
 
 QUANT_METHOD = "lillama"
-FORMAT_VERSION = 1
-FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_C", ".lr_order", ".lr_W")
+# 1 stored the order of a pivot gauge's outputs as int32
+FORMAT_VERSION = 2
+FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_C", ".lr_pivots", ".lr_W")
 GAUGES = ("plain", "pivot")
 SINGLE_SHARD = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
@@ -132,7 +134,7 @@ def compression_of(config: PretrainedConfig) -> dict | None:
     if values.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"format_version must be {FORMAT_VERSION}, got {values.get('format_version')!r}; "
-            "the checkpoint was written by another version of lillama"
+            "the checkpoint was written by another version of lillama: compress again, or use it"
         )
     if values.get("gauge", "plain") not in GAUGES:
         raise InputError(
@@ -315,7 +317,7 @@ def check_factors(
         else:
             wanted[f"{name}.lr_A"] = (rank, K)
             if name in pivots:
-                wanted |= {f"{name}.lr_C": (N - rank, rank), f"{name}.lr_order": (N,)}
+                wanted |= {f"{name}.lr_C": (N - rank, rank), f"{name}.lr_pivots": (N,)}
             else:
                 wanted[f"{name}.lr_B"] = (N, rank)
     found = {name: shape for name, shape in names.items() if name.endswith(FACTOR_SUFFIXES)}

@@ -41,6 +41,7 @@ from lillama.integrations.transformers import dense_shapes, kept_dense
 from lillama.journal import locked
 from lillama.loading import count_params
 from lillama.modules.dense_linear import is_transposed
+from lillama.pivots import is_permutation, order_of, wrong_marks
 from lillama.shard_file import DTYPES, Entry, entries_of, write_shard
 from lillama.skeleton import auto_class, skeleton
 from lillama.version import __version__
@@ -92,9 +93,10 @@ class _Source:
         return plain_of(A, self.read(f"{matrix}.lr_C").to(dtype), self.order(matrix))
 
     def order(self, matrix: str) -> Tensor:
-        order = self.read(f"{matrix}.lr_order")
-        if not torch.equal(order.sort().values, torch.arange(len(order)).to(order)):
-            raise InputError(f"{matrix}.lr_order is no permutation; the checkpoint is damaged")
+        name, rank = f"{matrix}.lr_pivots", self.ranks[matrix]
+        order = order_of(self.read(name), rank)
+        if not is_permutation(order):
+            raise InputError(wrong_marks(name, rank, len(order)))
         return order
 
     def product(self, matrix: str) -> Tensor:
@@ -154,7 +156,7 @@ def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
     found = to_pivot(*source.factors(matrix, torch.float64))
     found = rounded(found, DTYPES[source.headers[f"{matrix}.lr_A"].dtype])
     tensors = {"lr_A": _finite(matrix, found.A), "lr_C": _finite(matrix, found.C)}
-    write_shard(part, entries_of({**tensors, "lr_order": found.order}))
+    write_shard(part, entries_of({**tensors, "lr_pivots": found.pivots}))
     shapes = {key: (DTYPES[h.dtype], h.shape) for key, h in read_shard_headers(part).items()}
 
     def read(key: str) -> Tensor:
@@ -188,7 +190,7 @@ def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entr
         if header.file != file or name in source.sentinels:
             continue
         matrix, _, suffix = name.rpartition(".")
-        factorised = matrix in source.ranks and suffix in ("lr_A", "lr_B", "lr_C", "lr_order")
+        factorised = matrix in source.ranks and suffix in ("lr_A", "lr_B", "lr_C", "lr_pivots")
         if suffix == "lr_W" and format == "dense":
             entries.append(source.copy(name, f"{matrix}.weight"))
         elif not factorised:
@@ -208,7 +210,7 @@ def _new_bytes(source: _Source, format: str) -> int:
             (N, K), R = source.shapes[matrix], source.ranks[matrix]
             pivot = source.becomes_pivot(matrix, format)
             numbers = N * K if format == "dense" else R * (N + K - R if pivot else N + K)
-            total += numbers * DTYPES[header.dtype].itemsize + (4 * N if pivot else 0)
+            total += numbers * DTYPES[header.dtype].itemsize + (N if pivot else 0)
         elif matrix not in source.ranks and name not in source.sentinels:
             total += header.num_bytes
         elif suffix == "bias":

@@ -29,7 +29,10 @@ from lillama.families import PROJECTIONS
 from lillama.integrations.mamba import fast_mamba
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.modules.low_rank_experts import LowRankExperts
+from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
+from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import copy_dense_experts, replace_modules
+from tests.pivot_orders import choose_pivots
 
 WORDS = (
     "the cat sat on a mat while old dogs ran past some green hills and nobody saw them go".split()
@@ -295,17 +298,15 @@ def make_low_rank(make_model):
         )
         for path, old in replaced.items():
             new = model.get_submodule(path)
+            if isinstance(new, PivotLowRankLinear | PivotLowRankExperts):
+                choose_pivots(new)
             if isinstance(new, LowRankExperts):
                 copy_dense_experts(new, old)
                 stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
-                for order in (part["lr_order"] for part in stored if "lr_order" in part):
-                    order.copy_(torch.randperm(len(order)))
             else:
                 stored = [dict(new.named_parameters())]
                 if getattr(new, "bias", None) is not None:
                     new.bias.copy_(old.bias)
-                if hasattr(new, "lr_order"):
-                    new.lr_order.copy_(torch.randperm(len(new.lr_order)))
             for tensors in stored:
                 for key in sorted(tensors.keys() & {"lr_A", "lr_B", "lr_C"}):
                     tensors[key].normal_(std=tensors[key].shape[-1] ** -0.5)

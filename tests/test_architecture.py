@@ -23,6 +23,7 @@ LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", 
 LEAVES |= {"shard_file", "skeleton", "version"}
 LEAVES |= {"config_advice"}
 LEAVES |= {"audio", "speech"}
+LEAVES |= {"pivots"}
 LAYERS = (
     LEAVES,
     {"modules"},

@@ -86,7 +86,7 @@ def test_compression_of_dense_is_none(mixtral):
 
 
 def test_compression_of_dict_and_of_config_object():
-    values = {"quant_method": "lillama", "format_version": 1, "ranks": {"a": 8}}
+    values = {"quant_method": "lillama", "format_version": 2, "ranks": {"a": 8}}
     assert compression_of(quantized(**values)) == values
     config = AutoConfig.for_model("mixtral")
     config.quantization_config = LillamaConfig(ranks={"a": 8})
@@ -143,10 +143,10 @@ def test_check_unquantized(name, dtype, refused):
         check_unquantized(headers)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_compression_of_other_format_version_raises(version):
     config = quantized(quant_method="lillama", format_version=version, ranks={"a": 8})
-    with pytest.raises(InputError, match=f"format_version must be 1, got {version!r}"):
+    with pytest.raises(InputError, match=f"must be 2, got {version!r}; the .*: compress again, or"):
         compression_of(config)
 
 
@@ -163,7 +163,7 @@ def test_check_ranks_none_raises(ranks):
     with pytest.raises(InputError, match="has no ranks"):
         check_ranks(ranks)
     with pytest.raises(InputError, match="has no ranks"):
-        compression_of(quantized(quant_method="lillama", format_version=1, ranks=ranks))
+        compression_of(quantized(quant_method="lillama", format_version=2, ranks=ranks))
 
 
 @pytest.mark.parametrize("rank", [0, -8, "8", 8.0, True, None])

@@ -154,10 +154,11 @@ def test_export_changes_the_gauge_there_and_back(kind, dtype, make_source, tmp_p
         A, C = tensors[f"{name}.lr_A"], tensors[f"{name}.lr_C"]
         assert A.dtype == C.dtype == dtype and len(A) == rank
         assert float(C.abs().max()) <= 2 * LARGEST
-        assert tensors[f"{name}.lr_order"].dtype == torch.int32
+        marks = tensors[f"{name}.lr_pivots"]
+        assert marks.dtype == torch.uint8 and int(marks.sum()) == rank
     saved = sum(rank**2 for rank in ranks.values())
-    orders = sum(4 * len(tensors[f"{name}.lr_order"]) for name in ranks)
-    assert report["bytes_before"] - report["bytes_after"] == saved * dtype.itemsize - orders
+    num_outputs = sum(len(tensors[f"{name}.lr_pivots"]) for name in ranks)
+    assert report["bytes_before"] - report["bytes_after"] == saved * dtype.itemsize - num_outputs
     values = json.loads((tmp_path / "pivot" / "config.json").read_text())["quantization_config"]
     assert values["gauge"] == "pivot" and values["ranks"] == ranks
     dense = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(source).config)
@@ -172,7 +173,7 @@ def test_export_pivot_to_plain_keeps_the_sentinel_and_says_who_wrote_it(pivot, t
         # vLLM asks every quantization_config for producer.name
         assert values["producer"] == {"name": "lillama", "version": lillama.__version__}
     assert_close(logits_of(tmp_path / "plain"), logits_of(pivot))
-    assert not any(n.endswith((".lr_C", ".lr_order")) for n in read_headers(tmp_path / "plain"))
+    assert not any(n.endswith((".lr_C", ".lr_pivots")) for n in read_headers(tmp_path / "plain"))
     # the sentinel went along
     shapes = [h.shape for n, h in read_headers(tmp_path / "plain").items() if "in_proj.w" in n]
     assert (1,) in shapes
@@ -292,15 +293,15 @@ def test_export_refuses_a_damaged_checkpoint(edit, error, message, sources, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_export_refuses_a_damaged_order(pivot, tmp_path):
+def test_export_refuses_marks_that_do_not_fit_the_rank(pivot, tmp_path):
     shutil.copytree(pivot, tmp_path / "source")
     for file in (tmp_path / "source").glob("*.safetensors"):
         tensors = load_file(file)
         for name in tensors:
-            if name.endswith(".lr_order"):
-                tensors[name][0] = tensors[name][1]
+            if name.endswith(".lr_pivots"):
+                tensors[name][0] ^= 1
         save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="lr_order is no permutation"):
+    with pytest.raises(InputError, match="lr_pivots must be 1 for .* outputs and 0 for the others"):
         export(tmp_path / "source", tmp_path / "new")
     assert not (tmp_path / "new.unfinished").exists()
 

@@ -96,8 +96,8 @@ def test_export_changes_the_gauge_of_all_but_the_vocabulary(
         assert f"{name}.lr_B" in again and f"{name}.lr_C" not in again
     for key in (f"{name}.lr_{letter}" for name in VOCABULARY["mamba"] for letter in "AB"):
         assert torch.equal(found[key], wanted[key]) and torch.equal(again[key], wanted[key])
-    # parameters are counted without the sentinel and without orders
-    others = ("lr_order", "embeddings.weight")
+    # parameters are counted without the sentinel and without marks
+    others = ("lr_pivots", "embeddings.weight")
     for report, tensors in zip(reports, (found, again), strict=True):
         assert report["params"] == sum(
             tensor.numel() for name, tensor in tensors.items() if not name.endswith(others)

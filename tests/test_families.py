@@ -106,8 +106,10 @@ def multiplied_out(path: Path) -> dict[str, Tensor]:
         elif key == "lr_A" and f"{matrix}.lr_B" in found:
             dense[f"{matrix}.weight"] = found[f"{matrix}.lr_B"] @ tensor
         elif key == "lr_A":
-            B = torch.cat([torch.eye(len(tensor)), found[f"{matrix}.lr_C"]])
-            dense[f"{matrix}.weight"] = B[found[f"{matrix}.lr_order"].long()] @ tensor
+            is_pivot = found[f"{matrix}.lr_pivots"].bool()
+            B = torch.empty(len(is_pivot), len(tensor))
+            B[is_pivot], B[~is_pivot] = torch.eye(len(tensor)), found[f"{matrix}.lr_C"]
+            dense[f"{matrix}.weight"] = B @ tensor
         elif not key.startswith("lr_"):
             dense[name] = tensor
     return {n: t.T.contiguous() if f"{n.removesuffix('.weight')}.lr_A" in found and n in transposed
@@ -230,10 +232,10 @@ def test_report_counts_what_is_there(kind, base, compressed):
     assert report["bytes_before"] == lillama.plan(base(kind), 0.2)["bytes_before"]
     stored = sum(t.nbytes for t in tensors_of(out).values())
     assert report["bytes_after"] == stored
-    pivot_orders = sum(t.nbytes for n, t in tensors_of(out).items() if n.endswith("lr_order"))
+    marks = sum(t.nbytes for n, t in tensors_of(out).items() if n.endswith("lr_pivots"))
     buffers = {name for name, _ in skeleton(config).named_buffers()}
     kept = sum(t.nbytes for n, t in tensors_of(out).items() if n in buffers)
-    assert stored - pivot_orders - kept == 4 * report["params_after"]
+    assert stored - marks - kept == 4 * report["params_after"]
 
 
 @each_family

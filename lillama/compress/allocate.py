@@ -20,7 +20,7 @@ class Matrix:
     is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
-    R (K + N), and the order of the N outputs. counts: what one of its numbers counts in the
+    R (K + N), and a mark for each of the N outputs. counts: what one of its numbers counts in the
     budget; 1 where that is what is stored.
     """
 
@@ -36,21 +36,21 @@ class Matrix:
         return rank * (self.N + self.K - (rank if self.pivot else 0))
 
     @property
-    def order_bytes(self) -> int:
-        """What the order of its outputs takes beside its factors: N int32."""
-        return 4 * self.N if self.pivot else 0
+    def mark_bytes(self) -> int:
+        """What takes room beside its factors: one byte for each of the N outputs."""
+        return self.N if self.pivot else 0
 
     @property
-    def order(self) -> int:
-        """The same as numbers of 16 bits; counted so where numbers are wider, too."""
-        return self.order_bytes // 2
+    def marks(self) -> int:
+        """The same as whole numbers of 16 bits; counted so where numbers are wider, too."""
+        return (self.mark_bytes + 1) // 2
 
     def rank_at(self, fraction: float) -> float:
-        """The exact rank whose factors and order take `fraction` of what the weight takes."""
+        """The exact rank whose factors and marks take `fraction` of what the weight takes."""
         total = self.N + self.K
         if not self.pivot:
             return fraction * self.N * self.K / total
-        left = max(0.0, fraction * self.N * self.K - self.order)
+        left = max(0.0, fraction * self.N * self.K - self.marks)
         return (total - math.sqrt(max(0.0, total**2 - 4 * left))) / 2
 
     @property
@@ -73,8 +73,8 @@ class Matrix:
         return self.N * self.K - self.numbers(rank)
 
     def saved(self, rank: int) -> int:
-        """What rank `rank` frees of the budget, where the order counts too."""
-        return self.counts * (self.params_saved(rank) - self.order)
+        """What rank `rank` frees of the budget, where the marks count too."""
+        return self.counts * (self.params_saved(rank) - self.marks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,8 @@ def recipe_json(
         digest.update(_sample(file))
     return {
         "command": "compress",
+        # shards of another format are nothing to go on from
+        "format_version": FORMAT_VERSION,
         "options": options.recorded(),
         "strategy": plan.strategy,
         "gauge": plan.gauge,

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lillama.pivots import order_of
+
 __all__ = ["PivotFactors", "plain_of", "rounded", "to_pivot"]
 
 # No number of C is larger. In bf16, of a trained Mamba's weights at ranks 64 and 96, factors so
@@ -13,13 +15,18 @@ LARGEST = 1.05
 
 
 class PivotFactors(NamedTuple):
-    """W = cat([A, C A])[order]. A [R, K], C [N - R, R] in fp64, order [N] int32 (see
-    `pivot_low_rank_linear`). largest: max |C|."""
+    """W = cat([A, C A])[order]. A [R, K], C [N - R, R] in fp64, their rows in ascending order of
+    their outputs; pivots [N] uint8, 1 for rows of A (see lillama/pivots.py). largest: max |C|."""
 
     A: Tensor
     C: Tensor
-    order: Tensor
+    pivots: Tensor
     largest: float
+
+    @property
+    def order(self) -> Tensor:
+        """[N] int32, as `pivot_low_rank_linear` takes it."""
+        return order_of(self.pivots, len(self.A))
 
 
 def _first_pivots(B: Tensor) -> Tensor:
@@ -52,14 +59,11 @@ def to_pivot(A: Tensor, B: Tensor) -> PivotFactors:
         pivot_row = C[row].clone()
         pivot_row[column] -= 1.0
         C = C - torch.outer(C[:, column] / C[row, column], pivot_row)
-    C = _coefficients(B, chosen)  # without the rounding of the exchanges
-    left = torch.ones(N, dtype=torch.bool, device=B.device)
-    left[chosen] = False
-    rest = torch.arange(N, device=B.device)[left]
-    order = torch.empty(N, dtype=torch.int32, device=B.device)
-    order[torch.cat([chosen, rest])] = torch.arange(N, dtype=torch.int32, device=B.device)
-    C = C[rest]
-    return PivotFactors(B[chosen] @ A, C, order, float(C.abs().max()) if len(rest) else 0.0)
+    chosen = chosen.sort().values
+    pivots = torch.zeros(N, dtype=torch.uint8, device=B.device)
+    pivots[chosen] = 1
+    C = _coefficients(B, chosen)[pivots == 0]  # without the rounding of the exchanges
+    return PivotFactors(B[chosen] @ A, C, pivots, float(C.abs().max()) if len(C) else 0.0)
 
 
 def rounded(found: PivotFactors, dtype: torch.dtype) -> PivotFactors:

@@ -83,9 +83,8 @@ class Plan:
     def bytes_after(self) -> int:
         chosen = [m for m in self.matrices if m.name in self.ranks]
         saved = sum(m.params_saved(self.ranks[m.name]) for m in chosen)
-        return (
-            self.bytes_before - round(saved * self.item_bytes) + sum(m.order_bytes for m in chosen)
-        )
+        marks = sum(m.mark_bytes for m in chosen)
+        return self.bytes_before - round(saved * self.item_bytes) + marks
 
     @property
     def blocks(self) -> list[int]:
@@ -141,7 +140,7 @@ class Plan:
                     "params_before": matrix.N * matrix.K,
                     "params_after": numbers,
                     "bytes_before": round(matrix.N * matrix.K * self.item_bytes),
-                    "bytes_after": round(numbers * self.item_bytes) + matrix.order_bytes,
+                    "bytes_after": round(numbers * self.item_bytes) + matrix.mark_bytes,
                     "flops_per_token_before": dense,
                     "flops_per_token_after": now,
                 }

@@ -20,6 +20,7 @@ from lillama.errors import RunError
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.replace import replace_modules
+from lillama.pivots import order_of
 from lillama.shard_file import DTYPES, Entry
 
 __all__ = [
@@ -35,8 +36,8 @@ __all__ = [
 ]
 
 
-# attribute of a module that is stored in the pivot gauge: {part: its order of outputs}
-ORDERS = "pivot_orders"
+# attribute of a module that is stored in the pivot gauge: {part: which outputs are pivots}
+PIVOTS = "pivots"
 
 
 class _Fill(NamedTuple):
@@ -172,12 +173,12 @@ def load_student(
     pivots = _pivots(student, teacher, index, plan)
     with safe_open(shard, "pt", backend="pread") as file:
         for name, part in pivots.items():
-            parts = (file.get_tensor(f"{name}.{key}") for key in ("lr_A", "lr_C", "lr_order"))
+            parts = (file.get_tensor(f"{name}.{key}") for key in ("lr_A", "lr_C", "lr_pivots"))
             part.set_pivot(*parts)
     values = _values(teacher, index, student, plan.ranks_of_block(index))
     with safe_open(shard, "pt", backend="pread") as file:
         for name, value in values.items():
-            if isinstance(value, Tensor) and not name.endswith((".lr_C", ".lr_order")):
+            if isinstance(value, Tensor) and not name.endswith((".lr_C", ".lr_pivots")):
                 value.copy_(file.get_tensor(name))
 
 
@@ -217,25 +218,26 @@ class _Part(NamedTuple):
         return stored["lr_A"], stored["lr_B"]
 
     @property
-    def order(self) -> Tensor | None:
-        """Where it is stored in the pivot gauge."""
-        return self.module.__dict__.get(ORDERS, {}).get(self.key)
+    def pivots(self) -> Tensor | None:
+        """The marks [N] uint8 where it is stored in the pivot gauge."""
+        return self.module.__dict__.get(PIVOTS, {}).get(self.key)
 
-    def set_pivot(self, A: Tensor, C: Tensor, order: Tensor) -> None:
+    def set_pivot(self, A: Tensor, C: Tensor, pivots: Tensor) -> None:
         own_A, own_B = self.factors
-        order = order.to(own_A.device)
+        pivots = pivots.to(own_A.device)
+        order = order_of(pivots, len(own_A))
         A, B = plain_of(A.to(own_A.device), C.to(own_A.device), order)
         own_A.copy_(A)
         own_B.copy_(B)
-        self.module.__dict__.setdefault(ORDERS, {})[self.key] = order
+        self.module.__dict__.setdefault(PIVOTS, {})[self.key] = pivots
 
     def stored(self) -> dict[str, Tensor | _Rows]:
         """As the checkpoint has it, without the matrix's name."""
-        (A, B), order = self.factors, self.order
-        if order is None:
+        (A, B), pivots = self.factors, self.pivots
+        if pivots is None:
             return {"lr_A": A.detach(), "lr_B": B.detach()}
-        rows = order.argsort()[A.shape[0] :]
-        return {"lr_A": A.detach(), "lr_C": _Rows(B.detach(), rows), "lr_order": order}
+        rows = (pivots == 0).nonzero().flatten()
+        return {"lr_A": A.detach(), "lr_C": _Rows(B.detach(), rows), "lr_pivots": pivots}
 
 
 def _pivots(student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan) -> dict[str, _Part]:
@@ -264,7 +266,7 @@ def fix_gauge(
     largest = None
     for part in _pivots(student, teacher, index, plan).values():
         found = rounded(to_pivot(*part.factors), dtype)
-        part.set_pivot(found.A, found.C, found.order)
+        part.set_pivot(found.A, found.C, found.pivots)
         largest = max(largest or 0.0, found.largest)
     return largest
 

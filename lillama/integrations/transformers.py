@@ -35,7 +35,7 @@ from lillama.checkpoint import (
 from lillama.errors import InputError
 from lillama.families import PROJECTIONS, Family
 from lillama.families_generic import family_for
-from lillama.integrations.stacked_experts import expert_conversions
+from lillama.integrations.stacked_experts import factor_conversions
 from lillama.modules.dense_linear import is_transposed
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
@@ -43,6 +43,7 @@ from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
+from lillama.pivots import is_permutation, marks_of, wrong_marks
 
 __all__ = [
     "LillamaConfig",
@@ -96,7 +97,8 @@ class LillamaConfig(QuantizationConfigMixin):
         if format_version != FORMAT_VERSION or gauge not in GAUGES:
             raise InputError(
                 f"format_version {format_version!r} with gauge {gauge!r} cannot be read; this "
-                f"lillama reads version {FORMAT_VERSION} with gauge {' or '.join(GAUGES)}"
+                f"lillama reads version {FORMAT_VERSION} with gauge {' or '.join(GAUGES)}; "
+                "compress again, or use the lillama that wrote it"
             )
         check_ranks(ranks)
         assert ranks is not None
@@ -229,7 +231,7 @@ class LillamaQuantizer(HfQuantizer):
     def update_weight_conversions(
         self, weight_conversions: list, *args: Any, **kwargs: Any
     ) -> list:
-        return [*expert_conversions(self._family), *weight_conversions]
+        return [*factor_conversions(self._family), *weight_conversions]
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -251,14 +253,10 @@ class LillamaQuantizer(HfQuantizer):
                     name = _damaged_name(family, path, module, key, parameter)
                     name = self._canonical(name, model, family)
                     raise InputError(f"{name} holds NaN or infinity; the checkpoint is damaged")
-            for name, order in _orders(family, path, module).items():
-                found = order.sort().values
-                if not torch.equal(found, torch.arange(len(order)).to(order)):
+            for name, (order, rank) in _orders(family, path, module).items():
+                if not is_permutation(order):
                     name = self._canonical(name, model, family)
-                    raise InputError(
-                        f"{name} is no permutation of its {len(order)} outputs; the checkpoint is "
-                        "damaged"
-                    )
+                    raise InputError(wrong_marks(name, rank, len(order)))
         # tensors that went through a conversion keep the dtype of the file; tensors mapped from a
         # file lie at any address, and products on a CPU then differ in their last bit
         strict_fp32 = model._keep_in_fp32_modules_strict or ()
@@ -275,10 +273,18 @@ class LillamaQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(  # type: ignore[override]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """For save_pretrained: experts one by one without padding, and the sentinel."""
+        """For save_pretrained: experts one by one without padding, marks in place of orders, and
+        the sentinel.
+
+        Raises:
+            ValueError: marks cannot express the order of a matrix's outputs.
+        """
         family = family_for(model.config)
         state = model.state_dict()
         for path, module in _factorised(model):
+            if isinstance(module, PivotLowRankLinear):
+                order = state.pop(f"{path}.lr_order")
+                state[f"{path}.lr_pivots"] = marks_of(order, module.rank)
             if not isinstance(module, LowRankExperts) or family.experts is None:
                 continue
             for key in module.state_dict():
@@ -329,20 +335,24 @@ def _damaged_name(family: Family, path: str, module: nn.Module, key: str, parame
     return f"{path}.{row}.{naming.hub_projection(projection)}.lr_{suffix}"
 
 
-def _orders(family: Family, path: str, module: nn.Module) -> dict[str, Tensor]:
-    """{hub name: the order of outputs} of what is in the pivot gauge, but on the meta device."""
+def _orders(family: Family, path: str, module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """{hub name of the marks: (order of outputs, rank)} of what is in the pivot gauge, but on the
+    meta device."""
     if isinstance(module, PivotLowRankLinear):
-        found = {f"{path}.lr_order": module.lr_order}
+        found = {f"{path}.lr_pivots": (module.lr_order, module.rank)}
     elif isinstance(module, PivotLowRankExperts) and family.experts is not None:
         found = {
-            f"{path}.{expert}.{family.experts.hub_projection(projection)}.lr_order": order
+            f"{path}.{expert}.{family.experts.hub_projection(projection)}.lr_pivots": (
+                module.order(projection, expert),
+                rank,
+            )
             for projection in PROJECTIONS
-            for expert in range(module.num_experts)
-            if (order := module.stored(projection, expert).get("lr_order")) is not None
+            for expert, rank in enumerate(module.ranks[projection])
+            if rank
         }
     else:
         found = {}
-    return {name: order for name, order in found.items() if not order.is_meta}
+    return {name: pair for name, pair in found.items() if not pair[0].is_meta}
 
 
 def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:

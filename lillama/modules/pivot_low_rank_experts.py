@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lillama.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
+from lillama.pivots import marks_of
 
 __all__ = ["PivotLowRankExperts"]
 
@@ -13,7 +14,8 @@ __all__ = ["PivotLowRankExperts"]
 class PivotLowRankExperts(LowRankExperts):
     """As LowRankExperts, a factorised matrix being cat([A, C A])[order]; parameters
     `<projection>_A`, `<projection>_C`, `<projection>_W`, buffers `<projection>_order` [E, N] int32
-    (of a dense expert without a meaning)."""
+    (of a dense expert without a meaning). A checkpoint holds marks in place of the order, see
+    lillama/pivots.py; loading and saving exchange them."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -45,17 +47,25 @@ class PivotLowRankExperts(LowRankExperts):
         )
 
     def stored(self, projection: str, expert: int) -> dict[str, Tensor]:
-        """As of LowRankExperts, {"lr_A": [R, K], "lr_C": [N - R, R], "lr_order": [N]} or
-        {"lr_W": [N, K]}."""
+        """As of LowRankExperts, {"lr_A": [R, K], "lr_C": [N - R, R], "lr_pivots": [N]} or
+        {"lr_W": [N, K]}; the marks are no view.
+
+        Raises:
+            ValueError: marks cannot express the order of outputs.
+        """
         rank = self.ranks[projection][expert]
         if rank == 0:
             return super().stored(projection, expert)
-        order = getattr(self, f"{projection}_order")[expert]
+        order = self.order(projection, expert)
         return {
             "lr_A": getattr(self, f"{projection}_A")[expert, :rank],
             "lr_C": getattr(self, f"{projection}_C")[expert, : len(order) - rank, :rank],
-            "lr_order": order,
+            "lr_pivots": marks_of(order, rank),
         }
+
+    def order(self, projection: str, expert: int) -> Tensor:
+        """Of the outputs of one factorised matrix, [N] int32; a view."""
+        return self.get_buffer(f"{projection}_order")[expert]
 
     def combined(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return pivot_low_rank_experts(hidden_states, top_k_index, top_k_weights, self.factors())
@@ -77,5 +87,6 @@ class PivotLowRankExperts(LowRankExperts):
                     continue
                 eye = torch.eye(rank, dtype=like.dtype, device=like.device)
                 target["lr_A"].copy_(old["lr_A"])
-                target["lr_B"].copy_(torch.cat([eye, old["lr_C"]])[old["lr_order"].long()])
+                order = self.order(projection, expert).long()
+                target["lr_B"].copy_(torch.cat([eye, old["lr_C"]])[order])
         return new.requires_grad_(like.requires_grad)

@@ -1,6 +1,9 @@
 """The pivot gauge: the same product, a bounded C, and a model that computes what it did."""
 
+import copy
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lillama
+from lillama.checkpoint import read_headers
 from lillama.compress.allocate import Matrix
 from lillama.compress.gauge import LARGEST, plain_of, rounded, to_pivot
 from lillama.errors import InputError
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.pivots import is_permutation, order_of
+from tests.pivot_orders import choose_pivots
 
 SIZES = [(40, 8, 24), (24, 16, 40), (300, 64, 100), (64, 64, 70), (5, 1, 3)]
 OPTIONS = {"reduction": 0.2, "tokens": 900, "seq_len": 32, "gauge": "pivot"}
@@ -29,7 +35,12 @@ def test_the_product_stays_and_c_is_bounded(size):
     B[: R // 2] *= 1e-6  # rows that no one should choose
     found = to_pivot(A, B)
     assert found.A.shape == (R, K) and found.C.shape == (N - R, R)
-    assert sorted(found.order.tolist()) == list(range(N))
+    assert found.pivots.dtype == torch.uint8 and found.pivots.shape == (N,)
+    assert int(found.pivots.sum()) == R and is_permutation(found.order)
+    # rows of A and of C in ascending order of their outputs
+    W, is_pivot = B @ A, found.pivots.bool()
+    torch.testing.assert_close(W[is_pivot], found.A, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(W[~is_pivot], found.C @ found.A, rtol=1e-9, atol=1e-9)
     a, b = plain_of(found.A, found.C, found.order)
     torch.testing.assert_close(b @ a, B @ A, rtol=1e-9, atol=1e-9)
     assert found.largest <= LARGEST
@@ -77,14 +88,17 @@ def test_numbers_of_a_matrix():
     plain, pivot = Matrix("m", 0, 96, 64), Matrix("m", 0, 96, 64, pivot=True)
     assert plain.saved(16) == 96 * 64 - 16 * 160
     assert pivot.params_saved(16) == 96 * 64 - 16 * (160 - 16)
-    # the place of each of 96 outputs takes 4 bytes, two numbers of 16 bits
-    assert pivot.saved(16) == pivot.params_saved(16) - 2 * 96
+    # the mark of each of 96 outputs takes a byte, half a number of 16 bits
+    assert pivot.mark_bytes == 96 and plain.mark_bytes == 0
+    assert pivot.saved(16) == pivot.params_saved(16) - 48
+    odd = Matrix("m", 0, 97, 64, pivot=True)
+    assert odd.mark_bytes == 97 and odd.saved(16) == odd.params_saved(16) - 49
     assert plain.break_even_rank == 32 and pivot.break_even_rank == 56
     assert all(pivot.saved(rank) > 0 for rank in pivot.ranks)
     for matrix in (plain, pivot):
         for fraction in (0.1, 0.5, 0.9):
             rank = matrix.rank_at(fraction)
-            change = 2 * 96 - rank**2 if matrix.pivot else 0
+            change = 48 - rank**2 if matrix.pivot else 0
             assert rank * 160 + change == pytest.approx(fraction * 96 * 64)
 
 
@@ -158,7 +172,8 @@ def test_conversion_changes_nothing_but_rounding(compressed, monkeypatch):
             key.removesuffix(".lr_A") for key, value in tensors.items()
             if key.endswith(".lr_A") and torch.equal(value, found.A.float())
         )  # fmt: skip
-        a, b = plain_of(*(tensors[f"{name}.{key}"] for key in ("lr_A", "lr_C", "lr_order")))
+        A, C, marks = (tensors[f"{name}.{key}"] for key in ("lr_A", "lr_C", "lr_pivots"))
+        a, b = plain_of(A, C, order_of(marks, len(A)))
         assert float((b.double() @ a.double() - W).norm() / W.norm()) < 1e-5
 
 
@@ -186,22 +201,110 @@ def test_saved_again_and_loaded(compressed, tmp_path):
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
-def test_a_damaged_order_and_a_missing_part_are_refused(compressed):
+def edited(out: Path, edit: Callable[[dict[str, Tensor], str], None]) -> str:
+    """Change the marks of one matrix in a checkpoint: edit(its shard's tensors, their name)."""
+    for file in sorted(out.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in [key for key in tensors if key.endswith(".lr_pivots")]:
+            edit(tensors, name)
+            save_file(tensors, file, {"format": "pt"})
+            return name
+    raise AssertionError("no marks")
+
+
+def one_more(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name][tensors[name].argmin()] = 1
+
+
+def one_less(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name][tensors[name].argmax()] = 0
+
+
+def another_value(tensors: dict[str, Tensor], name: str) -> None:
+    tensors[name][tensors[name].argmin()] = 2
+
+
+def as_version_1_had_it(tensors: dict[str, Tensor], name: str) -> None:
+    marks = tensors.pop(name)
+    order = order_of(marks, int(marks.sum()))
+    tensors[name.replace("lr_pivots", "lr_order")] = order
+
+
+@pytest.mark.parametrize("edit", [one_more, one_less, another_value])
+def test_marks_that_do_not_fit_the_rank_are_refused(edit, compressed):
     _, out = compressed()
-    file = next(
-        f for f in sorted(out.glob("*.safetensors")) if any("lr_order" in k for k in load_file(f))
-    )
-    tensors = load_file(file)
-    name = next(key for key in tensors if key.endswith("lr_order"))
-    good = tensors[name].clone()
-    tensors[name] = torch.zeros_like(good)
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(InputError, match="lr_order is no permutation"):
+    ranks = json.loads((out / "config.json").read_text())["quantization_config"]["ranks"]
+    name = edited(out, edit)
+    rank = ranks[name.removesuffix(".lr_pivots")]
+    with pytest.raises(
+        InputError, match=f"{name} must be 1 for {rank} of .*damaged: copy"
+    ) as error:
         AutoModelForCausalLM.from_pretrained(out)
-    del tensors[name]
-    save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(InputError, match="missing factors: .*lr_order"):
+    assert "\n" not in str(error.value)
+
+
+def test_missing_marks_are_refused(compressed):
+    _, out = compressed()
+    name = edited(out, lambda tensors, name: tensors.pop(name))
+    with pytest.raises(InputError, match=f"missing factors: {name}"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_the_format_before_the_marks_is_refused_in_one_line(compressed):
+    _, out = compressed()
+    edited(out, as_version_1_had_it)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 1
+    (out / "config.json").write_text(json.dumps(config))
+    for load in (lillama.generate, lambda path, _: AutoModelForCausalLM.from_pretrained(path)):
+        with pytest.raises(InputError, match="format_version .*1.*compress again") as error:
+            load(out, "the cat")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_bytes_are_what_the_plan_says(dtype, make_checkpoint, text_file, tmp_path, device):
+    """To the byte, of each matrix; some have an odd number of outputs."""
+    base = make_checkpoint("mixtral", getattr(torch, dtype), intermediate_size=67)
+    options = {"strategy": "uniform", "gauge": "pivot"}
+    plan = lillama.plan(base, 0.2, **options)
+    out = tmp_path / "out"
+    report = lillama.compress(
+        base, out, reduction=0.2, tokens=900, seq_len=32, text=text_file, train=False,
+        device=str(device), **options,
+    )  # fmt: skip
+    headers = read_headers(out)
+    pivots = [row for row in plan["matrices"] if f"{row['name']}.lr_pivots" in headers]
+    assert pivots and any(row["shape"][0] % 2 for row in pivots)
+    for row in plan["matrices"]:
+        parts = [h.num_bytes for n, h in headers.items() if n.startswith(f"{row['name']}.lr_")]
+        assert sum(parts) == row["bytes_after"], row["name"]
+    for row in pivots:
+        header = headers[f"{row['name']}.lr_pivots"]
+        assert (header.dtype, header.shape) == ("U8", (row["shape"][0],))
+    assert report["bytes_after"] == plan["bytes_after"]
+
+
+@torch.no_grad()
+def test_marks_follow_the_order_wherever_it_came_from(make_low_rank, tmp_path, device):
+    """What is saved is made of the order that the model computes with, not of an older one."""
+    ranks = {f"backbone.layers.{i}.mixer.in_proj": 16 + i for i in range(2)}
+    first = make_low_rank("mamba", ranks, gauge="pivot").to(device)
+    second = copy.deepcopy(first)
+    modules = [m for m in second.modules() if isinstance(m, PivotLowRankLinear)]
+    for module in modules:
+        choose_pivots(module)
+    ids = torch.arange(1, 20, device=device)[None]
+    wanted = second(ids, use_cache=False).logits
+    assert not torch.equal(first(ids, use_cache=False).logits, wanted)
+    first.load_state_dict(second.state_dict())
+    for model in (first, second.to("cpu"), copy.deepcopy(first)):
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).to(device)
+        assert torch.equal(loaded(ids, use_cache=False).logits, wanted)
+    modules[0].lr_order.copy_(modules[0].lr_order.flip(0))
+    with pytest.raises(ValueError, match="with the rows of A and those of C in ascending order"):
+        second.save_pretrained(tmp_path)
 
 
 def test_a_gauge_that_there_is_not_is_refused(mixtral):

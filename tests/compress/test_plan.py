@@ -130,10 +130,10 @@ def test_plan_counts_the_parameters_and_bytes_that_are_there(kind, dtype, make_c
     assert document["bytes_before"] == sum(tensor.nbytes for tensor in tensors.values())
     removed = document["params_before"] - document["params_after"]
     assert removed == sum(r["params_before"] - r["params_after"] for r in document["matrices"])
-    # and of every output its place, in the pivot gauge; of embeddings and head there is none
+    # and of every output its mark, in the pivot gauge; of embeddings and head there is none
     inside = [row for row in document["matrices"] if ".layers." in row["name"]]
-    orders = sum(4 * row["shape"][0] for row in inside)
-    assert document["bytes_before"] - document["bytes_after"] == removed * dtype.itemsize - orders
+    marks = sum(row["shape"][0] for row in inside)
+    assert document["bytes_before"] - document["bytes_after"] == removed * dtype.itemsize - marks
     assert document["reduction"] == pytest.approx(removed / document["params_before"])
 
 
@@ -236,7 +236,7 @@ def test_plan_compressed_model_is_refused(mixtral, tmp_path):
     config = json.loads((mixtral / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "lillama",
-        "format_version": 1,
+        "format_version": 2,
         "ranks": {"model.layers.0.block_sparse_moe.experts.0.w1": 8},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))

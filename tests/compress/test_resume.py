@@ -236,7 +236,7 @@ def test_changed_command_is_refused_and_says_what_changed(change, small, mamba, 
     assert {p.name: p.read_bytes() for p in (tmp_path / "out.unfinished").iterdir()} == before
 
 
-@pytest.mark.parametrize("what", ["text", "model", "version"])
+@pytest.mark.parametrize("what", ["text", "model", "version", "format"])
 def test_changed_surroundings_are_refused(what, small, mamba, tmp_path, text_file, monkeypatch):
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(mamba, model)
@@ -250,9 +250,12 @@ def test_changed_surroundings_are_refused(what, small, mamba, tmp_path, text_fil
         data = bytearray(file.read_bytes())
         data[-100] ^= 1
         file.write_bytes(data)
-    else:
+    elif what == "version":
         monkeypatch.setattr(sys.modules["lillama.compress.describe"], "__version__", "9.9")
+    else:
+        monkeypatch.setattr(sys.modules["lillama.compress.describe"], "FORMAT_VERSION", 3)
     wanted = {"text": "data_sha256", "model": "model_sha256", "version": "versions.lillama"}
+    wanted["format"] = "format_version was 2, is 3"
     with pytest.raises(InputError, match=wanted[what]):
         small(model, tmp_path / "out", text=text)
 

@@ -252,7 +252,7 @@ def test_global_ranks_meet_the_budget_and_are_recorded(kind, request, tmp_path, 
     by_name: dict[str, Matrix] = {m.name: m for m in plan.matrices}
     saved = sum(by_name[name].params_saved(rank) for name, rank in ranks.items())
     assert report["params_before"] - report["params_after"] == saved
-    # the places of the outputs count, and the budget is met with them to within one step
+    # the marks of the outputs count, and the budget is met with them to within one step
     freed = sum(by_name[name].saved(rank) for name, rank in ranks.items())
     share = freed / report["params_before"]
     assert 0.15 <= share < 0.15 + 8 * (64 + 32) / report["params_before"] + 1e-9

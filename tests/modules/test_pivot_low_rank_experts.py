@@ -9,6 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from lillama.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
+from tests.pivot_orders import choose_pivots
 
 E, H, INNER = 4, 32, 64
 # ranks of every kind: different in each expert, 0 = dense, one projection wholly factorised
@@ -32,10 +33,9 @@ def experts_of(
     for projection in PROJECTIONS:
         for expert in range(E):
             for key, tensor in experts.stored(projection, expert).items():
-                if key == "lr_order":
-                    tensor.copy_(torch.randperm(len(tensor)))
-                else:
+                if key != "lr_pivots":
                     tensor.copy_(torch.randn(tensor.shape) * tensor.shape[-1] ** -0.5)
+    choose_pivots(experts)
     return experts
 
 
@@ -47,7 +47,7 @@ def dense_of(experts: PivotLowRankExperts, device: torch.device) -> MixtralExper
         for projection in PROJECTIONS:
             part = experts.stored(projection, expert)
             if "lr_W" not in part:
-                A, C, order = part["lr_A"], part["lr_C"], part["lr_order"]
+                A, C, order = part["lr_A"], part["lr_C"], experts.order(projection, expert)
                 part = {"lr_W": torch.cat([A, C @ A])[order.long()]}
             weights.append(part["lr_W"])
         dense.get_parameter("gate_up_proj")[expert] = torch.cat(weights[:2])
@@ -77,7 +77,7 @@ def test_forward_and_gradients_are_those_of_dense_weights(ranks, implementation,
     for expert, rank in enumerate(ranks["down"]):
         wanted = dense.down_proj.grad[expert]
         part = experts.stored("down", expert)
-        rows = wanted[part["lr_order"].argsort()]
+        rows = wanted[experts.order("down", expert).argsort()]
         A, C = part["lr_A"].detach(), part["lr_C"].detach()
         grad_A = experts.get_parameter("down_A").grad[expert, :rank]  # type: ignore[index]
         grad_C = experts.get_parameter("down_C").grad[expert, : H - rank, :rank]  # type: ignore[index]
@@ -91,7 +91,7 @@ def test_stored_has_no_padding_and_counts_as_the_plan_does():
         N, K = experts.projection_shape(projection)
         for expert, R in enumerate(MIXED[projection]):
             shapes = {k: tuple(t.shape) for k, t in experts.stored(projection, expert).items()}
-            wanted = {"lr_A": (R, K), "lr_C": (N - R, R), "lr_order": (N,)}
+            wanted = {"lr_A": (R, K), "lr_C": (N - R, R), "lr_pivots": (N,)}
             assert shapes == (wanted if R else {"lr_W": (N, K)})
 
 

@@ -139,7 +139,7 @@ def factorised(
             if gauge == "pivot" and matrix not in vocabulary:
                 found = rounded(to_pivot(A, B), torch.float32)
                 stored |= {f"{matrix}.lr_A": found.A, f"{matrix}.lr_C": found.C}
-                stored[f"{matrix}.lr_order"] = found.order
+                stored[f"{matrix}.lr_pivots"] = found.pivots
             else:
                 stored[f"{matrix}.lr_B"] = B
         elif ".experts." in name and name.partition(".experts.")[0] in blocks:

@@ -11,12 +11,12 @@ def no_expert_factor(tensors: dict[str, Tensor]) -> None:
     del tensors[f"{EXPERT}.lr_B"]
 
 
-def no_expert_order(tensors: dict[str, Tensor]) -> None:
-    del tensors[f"{EXPERT}.lr_order"]
+def no_expert_marks(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{EXPERT}.lr_pivots"]
 
 
-def no_expert_permutation(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{EXPERT}.lr_order"][0] = tensors[f"{EXPERT}.lr_order"][1]
+def wrong_expert_marks(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{EXPERT}.lr_pivots"][5] ^= 1
 
 
 def expert_of_another_rank(tensors: dict[str, Tensor]) -> None:
@@ -36,8 +36,12 @@ def not_a_number(tensors: dict[str, Tensor]) -> None:
     tensors[f"{LINEAR}.lr_C"][3, 2] = float("nan")
 
 
-def no_permutation(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{LINEAR}.lr_order"][0] = tensors[f"{LINEAR}.lr_order"][1]
+def wrong_marks(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{LINEAR}.lr_pivots"][5] ^= 1
+
+
+def no_marks(tensors: dict[str, Tensor]) -> None:
+    del tensors[f"{LINEAR}.lr_pivots"]
 
 
 @pytest.mark.parametrize(
@@ -45,12 +49,13 @@ def no_permutation(tensors: dict[str, Tensor]) -> None:
     [
         ("mixtral", "plain", no_expert_factor, "the checkpoint lacks lr_B of model.layers.1."),
         ("mixtral", "plain", expert_of_another_rank, "it does not fit its config.json"),
-        ("mixtral", "pivot", no_expert_order, "the checkpoint lacks lr_C or lr_order of model.l"),
-        ("mixtral", "pivot", no_expert_permutation, "is no permutation of the outputs that lr_C"),
+        ("mixtral", "pivot", no_expert_marks, "the checkpoint lacks lr_C or lr_pivots of model.l"),
+        ("mixtral", "pivot", wrong_expert_marks, "experts.3 (down) lr_pivots must be 1 for"),
         ("mamba", "plain", no_linear_factor, f"the checkpoint lacks {LINEAR}.lr_B, or"),
         ("mamba", "plain", too_many_rows, f"{LINEAR}.lr_B is [1024, 45], wanted [512, 45]"),
         ("mamba", "pivot", not_a_number, f"the checkpoint lacks {LINEAR}.lr_C, or holds NaN"),
-        ("mamba", "pivot", no_permutation, f"the checkpoint lacks {LINEAR}.lr_order, or"),
+        ("mamba", "pivot", wrong_marks, f"the checkpoint lacks {LINEAR}.lr_pivots, or"),
+        ("mamba", "pivot", no_marks, f"the checkpoint lacks {LINEAR}.lr_pivots, or"),
     ],
 )
 def test_vllm_refuses_a_damaged_checkpoint(kind, gauge, edit, message, make_served, run_vllm):

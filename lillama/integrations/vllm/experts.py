@@ -24,6 +24,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from lillama.families import PROJECTIONS
 from lillama.integrations.vllm.shards import not_loaded, pivot_rows
+from lillama.pivots import is_permutation, order_of, wrong_marks
 
 __all__ = ["LowRankExpertsMethod"]
 
@@ -88,8 +89,8 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             raise ValueError(f"{prefix} uses {moe.activation}; low-rank experts are silu only")
         self.prefix = prefix
         self.all_ranks = dict(zip(PROJECTIONS, (gate, up, down), strict=True))
-        self.suffixes = ("A", "C", "order", "W") if pivot else ("A", "B", "W")
-        # what of C and order came first, by projection and expert
+        self.suffixes = ("A", "C", "pivots", "W") if pivot else ("A", "B", "W")
+        # what of C and marks came first, by projection and expert
         self.waiting: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -166,7 +167,7 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             if place == -1:
                 return False if return_success else None
             name, suffix = SHARD_IDS[shard_id], weight_name.rpartition("_")[2]
-            if suffix in ("C", "order"):
+            if suffix in ("C", "pivots"):
                 both = self.waiting.setdefault((name, expert_id), {})
                 both[suffix] = loaded_weight.clone()  # its memory may be used again
                 if len(both) < 2:
@@ -188,14 +189,17 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
 
         return load
 
-    def _plain(self, name: str, expert: int, C: Tensor, order: Tensor) -> Tensor:
+    def _plain(self, name: str, expert: int, C: Tensor, pivots: Tensor) -> Tensor:
         """B [N, R] of what the pivot gauge stores of it."""
         label = f"{self.prefix}.{expert} ({name})"
-        if C.ndim != 2 or order.shape != (sum(C.shape),) or not_loaded({"it": order}):
+        if C.ndim != 2 or pivots.shape != (sum(C.shape),):
             raise ValueError(
-                f"{label}: lr_order {list(order.shape)} is no permutation of the outputs that lr_C "
-                f"{list(C.shape)} belongs to; the checkpoint is damaged"
+                f"{label}: lr_pivots {list(pivots.shape)} are not the marks of the outputs that "
+                f"lr_C {list(C.shape)} belongs to; the checkpoint is damaged"
             )
+        order = order_of(pivots, C.shape[1])
+        if not is_permutation(order):
+            raise ValueError(wrong_marks(f"{label} lr_pivots", C.shape[1], len(order)))
         return pivot_rows(C, order, torch.arange(len(order), device=order.device))
 
     def _share(self, layer: Any, name: str, suffix: str, value: Tensor) -> Tensor:
@@ -231,7 +235,7 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             view = self._view(layer, name, suffix, place)
             if view is not None and not bool(torch.isfinite(view).all()):
                 if suffix == "B" and "C" in self.suffixes:
-                    suffix = "C or lr_order"
+                    suffix = "C or lr_pivots"
                 return (
                     f"the checkpoint lacks lr_{suffix} of {self.prefix}.{expert} ({name}), or "
                     "holds NaN or infinity there; it is damaged"

@@ -25,10 +25,13 @@ from lillama.integrations.vllm.shards import (
     not_loaded,
     pivot_rows,
 )
+from lillama.pivots import order_of
 
 __all__ = ["LowRankLinearMethod"]
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
+# neither of the two marks
+UNMARKED = 255
 
 
 def _first(values: Sequence[int]) -> list[int]:
@@ -80,7 +83,8 @@ class LowRankLinearMethod(LinearMethodBase):
         if self.sums_ranks:
             layer.reduce_results = False
         for name, shape, dtype in self._shapes(layer, params_dtype):
-            value = torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype)
+            unset = torch.nan if dtype.is_floating_point else UNMARKED
+            value = torch.full(shape, unset, dtype=dtype)
             parameter = Parameter(value, requires_grad=False)
             layer.register_parameter(name, parameter)
             self._set_loader(layer, parameter, name)
@@ -117,10 +121,10 @@ class LowRankLinearMethod(LinearMethodBase):
         if plain:
             shapes.append(("lr_B", (sum(p.rows * p.rank for p in plain),), dtype))
         if pivot:
-            # C and order of all outputs: which of them are here is known when both are loaded
+            # C and marks of all outputs: which of them are here is known when both are loaded
             whole = [(self._whole_rows(layer, p), p.rank) for p in pivot]
             shapes.append(("lr_C", (sum((N - R) * R for N, R in whole),), dtype))
-            shapes.append(("lr_order", (sum(N for N, _ in whole),), torch.int32))
+            shapes.append(("lr_pivots", (sum(N for N, _ in whole),), torch.uint8))
         if dense or self.sentinel.rpartition(".")[0] in self.names:
             shapes.append(("weight", (sum(p.rows for p in dense), K), dtype))
         return shapes
@@ -134,14 +138,14 @@ class LowRankLinearMethod(LinearMethodBase):
                 "lr_A": R > 0,
                 "lr_B": R > 0 and not part.pivot,
                 "lr_C": part.pivot,
-                "lr_order": part.pivot,
+                "lr_pivots": part.pivot,
                 "weight": R == 0,
             }[name]
             shape = {
                 "lr_A": (R, self.in_features),
                 "lr_B": (part.rows, R),
                 "lr_C": (N - R, R),
-                "lr_order": (N,),
+                "lr_pivots": (N,),
                 "weight": (part.rows, self.in_features),
             }[name]
             shapes.append(shape if has else ())
@@ -192,22 +196,28 @@ class LowRankLinearMethod(LinearMethodBase):
         """Check that everything came, then settle what each part is computed with.
 
         Raises:
-            ValueError: a factor was missing from the checkpoint, or holds NaN or infinity.
+            ValueError: a factor was missing from the checkpoint, or holds NaN or infinity, or marks
+                do not fit the rank.
         """
         found = {
             f"{part.name}.{name}": self._view(layer, name, index)
             for index, part in enumerate(self.parts)
-            for name in ("lr_A", "lr_B", "lr_C", "lr_order", "weight")
+            for name in ("lr_A", "lr_B", "lr_C", "lr_pivots", "weight")
             if hasattr(layer, name) and self._slices(layer, name)[index][1]
         }
+        for part in self.parts:
+            if part.pivot:
+                marks = f"{part.name}.lr_pivots"
+                found[marks] = order_of(found[marks], part.rank)
         bad = ", ".join(not_loaded(found))
         if bad:
             raise ValueError(
-                f"the checkpoint lacks {bad}, or holds NaN or infinity there; it is damaged"
+                f"the checkpoint lacks {bad}, or holds NaN, infinity or marks that do not fit the "
+                "rank there; it is damaged"
             )
         parts = [self._settled(layer, part, found) for part in self.parts]
         factors = [tensors for tensors in parts if "B" in tensors or "C" in tensors]
-        for name in ("lr_A", "lr_B", "lr_C", "lr_order", "weight"):
+        for name in ("lr_A", "lr_B", "lr_C", "lr_pivots", "weight"):
             if hasattr(layer, name):
                 delattr(layer, name)
         if self.sums_ranks and not factors:
@@ -226,17 +236,18 @@ class LowRankLinearMethod(LinearMethodBase):
         layer.register_parameter(name, Parameter(tensor.contiguous(), requires_grad=False))
 
     def _settled(self, layer: Any, part: Part, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{"W"} of a dense part, {"A", "B"}, or {"A", "C", "order"}, each a tensor of its own."""
+        """{"W"} of a dense part, {"A", "B"}, or {"A", "C", "order"}, each a tensor of its own.
+        In `found` orders have taken the place of marks."""
         if not part.rank:
             return {"W": found[f"{part.name}.weight"].clone()}
         A, split = found[f"{part.name}.lr_A"], layer.tp_size > 1
         if part.pivot and (self.row or not split):
-            C, order = found[f"{part.name}.lr_C"], found[f"{part.name}.lr_order"]
+            C, order = found[f"{part.name}.lr_C"], found[f"{part.name}.lr_pivots"]
             if not split or part.is_worth_factors(self.in_features):
-                return {"A": A, "C": C.clone(), "order": order.clone()}
+                return {"A": A, "C": C.clone(), "order": order}
         if part.pivot:
             # its identity is spread over the processes: plain factors here
-            C, order = found[f"{part.name}.lr_C"], found[f"{part.name}.lr_order"]
+            C, order = found[f"{part.name}.lr_C"], found[f"{part.name}.lr_pivots"]
             B = pivot_rows(C, order, self._rows(layer, part, C.device))
         else:
             B = found[f"{part.name}.lr_B"]

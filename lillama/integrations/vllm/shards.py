@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lillama.pivots import is_permutation
+
 __all__ = ["Part", "local_rows", "multiplied_out", "not_loaded", "pivot_rows"]
 
 
@@ -68,13 +70,10 @@ def multiplied_out(A: Tensor, B: Tensor) -> Tensor:
 
 def not_loaded(tensors: dict[str, Tensor]) -> list[str]:
     """Names of tensors, filled with NaN before loading, that are not finite after it. An integer
-    one must be a permutation."""
+    one is an order of outputs and must be a permutation."""
     bad = []
     for name, tensor in tensors.items():
-        if tensor.is_floating_point():
-            fine = bool(torch.isfinite(tensor).all())
-        else:
-            fine = torch.equal(tensor.sort().values, torch.arange(len(tensor)).to(tensor))
-        if not fine:
+        is_float = tensor.is_floating_point()
+        if not (bool(torch.isfinite(tensor).all()) if is_float else is_permutation(tensor)):
             bad.append(name)
     return bad
