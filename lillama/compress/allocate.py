@@ -20,8 +20,8 @@ class Matrix:
     is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
-    R (K + N), and the order of the N outputs. counts: what one of its numbers counts in the
-    budget; 1 where that is what is stored.
+    R (K + N), and the order of the outputs: N, of the embeddings K. counts: what one of its numbers
+    counts in the budget; 1 where that is what is stored.
     """
 
     name: str
@@ -37,8 +37,9 @@ class Matrix:
 
     @property
     def order_bytes(self) -> int:
-        """What the order of its outputs takes beside its factors: N int32."""
-        return 4 * self.N if self.pivot else 0
+        """What the order of its outputs takes beside its factors: int32 each."""
+        outputs = self.K if self.block < 0 else self.N
+        return 4 * outputs if self.pivot else 0
 
     @property
     def order(self) -> int:

@@ -4,12 +4,14 @@ import torch
 from lillama_kernels import pivot_low_rank_linear
 from torch import Tensor, nn
 
+from lillama.modules.low_rank_embedding import shape_only
+
 __all__ = ["PivotLowRankLinear"]
 
 
 class PivotLowRankLinear(nn.Module):
     """y = [z, z C^T][order] + bias with z = x A^T; parameters `lr_A` [R, K], `lr_C` [N - R, R] and
-    `bias` [N] or None, buffer `lr_order` [N] int32.
+    `bias` [N] or None, buffer `lr_order` [N] int32. is_head: it is a model's output head.
 
     Raises:
         ValueError: rank outside 1..min(in_features, out_features).
@@ -25,8 +27,10 @@ class PivotLowRankLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        is_head: bool = False,
     ) -> None:
         super().__init__()
+        self.is_head = is_head
         limit = min(in_features, out_features)
         if not 1 <= rank <= limit:
             raise ValueError(
@@ -44,7 +48,9 @@ class PivotLowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole weight [N, K], computed and differentiable: Mamba's mixer and its
-        initialisation read `.weight`."""
+        initialisation read `.weight`. Of a head shape and dtype only, see `shape_only`."""
+        if self.is_head:
+            return shape_only(self.out_features, self.in_features, self.lr_A.dtype)
         return torch.cat([self.lr_A, self.lr_C @ self.lr_A])[self.lr_order]
 
     def forward(self, x: Tensor) -> Tensor:
