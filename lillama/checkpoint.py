@@ -3,17 +3,18 @@
 A compressed model is a sharded safetensors checkpoint in the model's own hub names. The weight
 `<name>.weight` of a factorised matrix is replaced by `<name>.lr_A` [R, K] and `<name>.lr_B` [N, R];
 `config.json` carries the ranks. Token embeddings [V, H] are stored as any matrix with N = V and
-K = H. In gauge "pivot" all but embeddings and head have `<name>.lr_C` [N - R, R] and
-`<name>.lr_pivots` [N] (uint8) instead of `.lr_B`: the rows of B where it is 1 are those of the
-identity, the others those of C (see lillama/pivots.py). Inside a stacked experts module that is
-only partly factorised, a matrix that stays dense is `<name>.lr_W` [N, K] (as `.weight` transformers
-would try to stack it). One mis-shaped tensor under a dense name, the sentinel, makes a load without
-lillama fail instead of serving random weights.
+K = H. In gauge "pivot" `<name>.lr_C` [N - R, R] and `<name>.lr_pivots` [N] (uint8) take the place
+of `.lr_B`: the rows of B where it is 1 are those of the identity, the others those of C (see
+lillama/pivots.py); of the embeddings, whose outputs are the columns of their table, `.lr_C`
+[H - R, R] and `.lr_pivots` [H] that of `.lr_A`, whose columns they are in the same way.
+Inside a stacked experts module that is only partly factorised, a matrix that stays dense is
+`<name>.lr_W` [N, K] (as `.weight` transformers would try to stack it). One mis-shaped tensor under
+a dense name, the sentinel, makes a load without lillama fail instead of serving random weights.
 """
 
 import json
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ __all__ = [
     "check_unquantized",
     "compression_of",
     "dtype_of",
+    "factor_shapes",
     "hub_headers",
-    "is_pivot",
     "read_config",
     "read_headers",
     "read_shard_headers",
@@ -145,10 +146,17 @@ def compression_of(config: PretrainedConfig) -> dict | None:
     return values
 
 
-def is_pivot(family: Family, gauge: str, name: str) -> bool:
-    """Whether a factorised matrix is stored in the pivot gauge: embeddings and head never are, of
-    which it would take R of V + H rows only."""
-    return gauge == "pivot" and name not in family.vocabulary.values()
+def factor_shapes(
+    shape: tuple[int, int], rank: int, gauge: str, is_embedding: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """{end of the name: shape} of what is stored of a matrix [N, K] with a rank. is_embedding: it
+    is the table [V, H] of the token embeddings, of which the pivot gauge takes columns."""
+    N, K = shape
+    if gauge != "pivot":
+        return {"lr_A": (rank, K), "lr_B": (N, rank)}
+    if is_embedding:
+        return {"lr_B": (N, rank), "lr_C": (K - rank, rank), "lr_pivots": (K,)}
+    return {"lr_A": (rank, K), "lr_C": (N - rank, rank), "lr_pivots": (N,)}
 
 
 def check_ranks(ranks: object) -> None:
@@ -294,7 +302,8 @@ def check_factors(
     names: Mapping[str, tuple[int, ...]],
     ranks: Mapping[str, int],
     shapes: Mapping[str, tuple[int, int]],
-    pivots: Container[str] = (),
+    gauge: str = "plain",
+    embedding: str | None = None,
 ) -> None:
     """Compare the factors present ({tensor name: shape}) with the ranks that config.json promises.
 
@@ -303,7 +312,8 @@ def check_factors(
         ranks: {matrix name: R}.
         shapes: {matrix name: (N, K)} of the dense model, for every matrix with a rank and for
             those stored as `lr_W`.
-        pivots: names of matrices in the pivot gauge.
+        gauge: of the checkpoint.
+        embedding: name of the token embeddings.
 
     Raises:
         InputError: a factor is missing, unexpected, or mis-shaped; all are named (at most 5 of
@@ -315,11 +325,8 @@ def check_factors(
         if rank is None:
             wanted[f"{name}.lr_W"] = (N, K)
         else:
-            wanted[f"{name}.lr_A"] = (rank, K)
-            if name in pivots:
-                wanted |= {f"{name}.lr_C": (N - rank, rank), f"{name}.lr_pivots": (N,)}
-            else:
-                wanted[f"{name}.lr_B"] = (N, rank)
+            parts = factor_shapes((N, K), rank, gauge, name == embedding)
+            wanted |= {f"{name}.{key}": part for key, part in parts.items()}
     found = {name: shape for name, shape in names.items() if name.endswith(FACTOR_SUFFIXES)}
     problems = {
         "missing factors": [name for name in wanted if name not in found],

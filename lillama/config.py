@@ -94,7 +94,7 @@ class Recipe:
     finetune_epochs: int = 0
     # calibration tokens where the caller names no number; moments alone need few
     tokens: int = 2_000_000
-    # where the caller names none; embeddings and head are plain in any case
+    # where the caller names none
     gauge: Gauge = "pivot"
 
     def peak_learning_rate(self, hidden_size: int) -> float:

@@ -1,12 +1,13 @@
 """A compressed checkpoint for tools that do not know its format, or in the other gauge.
 
-Format "dense" multiplies the factors out: W = B A, or cat([A, C A])[order] in the pivot gauge; in
-fp32, rounded once to the dtype of the factors. The result is an ordinary checkpoint of the base
-model's size. Formats "plain" and "pivot" change the gauge and keep the product.
+Format "dense" multiplies the factors out: W = B A, in the pivot gauge with the identity written
+out; in fp32, rounded once to the dtype of the factors. The result is an ordinary checkpoint of the
+base model's size. Formats "plain" and "pivot" change the gauge and keep the product.
 """
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lillama.checkpoint import (
+    FACTOR_SUFFIXES,
     TensorHeader,
     check_factors,
     compression_of,
-    is_pivot,
+    factor_shapes,
     read_config,
     read_headers,
     read_shard_headers,
@@ -30,7 +32,7 @@ from lillama.checkpoint import (
 )
 from lillama.checkpoint_writer import check_space, disk_errors, sync
 from lillama.compress.describe import card_metadata, card_text
-from lillama.compress.gauge import plain_of, rounded, to_pivot
+from lillama.compress.gauge import pivot_tensors, plain_tensors
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
 from lillama.families import Family, is_speech
@@ -79,36 +81,44 @@ class _Source:
         dtype = DTYPES[header.dtype]
         return Entry(new_name or name, dtype, header.shape, lambda: self.read(name))
 
-    def is_pivot(self, matrix: str) -> bool:
-        return is_pivot(self.family, self.gauge, matrix)
+    def is_embedding(self, matrix: str) -> bool:
+        return matrix == self.family.embedding
 
-    def becomes_pivot(self, matrix: str, format: str) -> bool:
-        return is_pivot(self.family, format, matrix)
+    def parts(self, matrix: str, gauge: str) -> dict[str, tuple[int, ...]]:
+        """{end of the name: shape} of what a gauge stores of a matrix."""
+        shape, rank = self.shapes[matrix], self.ranks[matrix]
+        return factor_shapes(shape, rank, gauge, self.is_embedding(matrix))
+
+    def first(self, matrix: str) -> str:
+        """The tensor that stands for all that is stored of a matrix: of its dtype, in its shard."""
+        return f"{matrix}.{next(iter(self.parts(matrix, self.gauge)))}"
+
+    def dtype(self, matrix: str) -> torch.dtype:
+        return DTYPES[self.headers[self.first(matrix)].dtype]
 
     def factors(self, matrix: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [R, K] and B [N, R], in whichever gauge they are stored."""
-        A = self.read(f"{matrix}.lr_A").to(dtype)
-        if not self.is_pivot(matrix):
-            return A, self.read(f"{matrix}.lr_B").to(dtype)
-        return plain_of(A, self.read(f"{matrix}.lr_C").to(dtype), self.order(matrix))
+        stored = {
+            key: self.read(f"{matrix}.{key}").to(dtype)
+            for key in self.parts(matrix, self.gauge)
+            if key != "lr_pivots"
+        }
+        if self.gauge == "pivot":
+            stored["lr_pivots"] = self.marks(matrix)
+        return plain_tensors(stored)
 
-    def order(self, matrix: str) -> Tensor:
+    def marks(self, matrix: str) -> Tensor:
         name, rank = f"{matrix}.lr_pivots", self.ranks[matrix]
-        order = order_of(self.read(name), rank)
-        if not is_permutation(order):
-            raise InputError(wrong_marks(name, rank, len(order)))
-        return order
+        marks = self.read(name)
+        if not is_permutation(order_of(marks, rank)):
+            raise InputError(wrong_marks(name, rank, len(marks)))
+        return marks
 
     def product(self, matrix: str) -> Tensor:
-        """B A from fp32 products, in the dtype of A, as a dense checkpoint holds it."""
-        A = self.read(f"{matrix}.lr_A")
-        if self.is_pivot(matrix):
-            # the rows that A holds come out as they are
-            C, order = self.read(f"{matrix}.lr_C").float(), self.order(matrix)
-            dense = torch.cat([A.float(), C @ A.float()])[order.long()]
-        else:
-            dense = self.read(f"{matrix}.lr_B").float() @ A.float()
-        dense = _finite(matrix, dense.to(A.dtype))
+        """B A from fp32 products, in the dtype of the factors, as a dense checkpoint holds it; what
+        the pivot gauge stores as it is comes out so."""
+        A, B = self.factors(matrix, torch.float32)
+        dense = _finite(matrix, (B @ A).to(self.dtype(matrix)))
         return dense.mT.contiguous() if matrix in self.transposed else dense
 
 
@@ -131,19 +141,14 @@ def _open_source(path: Path, format: str) -> _Source:
     gauge = values.get("gauge", "plain")
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
-    # embeddings and head are copied, whatever the gauge
-    if format == "pivot" and not any(is_pivot(family, format, name) for name in ranks):
-        raise InputError(
-            f"--format pivot is for linear layers and experts; {path} has no factorised ones; use "
-            "--format dense, or keep it as it is"
-        )
     headers = read_headers(path)
     shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
     check_factors(
         {name: header.shape for name, header in headers.items()},
         ranks,
         shapes,
-        {name for name in ranks if is_pivot(family, gauge, name)},
+        gauge,
+        family.embedding,
     )
     sentinels = set(sentinel_names(headers, family, ranks))
     transposed = {name for name, module in model.named_modules() if is_transposed(module)}
@@ -153,10 +158,10 @@ def _open_source(path: Path, format: str) -> _Source:
 def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
     """Factors in the pivot gauge wait in the file `part`: made once, although a shard's tensors are
     not written in the order they are made in."""
-    found = to_pivot(*source.factors(matrix, torch.float64))
-    found = rounded(found, DTYPES[source.headers[f"{matrix}.lr_A"].dtype])
-    tensors = {"lr_A": _finite(matrix, found.A), "lr_C": _finite(matrix, found.C)}
-    write_shard(part, entries_of({**tensors, "lr_pivots": found.pivots}))
+    A, B = source.factors(matrix, torch.float64)
+    is_embedding = source.is_embedding(matrix)
+    tensors, _ = pivot_tensors(A, B, source.dtype(matrix), is_embedding=is_embedding)
+    write_shard(part, entries_of({key: _finite(matrix, value) for key, value in tensors.items()}))
     shapes = {key: (DTYPES[h.dtype], h.shape) for key, h in read_shard_headers(part).items()}
 
     def read(key: str) -> Tensor:
@@ -171,31 +176,34 @@ def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
 
 def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[Entry]:
     """What takes the place of a matrix's factors."""
-    dtype, (N, K) = DTYPES[source.headers[f"{matrix}.lr_A"].dtype], source.shapes[matrix]
+    dtype, (N, K) = source.dtype(matrix), source.shapes[matrix]
     if format == "dense":
         shape = (K, N) if matrix in source.transposed else (N, K)
         return [Entry(f"{matrix}.weight", dtype, shape, lambda: source.product(matrix))]
-    if source.becomes_pivot(matrix, format):
+    if format == "pivot":
         return _pivot_entries(source, matrix, part)
-    B = Entry(
-        f"{matrix}.lr_B", dtype, (N, source.ranks[matrix]), lambda: source.factors(matrix, dtype)[1]
-    )
-    return [source.copy(f"{matrix}.lr_A"), B]
+    return [
+        source.copy(name)
+        if (name := f"{matrix}.{key}") == source.first(matrix)
+        else Entry(name, dtype, shape, lambda at=at: source.factors(matrix, dtype)[at].contiguous())
+        for at, (key, shape) in enumerate(source.parts(matrix, format).items())
+    ]
 
 
 def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entry]:
-    """The tensors of a new shard: what the old one `file` held, a matrix where its `lr_A` was."""
+    """The tensors of a new shard: what the old one `file` held, a matrix where its first factor
+    was."""
     entries = []
     for name, header in source.headers.items():
         if header.file != file or name in source.sentinels:
             continue
         matrix, _, suffix = name.rpartition(".")
-        factorised = matrix in source.ranks and suffix in ("lr_A", "lr_B", "lr_C", "lr_pivots")
+        factorised = matrix in source.ranks and f".{suffix}" in FACTOR_SUFFIXES
         if suffix == "lr_W" and format == "dense":
             entries.append(source.copy(name, f"{matrix}.weight"))
         elif not factorised:
             entries.append(source.copy(name))
-        elif suffix == "lr_A":
+        elif name == source.first(matrix):
             part = parts / f".part-{len(entries)}.safetensors"
             entries += _converted(source, matrix, format, part)
     return entries
@@ -206,11 +214,12 @@ def _new_bytes(source: _Source, format: str) -> int:
     total = 0
     for name, header in source.headers.items():
         matrix, _, suffix = name.rpartition(".")
-        if matrix in source.ranks and suffix == "lr_A":
-            (N, K), R = source.shapes[matrix], source.ranks[matrix]
-            pivot = source.becomes_pivot(matrix, format)
-            numbers = N * K if format == "dense" else R * (N + K - R if pivot else N + K)
-            total += numbers * DTYPES[header.dtype].itemsize + (N if pivot else 0)
+        if matrix in source.ranks and name == source.first(matrix):
+            dense = {"weight": source.shapes[matrix]}
+            parts = dense if format == "dense" else source.parts(matrix, format)
+            for key, shape in parts.items():
+                dtype = torch.uint8 if key == "lr_pivots" else source.dtype(matrix)
+                total += math.prod(shape) * dtype.itemsize
         elif matrix not in source.ranks and name not in source.sentinels:
             total += header.num_bytes
         elif suffix == "bias":
@@ -338,8 +347,7 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
         model: folder of a model compressed by lillama.
         out: folder to create; it appears when all is done.
         options: `format`: "dense" multiplies the factors out, into a checkpoint in the base model's
-            hub names that needs no lillama; "plain" and "pivot" change the gauge of linear layers
-            and experts (factorised embeddings and head are copied).
+            hub names that needs no lillama; "plain" and "pivot" change the gauge.
 
     Returns:
         `format`, `matrices` (how many were converted), `params, bytes_before, bytes_after`.
@@ -378,15 +386,10 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
         }
         for name, text in texts.items():
             (staging / name).write_text(text, "utf-8")
-    skipped, format = source.sentinels, config.format
-    changed = [
-        name
-        for name in source.ranks
-        if format == "dense" or source.is_pivot(name) or source.becomes_pivot(name, format)
-    ]
+    skipped = source.sentinels
     return {
-        "format": format,
-        "matrices": len(changed),
+        "format": config.format,
+        "matrices": len(source.ranks),
         "params": params,
         "bytes_before": sum(h.num_bytes for n, h in source.headers.items() if n not in skipped),
         "bytes_after": num_bytes,

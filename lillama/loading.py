@@ -17,7 +17,6 @@ from lillama.checkpoint import (
     check_unquantized,
     compression_of,
     dtype_of,
-    is_pivot,
     read_config,
     read_headers,
 )
@@ -104,7 +103,7 @@ def count_params(
     family = family_for(config, model)
     for name, (N, K) in dense_shapes(model, family, ranks).items():
         rank = ranks[name]
-        identity = rank if is_pivot(family, gauge, name) else 0
+        identity = rank if gauge == "pivot" else 0
         params -= N * K - rank * (N + K - identity)
     return params
 

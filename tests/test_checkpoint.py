@@ -279,6 +279,18 @@ def test_check_factors_that_fit():
     check_factors({**FITTING, "m8.lr_W": (3, 5)}, ALL, {**SHAPES, "m8": (3, 5)})
 
 
+def test_check_factors_in_the_pivot_gauge():
+    """Of the embeddings it is the columns that have an order."""
+    shapes, ranks = {"m": (6, 4), "e": (6, 4)}, {"m": 2, "e": 3}
+    fitting = {"m.lr_A": (2, 4), "m.lr_C": (4, 2), "m.lr_pivots": (6,)}
+    fitting |= {"e.lr_B": (6, 3), "e.lr_C": (1, 3), "e.lr_pivots": (4,)}
+    check_factors(fitting, ranks, shapes, "pivot", "e")
+    with pytest.raises(InputError, match=r"missing factors: e\.lr_A; unexpected factors: e\.lr_B"):
+        check_factors(fitting, ranks, shapes, "pivot", "another")
+    with pytest.raises(InputError, match="missing factors: m.lr_B, e.lr_A;"):
+        check_factors(fitting, ranks, shapes, "plain", "e")
+
+
 def test_check_factors_matrix_without_a_rank_is_dense():
     shapes = {**SHAPES, "m8": (3, 5)}
     with pytest.raises(InputError, match=r"missing factors: m8\.lr_W$"):

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama import export
 from lillama.errors import InputError
+from lillama.pivots import order_of
 
 module = sys.modules["lillama.export"]
 EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}.{}"
@@ -42,33 +43,51 @@ def logits_of(folder: Path) -> Tensor:
         return model.eval()(IDS).logits
 
 
+def table_of(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """W of the embeddings or the head in fp64, from the definition of each gauge."""
+    keys = [n.rpartition(".")[2] for n in tensors if n.startswith(f"{name}.lr_")]
+    found = {key: tensors[f"{name}.{key}"].double() for key in keys}
+    if "lr_C" not in found:
+        return found["lr_B"] @ found["lr_A"]
+    order = order_of(found["lr_pivots"], found["lr_C"].shape[1]).long()
+    if name == "lm_head":
+        return torch.cat([found["lr_A"], found["lr_C"] @ found["lr_A"]])[order]
+    return torch.cat([found["lr_B"], found["lr_B"] @ found["lr_C"].mT], -1)[:, order]
+
+
 def assert_close(found: Tensor, wanted: Tensor) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 @pytest.fixture(scope="module")
 def make_source(make_low_rank, tokenizer, tmp_path_factory):
-    """make_source(kind, ranks, dtype) -> folder of a compressed model without tied weights."""
+    """make_source(kind, ranks, dtype, gauge) -> folder of a compressed model without tied
+    weights."""
 
-    def make(kind: str, ranks: dict[str, int], dtype: torch.dtype = torch.float32) -> Path:
+    def make(
+        kind: str, ranks: dict[str, int], dtype: torch.dtype = torch.float32, gauge: str = "plain"
+    ) -> Path:
         path = tmp_path_factory.mktemp("sources") / kind
-        make_low_rank(kind, ranks, dtype, **UNTIED).save_pretrained(path)
+        make_low_rank(kind, ranks, dtype, gauge, **UNTIED).save_pretrained(path)
         tokenizer.save_pretrained(path)
         return path
 
     return make
 
 
+@pytest.mark.parametrize("gauge", ["plain", "pivot"])
 @pytest.mark.parametrize("layers", [True, False], ids=["with-layers", "alone"])
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
-def test_export_dense_of_a_factorised_vocabulary(kind, layers, make_source, make_model, tmp_path):
+def test_export_dense_of_a_factorised_vocabulary(
+    kind, layers, gauge, make_source, make_model, tmp_path
+):
     ranks = VOCABULARY[kind] | (LAYERS[kind] if layers else {})
-    source = make_source(kind, ranks)
+    source = make_source(kind, ranks, gauge=gauge)
     report = export(source, tmp_path / "new")
     old, new = tensors_of(source), tensors_of(tmp_path / "new")
     for name in VOCABULARY[kind]:
-        product = old[f"{name}.lr_B"] @ old[f"{name}.lr_A"]
-        torch.testing.assert_close(new[f"{name}.weight"], product)
+        product = table_of(old, name)
+        torch.testing.assert_close(new[f"{name}.weight"].double(), product, rtol=1e-4, atol=1e-5)
     make_model(kind, **UNTIED).save_pretrained(tmp_path / "base")
     wanted = tensors_of(tmp_path / "base")
     assert {n: t.shape for n, t in new.items()} == {n: t.shape for n, t in wanted.items()}
@@ -78,26 +97,36 @@ def test_export_dense_of_a_factorised_vocabulary(kind, layers, make_source, make
     assert_close(logits_of(tmp_path / "new"), logits_of(source))
 
 
+@pytest.mark.parametrize("layers", [True, False], ids=["with-layers", "alone"])
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_export_changes_the_gauge_of_all_but_the_vocabulary(
-    dtype, make_source, tmp_path, monkeypatch
+def test_export_changes_the_gauge_of_everything(
+    dtype, kind, layers, make_source, tmp_path, monkeypatch
 ):
-    """There and back: its factors are copied as they are."""
+    """There and back."""
     needed = []
     monkeypatch.setattr(module, "check_space", lambda out, num_bytes: needed.append(num_bytes))
-    source = make_source("mamba", VOCABULARY["mamba"] | LAYERS["mamba"], dtype)
+    ranks = VOCABULARY[kind] | (LAYERS[kind] if layers else {})
+    source = make_source(kind, ranks, dtype)
     pivot, plain = tmp_path / "pivot", tmp_path / "plain"
     reports = [export(source, pivot, format="pivot"), export(pivot, plain, format="plain")]
     assert needed == [report["bytes_after"] for report in reports]
-    assert [report["matrices"] for report in reports] == [len(LAYERS["mamba"])] * 2
+    assert [report["matrices"] for report in reports] == [len(ranks)] * 2
     wanted, found, again = (tensors_of(folder) for folder in (source, pivot, plain))
-    for name in LAYERS["mamba"]:
-        assert f"{name}.lr_C" in found and f"{name}.lr_B" not in found
+    assert again.keys() == wanted.keys()
+    for name in ranks:
+        # of the embeddings it is A that the identity is a part of
+        gone, kept = "AB" if "embed" in name else "BA"
+        assert f"{name}.lr_C" in found and f"{name}.lr_{gone}" not in found
         assert f"{name}.lr_B" in again and f"{name}.lr_C" not in again
-    for key in (f"{name}.lr_{letter}" for name in VOCABULARY["mamba"] for letter in "AB"):
-        assert torch.equal(found[key], wanted[key]) and torch.equal(again[key], wanted[key])
+        assert torch.equal(again[f"{name}.lr_{kept}"], found[f"{name}.lr_{kept}"])
+    for name in VOCABULARY[kind]:
+        tables = [table_of(tensors, name) for tensors in (wanted, found, again)]
+        assert torch.equal(tables[1], tables[2])
+        error = float((tables[1] - tables[0]).norm() / tables[0].norm())
+        assert error < (1e-6 if dtype == torch.float32 else 0.01)
     # parameters are counted without the sentinel and without marks
-    others = ("lr_pivots", "embeddings.weight")
+    others = ("lr_pivots", f"{min(VOCABULARY[kind].keys() - {'lm_head'})}.weight", "down_proj")
     for report, tensors in zip(reports, (found, again), strict=True):
         assert report["params"] == sum(
             tensor.numel() for name, tensor in tensors.items() if not name.endswith(others)
@@ -107,11 +136,21 @@ def test_export_changes_the_gauge_of_all_but_the_vocabulary(
         assert_close(logits_of(pivot), logits_of(source))
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
-def test_export_pivot_refuses_a_vocabulary_alone(kind, make_source, tmp_path):
-    source = make_source(kind, VOCABULARY[kind])
-    with pytest.raises(InputError, match="layers and experts; .* has no factorised ones; use"):
-        export(source, tmp_path / "new", format="pivot")
+@pytest.mark.parametrize("name", VOCABULARY["mamba"])
+def test_export_refuses_damaged_marks(name, make_source, tmp_path):
+    source = make_source("mamba", VOCABULARY["mamba"], gauge="pivot")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{name}.lr_pivots"].zero_()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    for format in ("dense", "plain"):
+        with pytest.raises(InputError, match=f"{name}.lr_pivots must be 1 for"):
+            export(source, tmp_path / "new", format=format)
+    with pytest.raises(InputError, match=f"{name}.lr_pivots must be 1 for"):
+        AutoModelForCausalLM.from_pretrained(source)
+    tensors.pop(f"{name}.lr_C")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"missing factors: {name}.lr_C"):
+        AutoModelForCausalLM.from_pretrained(source)
 
 
 def test_export_dense_of_what_compress_writes(make_checkpoint, text_file, tmp_path):

@@ -110,6 +110,12 @@ def multiplied_out(path: Path) -> dict[str, Tensor]:
             B = torch.empty(len(is_pivot), len(tensor))
             B[is_pivot], B[~is_pivot] = torch.eye(len(tensor)), found[f"{matrix}.lr_C"]
             dense[f"{matrix}.weight"] = B @ tensor
+        elif key == "lr_B" and f"{matrix}.lr_C" in found:
+            # embeddings in the pivot gauge, whose outputs are columns
+            is_pivot = found[f"{matrix}.lr_pivots"].bool()
+            table = torch.empty(len(tensor), len(is_pivot))
+            table[:, is_pivot], table[:, ~is_pivot] = tensor, tensor @ found[f"{matrix}.lr_C"].mT
+            dense[f"{matrix}.weight"] = table
         elif not key.startswith("lr_"):
             dense[name] = tensor
     return {n: t.T.contiguous() if f"{n.removesuffix('.weight')}.lr_A" in found and n in transposed
@@ -268,7 +274,8 @@ def test_eval_and_fast(kind, base, text_file, tmp_path, device):
     out = tmp_path / "out"
     options = {**OPTIONS, "reduction": 0.02, "preset": "fast", "device": str(device)}
     report = lillama.compress(base(kind), out, text=text_file, **options)
-    assert 0.02 - 1e-9 <= report["reduction"] < 0.06
+    # of so small a head the places of the outputs take much, and parameters go for them
+    assert 0.02 - 1e-9 <= report["reduction"] < 0.07
     short = tmp_path / "short.txt"
     short.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
     quality = lillama.eval(out, short, against=base(kind), seq_len=32, device=str(device))

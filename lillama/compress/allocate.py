@@ -20,8 +20,8 @@ class Matrix:
     is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
-    R (K + N), and a mark for each of the N outputs. counts: what one of its numbers counts in the
-    budget; 1 where that is what is stored.
+    R (K + N), and a mark for each of the outputs: N, of the embeddings K. counts: what one of its
+    numbers counts in the budget; 1 where that is what is stored.
     """
 
     name: str
@@ -37,8 +37,9 @@ class Matrix:
 
     @property
     def mark_bytes(self) -> int:
-        """What takes room beside its factors: one byte for each of the N outputs."""
-        return self.N if self.pivot else 0
+        """What takes room beside its factors: one byte for each of the outputs."""
+        outputs = self.K if self.block < 0 else self.N
+        return outputs if self.pivot else 0
 
     @property
     def marks(self) -> int:

@@ -49,7 +49,7 @@ def active_saved(
         if (rank := ranks.get(matrix.name)) is None:
             continue
         if matrix.block < 0:
-            saved -= rank * matrix.K
+            saved -= matrix.numbers(rank) - rank * matrix.N
         else:
             saved += token_share(family, config, matrix.name) * matrix.params_saved(rank)
     return saved

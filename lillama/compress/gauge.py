@@ -1,5 +1,6 @@
 """From factors B [N, R] and A [R, K] to the pivot gauge: R rows of B become the identity."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from lillama.pivots import order_of
 
-__all__ = ["PivotFactors", "plain_of", "rounded", "to_pivot"]
+__all__ = ["PivotFactors", "pivot_tensors", "plain_of", "plain_tensors", "rounded", "to_pivot"]
 
 # No number of C is larger. In bf16, of a trained Mamba's weights at ranks 64 and 96, factors so
 # bounded round off 1.7 to 2.0 times what plain ones do; with a bound of 2 it is 2.2 to 2.4 times.
@@ -38,6 +39,39 @@ def _first_pivots(B: Tensor) -> Tensor:
     return torch.tensor(rows[: B.shape[1]], device=B.device)
 
 
+def _exchange(C: Tensor, chosen: Tensor) -> None:
+    """Change `chosen` [R], and C [N, R] with it, until no number of C exceeds LARGEST.
+
+    In rounds, among the rows that have larger ones: of an output head these are few, and all its
+    other rows follow in one product instead of one for each exchange.
+    """
+    N, R = C.shape
+    left = 4 * N
+    while left > 0:
+        rows = (torch.maximum(C.amax(1), -C.amin(1)) > LARGEST).nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        part, changed = C[rows], {}
+        while left > 0:
+            largest, place = part.abs().flatten().max(0)
+            if float(largest) <= LARGEST:
+                break
+            row, column = divmod(int(place), R)
+            changed[column] = int(rows[row])
+            # a rank-one change of the inverse, as in the simplex method
+            pivot_row = part[row].clone()
+            pivot_row[column] -= 1.0
+            part.addr_(part[:, column] / part[row, column], pivot_row, alpha=-1)
+            left -= 1
+        columns, new = torch.tensor([*changed.items()], device=C.device).mT
+        chosen[columns] = new
+        pivot_rows = C[new]
+        block = pivot_rows[:, columns]
+        pivot_rows[torch.arange(len(columns), device=C.device), columns] -= 1.0
+        # the determinant of the block is the product of what was exchanged: above 1
+        C.addmm_(C[:, columns], torch.linalg.solve(block, pivot_rows), alpha=-1)
+
+
 def to_pivot(A: Tensor, B: Tensor) -> PivotFactors:
     """The same product with R of its rows as they are.
 
@@ -48,17 +82,7 @@ def to_pivot(A: Tensor, B: Tensor) -> PivotFactors:
     A, B = A.double(), B.double()
     N, R = B.shape
     chosen = _first_pivots(B)
-    C = _coefficients(B, chosen)
-    for _ in range(4 * N):
-        largest, place = C.abs().flatten().max(0)
-        if float(largest) <= LARGEST:
-            break
-        row, column = divmod(int(place), R)
-        chosen[column] = row
-        # a rank-one change of the inverse, as in the simplex method
-        pivot_row = C[row].clone()
-        pivot_row[column] -= 1.0
-        C = C - torch.outer(C[:, column] / C[row, column], pivot_row)
+    _exchange(_coefficients(B, chosen), chosen)
     chosen = chosen.sort().values
     pivots = torch.zeros(N, dtype=torch.uint8, device=B.device)
     pivots[chosen] = 1
@@ -72,7 +96,7 @@ def rounded(found: PivotFactors, dtype: torch.dtype) -> PivotFactors:
     it stays as it was."""
     A = found.A.to(dtype)
     kept = A.double()
-    target = (found.C @ found.A) @ kept.mT
+    target = found.C @ (found.A @ kept.mT)
     C, failed = torch.linalg.solve_ex(kept @ kept.mT, target.mT)
     fitted = C.mT if int(failed) == 0 and bool((C.abs() <= 2 * LARGEST).all()) else found.C
     return found._replace(A=A, C=fitted.to(dtype))
@@ -91,3 +115,30 @@ def plain_of(A: Tensor, C: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """The same factors in the plain gauge: A and B [N, R], which holds the identity."""
     eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
     return A, torch.cat([eye, C])[order.long()]
+
+
+def pivot_tensors(
+    A: Tensor, B: Tensor, dtype: torch.dtype, *, is_embedding: bool = False
+) -> tuple[dict[str, Tensor], float]:
+    """What the checkpoint stores of W = B A [N, K] in the pivot gauge, by the ends of the names,
+    rounded to `dtype` (see `lillama.checkpoint.factor_shapes`); and max |C|.
+
+    A [R, K] and B [N, R], of any dtype. is_embedding: W is the table [V, H] of the embeddings,
+    whose outputs are its columns: W^T = A^T B^T is what is brought into the gauge.
+    """
+    found = rounded(to_pivot(B.mT, A.mT) if is_embedding else to_pivot(A, B), dtype)
+    first = {"lr_B": found.A.mT.contiguous()} if is_embedding else {"lr_A": found.A}
+    return {**first, "lr_C": found.C, "lr_pivots": found.pivots}, found.largest
+
+
+def plain_tensors(stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A [R, K] and B [N, R] of what the checkpoint stores of a matrix in either gauge, by the ends
+    of the names, in the dtype that they have."""
+    if "lr_C" not in stored:
+        return stored["lr_A"], stored["lr_B"]
+    C = stored["lr_C"]
+    order = order_of(stored["lr_pivots"], C.shape[1])
+    if "lr_A" in stored:
+        return plain_of(stored["lr_A"], C, order)
+    table, A = plain_of(stored["lr_B"], C, order)
+    return A.mT, table

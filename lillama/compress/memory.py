@@ -189,11 +189,13 @@ def _sensitivity_bytes(
 def _head_bytes(plan: Plan, head: Matrix, options: PlanConfig) -> int:
     """Embeddings and dense head; the product of the factors and its gradient; the factors in fp64,
     then in fp32 with gradients, AdamW's moments and the best state; the predictions of both for one
-    sequence, their logarithms and gradients."""
+    sequence, their logarithms and gradients; or its way to the pivot gauge, five of the factors in
+    fp64."""
     matrix, factors = head.N * head.K, plan.ranks[head.name] * (head.N + head.K)
     logits = 8 * options.seq_len * head.N
     train = (4 * matrix + 5 * factors + logits) * FP32 + factors * FP64
-    return max(train, _factorise_bytes(head, plan.item_bytes))
+    to_gauge = factors * (FP32 + 5 * FP64) if head.pivot else 0
+    return max(train, to_gauge, _factorise_bytes(head, plan.item_bytes))
 
 
 def _finetune_bytes(plan: Plan, options: PlanConfig) -> int:

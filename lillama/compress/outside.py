@@ -12,6 +12,7 @@ from lillama.checkpoint import sentinel
 from lillama.checkpoint_writer import CheckpointWriter
 from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks
+from lillama.compress.gauge import pivot_tensors
 from lillama.compress.head import HeadStream, HeadTrainer
 from lillama.compress.plan import Plan
 from lillama.compress.student import copied_entry, stored_as
@@ -70,18 +71,31 @@ class Outside:
         if name not in self.factorised:
             return [copied_entry(self.teacher, name, self.save_dtype)]
         matrix = self.factorised[name]
-        factors = self._factors(matrix, writer)
-        return self._stored({f"{matrix.name}.{key}": value for key, value in factors.items()})
+        return self._stored(self._in_gauge(matrix, self._factors(matrix, writer))[0])
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        dense = name if name in self.teacher.headers else f"{name.rpartition('.')[0]}.weight"
+        return self.save_dtype or DTYPES[self.teacher.headers[dense].dtype]
 
     def _stored(self, tensors: dict[str, Tensor]) -> list[Entry]:
-        def dtype_of(name: str) -> torch.dtype:
-            dense = name if name in self.teacher.headers else f"{name.rpartition('.')[0]}.weight"
-            return self.save_dtype or DTYPES[self.teacher.headers[dense].dtype]
+        return entries_of(
+            {n: stored_as(n, value, self._dtype_of(n)) for n, value in tensors.items()}
+        )
 
-        return entries_of({n: stored_as(n, value, dtype_of(n)) for n, value in tensors.items()})
+    def _in_gauge(
+        self, matrix: Matrix, factors: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], float | None]:
+        """Plain factors in the gauge that they are stored in, by hub name; and the largest number
+        of C, None where the gauge is plain."""
+        largest = None
+        if matrix.pivot:
+            dtype, is_embedding = self._dtype_of(f"{matrix.name}.weight"), matrix.block < 0
+            A, B = factors["lr_A"], factors["lr_B"]
+            factors, largest = pivot_tensors(A, B, dtype, is_embedding=is_embedding)
+        return {f"{matrix.name}.{key}": value for key, value in factors.items()}, largest
 
     def _factors(self, matrix: Matrix, writer: CheckpointWriter) -> dict[str, Tensor]:
-        """Those of the embeddings or of the head, fp64."""
+        """The plain ones of the embeddings or of the head, fp64."""
         weight = self.teacher.read(f"{matrix.name}.weight").to(self.teacher.device)
 
         def measured(name: str) -> Tensor:
@@ -100,8 +114,8 @@ class Outside:
         writer: CheckpointWriter,
         on_step: Callable[[int], None],
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The head's factors and the vectors behind the blocks as trained, by hub name; and the
-        report."""
+        """The head's factors, in the gauge that they are stored in, and the vectors behind the
+        blocks as trained, by hub name; and the report."""
         matrix, runtime = self.plan.head, self.teacher.runtime
         assert matrix is not None
         factors = self._factors(matrix, writer)
@@ -116,6 +130,10 @@ class Outside:
         )
         with self.teacher.head():
             report = trainer.train(train, held_out, on_step)
-        found = {name: trainer.vectors[runtime[name]] for name in self.vectors}
-        found |= {f"{matrix.name}.lr_A": trainer.A, f"{matrix.name}.lr_B": trainer.B}
-        return {name: value.detach() for name, value in found.items()}, report
+        found = {name: trainer.vectors[runtime[name]].detach() for name in self.vectors}
+        factors = {"lr_A": trainer.A.detach(), "lr_B": trainer.B.detach()}
+        del trainer  # its moments and best state: the conversion needs as much
+        trained, largest = self._in_gauge(matrix, factors)
+        if largest is not None:
+            report["pivot_largest"] = round(largest, 3)
+        return found | trained, report

@@ -12,11 +12,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lillama.audio import AudioClips
+from lillama.checkpoint import factor_shapes
 from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import MomentCollector, key_of
 from lillama.compress.distill import Stream
 from lillama.compress.encoder import Encoded, EncoderDecoderBlocks
+from lillama.compress.gauge import plain_tensors
 from lillama.compress.head import HeadStream
 from lillama.compress.plan import Plan
 from lillama.compress.ranks import STUDENT, TEACHER, Ranks
@@ -116,10 +118,13 @@ class Streams:
 
     def _embed_student(self, shard: Path) -> None:
         """Begin the student's stream with its own embeddings, as a user will have them."""
-        assert self.plan.embedding is not None
-        name = self.plan.embedding.name
+        matrix = self.plan.embedding
+        assert matrix is not None
+        rank, gauge = self.plan.ranks[matrix.name], self.plan.gauge
+        parts = factor_shapes((matrix.N, matrix.K), rank, gauge, is_embedding=True)
         with safe_open(shard, "pt", backend="pread") as file:
-            A, B = (file.get_tensor(f"{name}.{key}").float() for key in ("lr_A", "lr_B"))
+            stored = {key: file.get_tensor(f"{matrix.name}.{key}") for key in parts}
+        A, B = (factor.float() for factor in plain_tensors(stored))
         with self.teacher.embeddings((A.to(self.device), B.to(self.device))):
             for data in self.sets:
                 data.student = self._embedded(data.blocks)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import is_pivot
 from lillama.compress.allocate import Matrix
 from lillama.config import Gauge
 from lillama.errors import InputError
@@ -47,14 +46,13 @@ def find_matrices(
     for at, (short, name) in zip((-1, len(blocks)), family.vocabulary.items(), strict=True):
         if short in targets:
             N, K = linear_shape(model.get_submodule(family.runtime_name(name)))
-            outside.append(Matrix(name, at, N, K, pivot=is_pivot(family, gauge, name)))
+            outside.append(Matrix(name, at, N, K, pivot=gauge == "pivot"))
     for index, (path, block) in enumerate(blocks.items()):
         for short, name, N, K in _inside(block, family):
             if short in targets:
                 seen.add(short)
                 name = f"{path}.{name}"
-                pivot = is_pivot(family, gauge, name)
-                matrices.append(Matrix(name, index, N, K, pivot=pivot))
+                matrices.append(Matrix(name, index, N, K, pivot=gauge == "pivot"))
     if asked is not None and (none := sorted(set(asked) - seen)):
         raise InputError(f"no block of this model has {', '.join(none)}; leave it out of --targets")
     return tuple(sorted([*outside, *matrices], key=lambda matrix: matrix.block))

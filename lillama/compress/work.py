@@ -177,7 +177,7 @@ def decoded_numbers(plan: Plan, headers: Mapping[str, TensorHeader]) -> tuple[fl
         if rank is None:
             continue
         if matrix is plan.embedding:  # one row of one factor, and all of the other
-            saved += matrix.K - rank * (matrix.K + 1)
+            saved += matrix.K - rank - (matrix.numbers(rank) - rank * matrix.N)
         else:
             saved += matrix.params_saved(rank) * token_share(plan, matrix)
     return dense, dense - saved

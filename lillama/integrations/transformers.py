@@ -28,7 +28,6 @@ from lillama.checkpoint import (
     QUANT_METHOD,
     check_factors,
     check_ranks,
-    is_pivot,
     read_shard_headers,
     sentinel,
 )
@@ -40,6 +39,7 @@ from lillama.modules.dense_linear import is_transposed
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
@@ -208,8 +208,7 @@ class LillamaQuantizer(HfQuantizer):
                 for name, header in read_shard_headers(file).items()
                 if not dropped or not name.startswith(dropped)
             }
-            pivots = {name for name in ranks if is_pivot(family, gauge, name)}
-            check_factors(present, ranks, shapes, pivots)
+            check_factors(present, ranks, shapes, gauge, family.embedding)
         replaced = replace_modules(
             model,
             model.config,
@@ -282,7 +281,7 @@ class LillamaQuantizer(HfQuantizer):
         family = family_for(model.config)
         state = model.state_dict()
         for path, module in _factorised(model):
-            if isinstance(module, PivotLowRankLinear):
+            if isinstance(module, _Pivot):
                 order = state.pop(f"{path}.lr_order")
                 state[f"{path}.lr_pivots"] = marks_of(order, module.rank)
             if not isinstance(module, LowRankExperts) or family.experts is None:
@@ -314,7 +313,8 @@ class LillamaQuantizer(HfQuantizer):
         return True
 
 
-_Factorised = LowRankLinear | PivotLowRankLinear | LowRankExperts | LowRankEmbedding
+_Pivot = PivotLowRankLinear | PivotLowRankEmbedding
+_Factorised = LowRankLinear | LowRankExperts | LowRankEmbedding | _Pivot
 
 
 def _factorised(model: nn.Module) -> list[tuple[str, _Factorised]]:
@@ -338,7 +338,7 @@ def _damaged_name(family: Family, path: str, module: nn.Module, key: str, parame
 def _orders(family: Family, path: str, module: nn.Module) -> dict[str, tuple[Tensor, int]]:
     """{hub name of the marks: (order of outputs, rank)} of what is in the pivot gauge, but on the
     meta device."""
-    if isinstance(module, PivotLowRankLinear):
+    if isinstance(module, _Pivot):
         found = {f"{path}.lr_pivots": (module.lr_order, module.rank)}
     elif isinstance(module, PivotLowRankExperts) and family.experts is not None:
         found = {

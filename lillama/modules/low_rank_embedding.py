@@ -8,12 +8,11 @@ from torch import Tensor, nn
 __all__ = ["LowRankEmbedding", "shape_only"]
 
 
-def shape_only(*factors: Tensor) -> Tensor:
+def shape_only(V: int, H: int, dtype: torch.dtype) -> Tensor:
     """A weight [V, H] on the meta device, with the factors' dtype: models look at the dtype of the
     head's and the embeddings' `weight` at every step, where computing it would cost more than the
     step; whatever would read its numbers fails."""
-    A, B = factors
-    return torch.empty(B.shape[0], A.shape[1], dtype=A.dtype, device="meta")
+    return torch.empty(V, H, dtype=dtype, device="meta")
 
 
 class LowRankEmbedding(nn.Module):
@@ -46,7 +45,7 @@ class LowRankEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Shape and dtype only, see `shape_only`."""
-        return shape_only(self.lr_A, self.lr_B)
+        return shape_only(self.num_embeddings, self.embedding_dim, self.lr_A.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.lr_B) @ self.lr_A

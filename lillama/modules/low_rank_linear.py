@@ -65,7 +65,9 @@ class LowRankLinear(nn.Module):
     def weight(self) -> Tensor:
         """B @ A [N, K], computed and differentiable: Mamba's mixer and its initialisation read
         `.weight`. Of a head shape and dtype only, see `shape_only`."""
-        return shape_only(self.lr_A, self.lr_B) if self.is_head else self.lr_B @ self.lr_A
+        if self.is_head:
+            return shape_only(self.out_features, self.in_features, self.lr_A.dtype)
+        return self.lr_B @ self.lr_A
 
     def forward(self, x: Tensor) -> Tensor:
         return low_rank_linear(x, self.lr_A, self.lr_B, self.bias)

@@ -4,13 +4,15 @@ import torch
 from lillama_kernels import pivot_low_rank_linear
 from torch import Tensor, nn
 
+from lillama.modules.low_rank_embedding import shape_only
+
 __all__ = ["PivotLowRankLinear"]
 
 
 class PivotLowRankLinear(nn.Module):
     """y = [z, z C^T][order] + bias with z = x A^T; parameters `lr_A` [R, K], `lr_C` [N - R, R] and
     `bias` [N] or None, buffer `lr_order` [N] int32. A checkpoint holds marks in place of the order,
-    see lillama/pivots.py; loading and saving exchange them.
+    see lillama/pivots.py; loading and saving exchange them. is_head: it is a model's output head.
 
     Raises:
         ValueError: rank outside 1..min(in_features, out_features).
@@ -26,8 +28,10 @@ class PivotLowRankLinear(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        is_head: bool = False,
     ) -> None:
         super().__init__()
+        self.is_head = is_head
         limit = min(in_features, out_features)
         if not 1 <= rank <= limit:
             raise ValueError(
@@ -45,7 +49,9 @@ class PivotLowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole weight [N, K], computed and differentiable: Mamba's mixer and its
-        initialisation read `.weight`."""
+        initialisation read `.weight`. Of a head shape and dtype only, see `shape_only`."""
+        if self.is_head:
+            return shape_only(self.out_features, self.in_features, self.lr_A.dtype)
         return torch.cat([self.lr_A, self.lr_C @ self.lr_A])[self.lr_order]
 
     def forward(self, x: Tensor) -> Tensor:

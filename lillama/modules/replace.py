@@ -11,6 +11,7 @@ from lillama.modules.dense_linear import DenseLinear, is_linear, linear_shape
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
@@ -64,8 +65,8 @@ def replace_modules(
 
     `ranks` is {hub name: rank}, relative to `root`; names are looked up with and without
     `base_prefix`. Factors are left unset (zeros for experts) and have the dense weight's device and
-    dtype where none is given; biases are not copied. `pivot`: linear layers and experts are in the
-    pivot gauge. `family`: of the model, where it is not declared.
+    dtype where none is given; biases are not copied. `pivot`: in the pivot gauge. `family`: of
+    the model, where it is not declared.
 
     Raises:
         ValueError: a name leads to no module, or to one that cannot be factorised (named).
@@ -84,15 +85,13 @@ def replace_modules(
                 "dtype": dtype or old.weight.dtype}  # fmt: skip
         if isinstance(old, nn.Embedding):
             sizes = old.num_embeddings, old.embedding_dim
-            new = LowRankEmbedding(*sizes, rank, old.padding_idx, **made)
+            kind = PivotLowRankEmbedding if pivot else LowRankEmbedding
+            new = kind(*sizes, rank, old.padding_idx, **made)
         else:
             N, K = linear_shape(old)
             sizes, bias = (K, N), old.bias is not None
-            if name == family.head:
-                new = LowRankLinear(*sizes, rank, bias=bias, is_head=True, **made)
-            else:
-                kind = PivotLowRankLinear if pivot else LowRankLinear
-                new = kind(*sizes, rank, bias=bias, **made)
+            kind = PivotLowRankLinear if pivot else LowRankLinear
+            new = kind(*sizes, rank, bias=bias, is_head=name == family.head, **made)
         root.set_submodule(path, new)
         replaced[path] = old
     for name, expert_ranks in experts.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_linear import LowRankLinear
+from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
 __all__ = [
@@ -104,6 +105,9 @@ def lookup(module: nn.Module) -> Callable[[Tensor], Tensor]:
     if isinstance(module, LowRankEmbedding):
         A, B = module.lr_A, module.lr_B
         return lambda ids: F.embedding(ids, B) @ A
+    if isinstance(module, PivotLowRankEmbedding):
+        B, C, order = module.lr_B, lay_out(module.lr_C), module.lr_order
+        return lambda ids: _pivot_outputs(F.embedding(ids, B), C, order)
     if type(module) is nn.Embedding:
         weight = module.weight  # the parameter: a tied head lays it out anew
         return lambda ids: F.embedding(ids, weight)
@@ -201,8 +205,12 @@ def _pivot(module: PivotLowRankLinear, device: torch.device) -> Callable[[Tensor
         return lambda x: pivot_low_rank_linear(x, A, C, order, bias)
 
     def project(x: Tensor) -> Tensor:
-        z = F.linear(x, A)
-        y = torch.cat([z, F.linear(z, C)], dim=-1).index_select(-1, order)
+        y = _pivot_outputs(F.linear(x, A), C, order)
         return y if bias is None else y + bias
 
     return project
+
+
+def _pivot_outputs(z: Tensor, C: Tensor, order: Tensor) -> Tensor:
+    """The R outputs z [..., R] that are as they are, and the rest, in their order [..., N]."""
+    return torch.cat([z, F.linear(z, C)], dim=-1).index_select(-1, order)

@@ -17,14 +17,23 @@ OPTIONS = {"tokens": 1500, "seq_len": 32, "learning_rate": 1e-3}
 
 @pytest.fixture(scope="module")
 def compressed(mixtral, mamba, text_file, tmp_path_factory):
-    """{kind: (base, OUT)}, untrained at 30 and 25%; the Mamba in the pivot gauge."""
+    """{kind: (base, OUT)}, untrained at 30 and 25%; the Mamba in the pivot gauge, and another
+    Mixtral with its embeddings and head."""
     found = {}
     plain, pivot = {"gauge": "plain", "reduction": 0.3}, {"gauge": "pivot"}
-    for base, options in ((mixtral, plain), (mamba, pivot)):
-        out = tmp_path_factory.mktemp("compressed") / base.name
+    # as small as these three can be, so that each of them has a rank
+    targets = ("w1", "embed_tokens", "lm_head")
+    most = lillama.plan(mixtral, 0.01, targets=targets)["max_reduction"]
+    vocabulary = pivot | {"targets": targets, "reduction": 0.95 * most}
+    for kind, base, options in (
+        ("mixtral", mixtral, plain),
+        ("mamba", mamba, pivot),
+        ("mixtral-pivot", mixtral, vocabulary),
+    ):
+        out = tmp_path_factory.mktemp("compressed") / kind
         given = {"reduction": 0.25, "text": text_file, "tokens": 600, "seq_len": 32, **options}
         lillama.compress(base, out, preset="fast", device="cpu", **given)
-        found[base.name] = base, out
+        found[kind] = base, out
     return found
 
 
@@ -33,7 +42,7 @@ def kl(model, base, ids) -> float:
         return float(divergence(model(ids).logits, base(ids).logits, None)) / ids.numel()
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+@pytest.mark.parametrize("kind", ["mixtral", "mamba", "mixtral-pivot"])
 def test_finetune_brings_the_model_closer(kind, compressed, text_file, tokenizer, tmp_path, device):
     base, model = compressed[kind]
     better, calls = tmp_path / "better", []
@@ -56,8 +65,10 @@ def test_finetune_brings_the_model_closer(kind, compressed, text_file, tokenizer
     ids = torch.tensor(words).view(-1, 32)
     loaded = [AutoModelForCausalLM.from_pretrained(path) for path in (base, model, better)]
     assert kl(loaded[2], loaded[0], ids) < kl(loaded[1], loaded[0], ids)
-    for part in ("get_input_embeddings", "get_output_embeddings"):
+    for part, first in (("get_input_embeddings", "lr_B"), ("get_output_embeddings", "lr_A")):
         before, after = (dict(getattr(m, part)().named_parameters()) for m in loaded[1:])
+        if kind == "mixtral-pivot":
+            assert before.keys() == {first, "lr_C"}
         for name, value in before.items():  # factors learn, whole matrices stay
             assert torch.equal(value, after[name]) == (name == "weight")
     sizes = [

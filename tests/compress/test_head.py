@@ -12,6 +12,7 @@ from lillama.checkpoint import read_config
 from lillama.compress.activations import stored
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.finetune import divergence
+from lillama.compress.gauge import LARGEST, plain_tensors
 from lillama.compress.head import HeadStream, HeadTrainer
 from lillama.compress.outside import Outside
 from lillama.config import PRESETS
@@ -106,21 +107,30 @@ def test_nan_names_the_head(teacher):
         trainer.judge(streams(teacher, False))
 
 
+@pytest.mark.parametrize("gauge", ["plain", "pivot"])
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_the_trained_head_is_what_is_loaded(
-    kind, make_checkpoint, text_file, tmp_path, monkeypatch, device
+    kind, gauge, make_checkpoint, text_file, tmp_path, monkeypatch, device
 ):
     base, out = make_checkpoint(kind, **UNTIED), tmp_path / "out"
     trained: dict[str, torch.Tensor] = {}
-    train_head = Outside.train_head
+    products: list[torch.Tensor] = []
+    train_head, train = Outside.train_head, HeadTrainer.train
 
     def spied(*args):
         found, report = train_head(*args)
         trained.update(found)
         return found, report
 
+    def watched(trainer, *args):
+        report = train(trainer, *args)
+        products.append((trainer.B.double() @ trainer.A.double()).detach().cpu())
+        return report
+
     monkeypatch.setattr(Outside, "train_head", spied)
+    monkeypatch.setattr(HeadTrainer, "train", watched)
     given = {**OPTIONS, "text": text_file, "targets": TARGETS[kind], "device": str(device)}
+    given["gauge"] = gauge
     report = lillama.compress(base, out, **given)
     head = report["head"]
     assert head["held_out_kl_after"] < head["held_out_kl_before"] and head["best_step"] > 0
@@ -128,9 +138,16 @@ def test_the_trained_head_is_what_is_loaded(
     stored_tensors: dict[str, torch.Tensor] = {}
     for shard in out.glob("*.safetensors"):
         stored_tensors |= load_file(shard)
-    assert {"lm_head.lr_A", "lm_head.lr_B"} < trained.keys() and len(trained) == 3
+    ends = ("lr_A", "lr_B") if gauge == "plain" else ("lr_A", "lr_C", "lr_pivots")
+    assert {f"lm_head.{end}" for end in ends} < trained.keys() and len(trained) == len(ends) + 1
     for name, value in trained.items():
         assert value.cpu().to(stored_tensors[name].dtype).equal(stored_tensors[name]), name
+    # the trained product, up to the rounding of what is stored
+    A, B = plain_tensors({end: stored_tensors[f"lm_head.{end}"] for end in ends})
+    found = B.double() @ A.double()
+    assert float((found - products[0]).norm() / products[0].norm()) < 1e-5
+    assert ("pivot_largest" in head) == (gauge == "pivot")
+    assert 0 <= head.get("pivot_largest", 0) <= LARGEST
     model, dense = (AutoModelForCausalLM.from_pretrained(path) for path in (out, base))
     norm = next(name for name in trained if "norm" in name)
     changed = model.state_dict()[norm.replace("lm_head.", "")]

@@ -2,10 +2,10 @@
 them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import lillama
 from lillama.compress.allocate import Matrix
 from lillama.compress.factorize import Moment, moment_side
+from lillama.compress.gauge import LARGEST, plain_tensors
 from lillama.compress.gradients import GradientCollector
 from lillama.compress.vocabulary import (
     INFLATION,
@@ -25,6 +26,7 @@ from lillama.config import PRESETS
 from lillama.errors import InputError
 from lillama.families import FAMILIES
 from lillama.modules.low_rank_embedding import LowRankEmbedding
+from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 
 RECIPE = PRESETS["default"]
 SHARE = RECIPE.vocabulary_floor
@@ -117,8 +119,15 @@ def ranks_of(out) -> dict[str, int]:
     return json.loads((out / "config.json").read_text())["quantization_config"]["ranks"]
 
 
+def stored_in(out: Path) -> dict[str, Tensor]:
+    return {n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize("gauge", ["plain", "pivot"])
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
-def test_a_model_without_dense_vocabulary(kind, make_checkpoint, tmp_path, text_file, device):
+def test_a_model_without_dense_vocabulary(
+    kind, gauge, make_checkpoint, tmp_path, text_file, device
+):
     """Both matrices alone: every block passes through, and the logits are those of the products."""
     path, out, report = compressed(
         kind,
@@ -128,19 +137,23 @@ def test_a_model_without_dense_vocabulary(kind, make_checkpoint, tmp_path, text_
         device,
         VOCABULARY[kind].split(","),
         preset="fast",
+        gauge=gauge,
     )
     family = FAMILIES[kind]
     ranks = ranks_of(out)
     assert set(ranks) == {family.embedding, "lm_head"} and report["blocks"] == []
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, LowRankEmbedding)
+    assert type(embeddings) is (LowRankEmbedding if gauge == "plain" else PivotLowRankEmbedding)
+    tensors = stored_in(out)
     dense = AutoModelForCausalLM.from_pretrained(path).eval()
     assert sum(p.numel() for p in model.parameters()) == report["params_after"]
     for name in ranks:
         module = model.get_submodule(name)
         old = dense.get_submodule(name).get_parameter("weight")
-        product = module.lr_B @ module.lr_A
+        keys = [n for n in tensors if n.startswith(f"{name}.lr_")]
+        A, B = plain_tensors({n.rpartition(".")[2]: tensors[n].double() for n in keys})
+        product = (B @ A).float()
         assert module.weight.shape == old.shape and module.weight.device.type == "meta"
         assert not torch.allclose(product, old, atol=1e-3)
         old.data.copy_(product)
@@ -152,8 +165,58 @@ def test_a_model_without_dense_vocabulary(kind, make_checkpoint, tmp_path, text_
     assert torch.equal(saved(ids).logits, model(ids).logits)
     headless = AutoModel.from_pretrained(out).eval()
     hidden = headless(ids).last_hidden_state
-    torch.testing.assert_close(F.linear(F.linear(hidden, model.lm_head.lr_A), model.lm_head.lr_B),
-                               model(ids).logits, rtol=1e-4, atol=1e-5)  # fmt: skip
+    wanted = hidden @ dense.get_output_embeddings().weight.mT
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_vocabulary_in_the_pivot_gauge(kind, dtype, make_checkpoint, tmp_path, text_file, device):
+    """What is stored: R columns of the table and R rows of the head as they are, a bounded C, the
+    bytes that the plan counts; and more rank than in the plain gauge."""
+    targets = VOCABULARY[kind].split(",")
+    path, out, report = compressed(
+        kind, make_checkpoint, tmp_path, text_file, device, targets, gauge="pivot", dtype=dtype,
+        train=True,
+    )  # fmt: skip
+    tensors, ranks = stored_in(out), ranks_of(out)
+    embedding = FAMILIES[kind].embedding
+    numbers = places = 0
+    for name, (V, H) in dict.fromkeys(ranks, (300, 32)).items():
+        R, outputs = ranks[name], H if name == embedding else V
+        wanted = {"lr_C": (outputs - R, R), "lr_pivots": (outputs,)}
+        wanted |= {"lr_B": (V, R)} if name == embedding else {"lr_A": (R, H)}
+        keys = [n for n in tensors if n.startswith(f"{name}.lr_")]
+        assert {n.rpartition(".")[2]: tuple(tensors[n].shape) for n in keys} == wanted
+        assert tensors[f"{name}.lr_pivots"].dtype == torch.uint8
+        assert 0 < float(tensors[f"{name}.lr_C"].abs().max()) <= LARGEST * 1.01
+        numbers += R * (V + H - R)
+        places += outputs
+    assert report["head"]["pivot_largest"] <= LARGEST
+    saved = sum(300 * 32 for _ in ranks) - numbers
+    assert report["params_before"] - report["params_after"] == saved
+    item = getattr(torch, dtype).itemsize
+    before = sum(t.nbytes for t in load_file(path / "model.safetensors").values())
+    sentinel = f"{min(ranks, key=lambda n: (n == 'lm_head', n))}.weight"
+    found = sum(t.nbytes for n, t in tensors.items() if n != sentinel)
+    assert found == report["bytes_after"] == before // 4 * item - saved * item + places
+
+
+def test_pivot_vocabulary_gets_more_rank_for_one_budget(make_checkpoint):
+    path, H = make_checkpoint("mamba", hidden_size=128, **UNTIED), 128
+    targets = ("embeddings", "lm_head")
+    options = {"strategy": "uniform", "preset": "fast", "targets": targets}
+    plain, pivot = (lillama.plan(path, 0.1, gauge=g, **options) for g in ("plain", "pivot"))
+    rows = zip(plain["matrices"], pivot["matrices"], strict=True)
+    assert all(8 < one["rank"] < other["rank"] for one, other in rows)
+    for row in pivot["matrices"]:
+        assert row["params_after"] == row["rank"] * (300 + H - row["rank"])
+        outputs = 300 if row["name"] == "lm_head" else H
+        assert row["bytes_after"] == 4 * row["params_after"] + 4 * outputs
+    head, embedding = sorted(pivot["matrices"], key=lambda row: row["name"] != "lm_head")
+    # a token reads one row of the table, and multiplies it
+    lost = 300 * H - head["params_after"] - embedding["rank"] * (H - embedding["rank"])
+    assert pivot["active_params_before"] - pivot["active_params_after"] == lost
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
@@ -188,9 +251,7 @@ def test_the_students_stream_begins_with_the_factors(make_checkpoint, tmp_path, 
     targets = ("embeddings", "in_proj")
     reduction = 0.95 * lillama.plan(mamba, 0.01, targets=targets)["max_reduction"]
     lillama.compress(mamba, tmp_path / "a", targets=targets, reduction=reduction, **options)
-    tensors = {}
-    for file in (tmp_path / "a").glob("*.safetensors"):
-        tensors |= load_file(file)
+    tensors = stored_in(tmp_path / "a")
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert "backbone.embeddings.lr_B" in tensors and report["blocks"][0]["index"] == 0
     reduction = 0.95 * lillama.plan(mamba, 0.01, targets=("in_proj",))["max_reduction"]
@@ -222,7 +283,8 @@ def test_a_tied_matrix_is_refused_or_left_out(mamba, tmp_path, text_file):
     assert rows and all(".layers." in row["name"] for row in rows)
 
 
+@pytest.mark.parametrize("kind", [LowRankEmbedding, PivotLowRankEmbedding])
 @pytest.mark.parametrize("rank", [0, 9])
-def test_an_impossible_rank_of_an_embedding(rank):
+def test_an_impossible_rank_of_an_embedding(rank, kind):
     with pytest.raises(ValueError, match="rank must be in 1"):
-        LowRankEmbedding(20, 8, rank)
+        kind(20, 8, rank)

@@ -87,5 +87,10 @@ def test_decoding_reads_one_row_of_factorised_embeddings(make_checkpoint):
     dense, _ = decoded_numbers(plan, headers)
     embedding = next(m for m in plan.matrices if m.block < 0)
     only = replace(plan, ranks={embedding.name: 8})
-    # 32 numbers of the row against 8 of its factor and all 8 x 32 of the other
+    # 32 numbers of the row against 8 of its factor and all (32 - 8) x 8 of C
+    assert plan.gauge == "pivot"
+    assert dense - decoded_numbers(only, headers)[1] == 32 - 8 - 8 * 24
+    plan, _, headers = made(path, gauge="plain")
+    only = replace(plan, ranks={embedding.name: 8})
+    # or all 8 x 32 of the other
     assert dense - decoded_numbers(only, headers)[1] == 32 - 8 - 8 * 32

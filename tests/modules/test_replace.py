@@ -6,6 +6,9 @@ from torch import nn
 
 from lillama.families import FAMILIES
 from lillama.modules import LowRankExperts, LowRankLinear, replace_modules
+from lillama.modules.low_rank_embedding import LowRankEmbedding
+from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
+from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import copy_dense_experts, dense_expert, group_ranks
 
 EXPERTS = "layers.0.block_sparse_moe.experts"
@@ -114,6 +117,23 @@ def test_replace_modules_unusable_name_raises_naming_it(make_model, kind, name, 
     with pytest.raises(ValueError, match=message) as caught:
         replace_modules(model, model.config, {name: 8}, base_prefix=PREFIX[kind])
     assert name in str(caught.value) or named in str(caught.value)
+
+
+@pytest.mark.parametrize("pivot", [False, True], ids=["plain", "pivot"])
+def test_replace_modules_of_the_vocabulary(make_model, pivot):
+    model = make_model("mixtral")
+    ranks = {"model.embed_tokens": 8, "lm_head": 12, "model.layers.0.self_attn.q_proj": 4}
+    replace_modules(model, model.config, ranks, base_prefix="model", pivot=pivot)
+    linear = PivotLowRankLinear if pivot else LowRankLinear
+    embeddings, head = model.model.embed_tokens, model.lm_head
+    assert type(embeddings) is (PivotLowRankEmbedding if pivot else LowRankEmbedding)
+    query = model.model.layers[0].self_attn.q_proj
+    assert type(head) is type(query) is linear
+    assert (embeddings.rank, head.rank, query.rank) == (8, 12, 4)
+    # models read their dtype at every step: only what else is asked for its weight computes it
+    for module, shape in ((embeddings, (300, 32)), (head, (300, 32)), (query, (32, 32))):
+        assert module.weight.shape == shape and module.weight.dtype == torch.float32
+        assert module.weight.is_meta == (module is not query)
 
 
 def test_replace_modules_rank_too_large_raises(make_model):

@@ -50,7 +50,9 @@ def checkpoints(mamba, mixtral, make_low_rank, tokenizer, tmp_path_factory) -> d
         ("mixtral-low-rank", experts, {}),
         ("mamba-vocabulary", ranks | {"backbone.embeddings": 8, "lm_head": 12}, untied),
         ("mixtral-vocabulary", experts | {"model.embed_tokens": 8, "lm_head": 12}, untied),
-    ):
+        ("mamba-vocabulary-pivot", {"backbone.embeddings": 8, "lm_head": 12},
+         untied | {"gauge": "pivot"}),
+    ):  # fmt: skip
         paths[name] = tmp_path_factory.mktemp(name)
         make_low_rank(name.partition("-")[0], changed, **options).save_pretrained(paths[name])
         tokenizer.save_pretrained(paths[name])
@@ -59,7 +61,7 @@ def checkpoints(mamba, mixtral, make_low_rank, tokenizer, tmp_path_factory) -> d
 
 KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj", "mamba-pivot", "mixtral", "mixtral-low-rank"]
 # embeddings and head as factors too
-KINDS += ["mamba-vocabulary", "mixtral-vocabulary"]
+KINDS += ["mamba-vocabulary", "mixtral-vocabulary", "mamba-vocabulary-pivot"]
 FAMILIES = ["mamba", "mixtral"]
 
 
