@@ -25,7 +25,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lillama.compress.gauge import rounded, to_pivot
+from lillama.compress.gauge import pivot_tensors
 from lillama.integrations.transformers import LillamaConfig
 
 if importlib.util.find_spec("vllm") is None:
@@ -127,7 +127,7 @@ def factorised(
     """The compressed checkpoint's tensors and those of the dense model that it stands for."""
     stored, dense = dict(tensors), dict(tensors)
     blocks = {n.partition(".experts.")[0] for n in ranks if ".experts." in n}
-    vocabulary = {"model.embed_tokens", "backbone.embeddings", "lm_head"}
+    embeddings = {"model.embed_tokens", "backbone.embeddings"}
     for name in list(tensors):
         matrix = name.removesuffix(".weight")
         if matrix in ranks:
@@ -135,13 +135,11 @@ def factorised(
             R, root = ranks[matrix], S[: ranks[matrix]].sqrt()
             A, B = (root[:, None] * Vh[:R]).contiguous(), (U[:, :R] * root).contiguous()
             dense[name] = B @ A
-            stored[f"{matrix}.lr_A"] = A
-            if gauge == "pivot" and matrix not in vocabulary:
-                found = rounded(to_pivot(A, B), torch.float32)
-                stored |= {f"{matrix}.lr_A": found.A, f"{matrix}.lr_C": found.C}
-                stored[f"{matrix}.lr_pivots"] = found.pivots
-            else:
-                stored[f"{matrix}.lr_B"] = B
+            parts = {"lr_A": A, "lr_B": B}
+            if gauge == "pivot":
+                is_embedding = matrix in embeddings
+                parts, _ = pivot_tensors(A, B, torch.float32, is_embedding=is_embedding)
+            stored |= {f"{matrix}.{key}": value for key, value in parts.items()}
         elif ".experts." in name and name.partition(".experts.")[0] in blocks:
             stored[f"{matrix}.lr_W"] = stored.pop(name)
     return stored, dense

@@ -31,6 +31,7 @@ COMPILED = {"enforce_eager": False}
         ("mamba", "pivot", {}),
         ("mamba+vocabulary", "plain", {}),
         ("mamba+vocabulary", "pivot", TP),
+        ("mamba+vocabulary", "pivot", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "one-process",
 )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lillama.compress.gauge import pivot_tensors
 from lillama.integrations.transformers import LillamaConfig
 
 with warnings.catch_warnings():
@@ -31,14 +32,22 @@ def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def made(process: int, rank: int = 4, sentinel: str = f"{NAME}.weight") -> tuple[Any, Any]:
+def made(
+    process: int,
+    rank: int = 4,
+    sentinel: str = f"{NAME}.weight",
+    gauge: str = "plain",
+    is_embedding: bool = True,
+) -> tuple[Any, Any]:
     """The method and the layer of one process, before loading."""
     layer: Any = nn.Module()
     layer.org_vocab_size, layer.embedding_dim, layer.tp_size = V, H, PROCESSES
     layer.shard_indices = SimpleNamespace(
         org_vocab_start_index=process * ROWS, org_vocab_end_index=min((process + 1) * ROWS, V)
     )
-    method = vocabulary.LowRankVocabularyMethod(NAME, rank, sentinel)
+    method = vocabulary.LowRankVocabularyMethod(
+        NAME, rank, sentinel, gauge, is_embedding=is_embedding
+    )
     method.create_weights(layer, H, [ROWS], H, PADDED, torch.float32)
     return method, layer
 
@@ -49,22 +58,28 @@ def load(layer: Any, **tensors: torch.Tensor) -> None:
         parameter.weight_loader(parameter, tensor)
 
 
+@pytest.mark.parametrize("is_embedding", [True, False], ids=["embeddings", "head"])
+@pytest.mark.parametrize("gauge", ["plain", "pivot"])
 @pytest.mark.parametrize("rank", [4, 8], ids=["factors", "multiplied-out"])
-def test_each_process_has_the_rows_of_its_tokens(rank):
+def test_each_process_has_the_rows_of_its_tokens(rank, gauge, is_embedding):
     A, B = factors(rank)
     table, x = F.pad(B @ A, (0, 0, 0, PADDED - V)), torch.randn(5, H)
+    stored = {"lr_A": A, "lr_B": B}
+    if gauge == "pivot":
+        stored, _ = pivot_tensors(A, B, torch.float32, is_embedding=is_embedding)
     for process in range(PROCESSES):
-        method, layer = made(process, rank)
-        load(layer, lr_A=A, lr_B=B, weight=torch.zeros(1))
+        method, layer = made(process, rank, gauge=gauge, is_embedding=is_embedding)
+        load(layer, **stored, weight=torch.zeros(1))
         method.process_weights_after_loading(layer)
         # 8 (16 + 8) numbers are more than 16 x 8
         names = {"lr_W"} if rank == 8 else {"lr_A", "lr_B"}
         assert {name for name, _ in layer.named_parameters()} == names
         own = table[process * ROWS : (process + 1) * ROWS]
-        torch.testing.assert_close(method.embedding(layer, torch.arange(ROWS)), own)
-        torch.testing.assert_close(method.apply(layer, x), x @ own.mT)
+        close = {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(method.embedding(layer, torch.arange(ROWS)), own, **close)
+        torch.testing.assert_close(method.apply(layer, x), x @ own.mT, **close)
         bias = torch.randn(ROWS)
-        torch.testing.assert_close(method.apply(layer, x, bias), x @ own.mT + bias)
+        torch.testing.assert_close(method.apply(layer, x, bias), x @ own.mT + bias, **close)
 
 
 def test_a_damaged_vocabulary_is_refused():
@@ -84,6 +99,21 @@ def test_a_damaged_vocabulary_is_refused():
         load(layer, weight=torch.zeros(V, H))
 
 
+@pytest.mark.parametrize("is_embedding", [True, False], ids=["embeddings", "head"])
+def test_a_damaged_vocabulary_in_the_pivot_gauge_is_refused(is_embedding):
+    stored, _ = pivot_tensors(*factors(4), torch.float32, is_embedding=is_embedding)
+    outputs = H if is_embedding else V
+    for broken in (None, torch.zeros(outputs, dtype=torch.uint8)):
+        method, layer = made(0, gauge="pivot", is_embedding=is_embedding)
+        given = {**stored, "lr_pivots": broken}
+        load(layer, **{name: tensor for name, tensor in given.items() if tensor is not None})
+        with pytest.raises(ValueError, match=f"the checkpoint lacks {NAME}.lr_pivots, or holds"):
+            method.process_weights_after_loading(layer)
+    method, layer = made(0, gauge="pivot", is_embedding=is_embedding)
+    with pytest.raises(ValueError, match=rf"lr_C is \[4, 4\], wanted \[{outputs - 4}, 4\]"):
+        load(layer, lr_C=torch.zeros(4, 4))
+
+
 def test_a_tied_vocabulary_is_refused_and_says_what_to_do(monkeypatch):
     text = SimpleNamespace(tie_word_embeddings=True)
     current = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text))
@@ -95,7 +125,12 @@ def test_a_tied_vocabulary_is_refused_and_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match="serve what `lillama export --format dense` makes"):
         config.get_quant_method(layer, NAME)
     text.tie_word_embeddings = False
-    assert config.get_quant_method(layer, NAME).rank == 4
+    method = config.get_quant_method(layer, NAME)
+    assert method.rank == 4 and method.is_embedding and method.gauge == "plain"
+    values = LillamaConfig(ranks={"lm_head": 4}, gauge="pivot").to_dict()
+    head = object.__new__(quantization.ParallelLMHead)
+    method = quantization.LillamaVllmConfig.from_config(values).get_quant_method(head, "lm_head")
+    assert method.rank == 4 and not method.is_embedding and method.gauge == "pivot"
 
 
 @pytest.mark.parametrize(

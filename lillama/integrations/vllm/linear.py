@@ -19,6 +19,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from lillama.integrations.vllm.shards import (
+    UNMARKED,
     Part,
     local_rows,
     multiplied_out,
@@ -30,8 +31,6 @@ from lillama.pivots import order_of
 __all__ = ["LowRankLinearMethod"]
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}
-# neither of the two marks
-UNMARKED = 255
 
 
 def _first(values: Sequence[int]) -> list[int]:

@@ -13,7 +13,10 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lillama.checkpoint import QUANT_METHOD, sentinel, sentinel_pattern
@@ -104,17 +107,18 @@ class LillamaVllmConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and prefix in self.ranks:
-            return self._vocabulary_method(prefix)
+            return self._vocabulary_method(prefix, not isinstance(layer, ParallelLMHead))
         return None
 
-    def _vocabulary_method(self, name: str) -> LowRankVocabularyMethod:
+    def _vocabulary_method(self, name: str, is_embedding: bool) -> LowRankVocabularyMethod:
         model = get_current_vllm_config().model_config
         if model.hf_text_config.tie_word_embeddings:
             raise ValueError(
                 f"{name} is factorised and config.json says tie_word_embeddings: vLLM cannot share "
                 "factors; serve what `lillama export --format dense` makes of this checkpoint"
             )
-        return LowRankVocabularyMethod(name, self.ranks[name], self.sentinel)
+        gauge, rank = "pivot" if self.pivot else "plain", self.ranks[name]
+        return LowRankVocabularyMethod(name, rank, self.sentinel, gauge, is_embedding=is_embedding)
 
     def _matrices(self, prefix: str) -> list[str]:
         """Checkpoint names of the matrices that vLLM has made one layer of."""

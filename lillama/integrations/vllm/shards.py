@@ -18,7 +18,10 @@ from torch import Tensor
 
 from lillama.pivots import is_permutation
 
-__all__ = ["Part", "local_rows", "multiplied_out", "not_loaded", "pivot_rows"]
+__all__ = ["UNMARKED", "Part", "local_rows", "multiplied_out", "not_loaded", "pivot_rows"]
+
+# a mark before loading: neither of the two (lillama/pivots.py)
+UNMARKED = 255
 
 
 @dataclass(frozen=True)
