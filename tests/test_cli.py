@@ -279,7 +279,7 @@ def test_cli_unreachable_reduction_says_the_maximum(command, compress, lillama_c
         result = compress(reduction=0.9)[0]
     else:
         result = lillama_command("plan", mamba, "--reduction", 0.9)
-    assert_one_line(result, 2, "--reduction 0.9 cannot be reached", "at most 0.2")
+    assert_one_line(result, 2, "--reduction 0.9 cannot be reached", "at most 0.3")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
