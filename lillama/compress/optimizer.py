@@ -8,13 +8,12 @@ from transformers import PreTrainedModel
 
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
 __all__ = ["WholeOptimizer"]
 
-LINEAR = (nn.Linear, LowRankLinear, PivotLowRankLinear)
-EXPERTS = (LowRankExperts, PivotLowRankExperts)
+# experts in the pivot gauge are LowRankExperts too
+WITH_MATRICES = (nn.Linear, LowRankLinear, PivotLowRankLinear, LowRankExperts)
 
 
 def _matrices(model: PreTrainedModel, trained: Mapping[str, Tensor]) -> set[str]:
@@ -24,7 +23,7 @@ def _matrices(model: PreTrainedModel, trained: Mapping[str, Tensor]) -> set[str]
     return {
         name
         for path, module in model.named_modules()
-        if isinstance(module, LINEAR + EXPERTS) and module not in outside
+        if isinstance(module, WITH_MATRICES) and module not in outside
         for name, value in module.named_parameters(prefix=path, recurse=False)
         if name in trained and value.ndim > 1 and value.numel()
     }
@@ -38,13 +37,12 @@ class WholeOptimizer:
     padding, whose gradient is 0, stay 0.
 
     Args:
-        model: whose parameters they are. trained: by name; the others stay.
+        model: whose parameters they are. trained: by name; the others stay. weight_decay: of both.
     """
 
     def __init__(
         self, model: PreTrainedModel, trained: Mapping[str, nn.Parameter], weight_decay: float
     ) -> None:
-        self.trained = list(trained.values())
         names = _matrices(model, trained)
         whole = [p for name, p in trained.items() if name in names and p.ndim == 2]
         # an expert is a parameter of its own in the memory of its stack
