@@ -79,7 +79,8 @@ class Family:
     mixer is. `scan_kept`: numbers that autograd keeps of a scan for each of the mixer's width,
     beyond those of an MLP. `reads_encoder`: paths inside a decoder's block of the layers whose
     inputs are the encoder's states. `left_out`: what `lillama.families_generic` found and leaves
-    dense, and why.
+    dense, and why. `worth_targets`: targets beside `default_targets` where each rank is chosen by
+    what it is worth to the model's loss.
     """
 
     model_type: str
@@ -97,6 +98,7 @@ class Family:
     scan_kept: int = 0
     reads_encoder: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    worth_targets: tuple[str, ...] = ()
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -170,6 +172,7 @@ def _state_space(model_type: str, targets: Mapping[str, str], **more: Any) -> Fa
         model_type=model_type,
         targets=dict(targets),
         default_targets=("in_proj", "out_proj"),
+        worth_targets=tuple(name for name in targets if name == "x_proj"),
         paper_strategy="uniform",
         embedding="backbone.embeddings",
         **more,
@@ -187,8 +190,7 @@ _W_EXPERTS = ExpertsNaming(
 _PROJ_EXPERTS = ExpertsNaming(
     runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
 )
-# dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets. x_proj can be
-# asked for.
+# dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets.
 _MIXER = {name: f"mixer.{name}" for name in ("in_proj", "out_proj", "x_proj")}
 _SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
 
@@ -324,6 +326,7 @@ FAMILIES: dict[str, Family] = {
             **{name: f"mamba.{name}" for name in _MIXER},
         },
         default=("in_proj", "out_proj"),
+        worth_targets=("x_proj",),
         expand="mamba_expand",
     ),
 }

@@ -275,13 +275,15 @@ def _matrices(
     """The run's target matrices, with the ranks that config.json has."""
     ranks = compression["ranks"]
     chosen = recipe["options"].get("targets")
-    everywhere = recipe["options"]["preset_values"].get("vocabulary", False)
+    values = recipe["options"]["preset_values"]
+    by_worth = recipe.get("strategy") == "global"
     found = find_matrices(
         model,
         family,
         None if chosen is None else tuple(map(str, chosen)),
         compression.get("gauge", "plain"),
-        vocabulary=bool(everywhere) and recipe.get("strategy") == "global",
+        vocabulary=by_worth and bool(values.get("vocabulary", False)),
+        by_worth=by_worth and values.get("init") == "fisher",
     )
     unknown = sorted(ranks.keys() - {matrix.name for matrix in found})
     if unknown:

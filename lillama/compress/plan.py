@@ -233,9 +233,15 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
     family = family_for(config, model)
     _tell_found(family)
     strategy = options.strategy or options.recipe.strategy or family.paper_strategy
-    vocabulary = options.recipe.vocabulary and strategy == "global"
     gauge = options.gauge or options.recipe.gauge
-    matrices = find_matrices(model, family, options.targets, gauge, vocabulary=vocabulary)
+    matrices = find_matrices(
+        model,
+        family,
+        options.targets,
+        gauge,
+        vocabulary=options.recipe.vocabulary and strategy == "global",
+        by_worth=options.recipe.init == "fisher" and strategy == "global",
+    )
     if any(m.name in family.vocabulary.values() for m in matrices):
         _check_vocabulary_targets(options)
     params = budget_total = sum(parameter.numel() for parameter in model.parameters())

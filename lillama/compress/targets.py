@@ -22,11 +22,13 @@ def find_matrices(
     gauge: Gauge = "plain",
     *,
     vocabulary: bool = False,
+    by_worth: bool = False,
 ) -> tuple[Matrix, ...]:
     """Every target matrix in block order, experts as 0.w1, 0.w2, 0.w3, 1.w1, ...; embeddings before
     the blocks, the head behind them.
 
     vocabulary: without `targets` these two as well, where they are not one and the same.
+    by_worth: without `targets` the family's `worth_targets` as well.
 
     Raises:
         InputError: a target the family or model does not have.
@@ -36,7 +38,8 @@ def find_matrices(
     asked = targets
     if targets is None:
         both = tuple(family.vocabulary) if vocabulary and problem is None else ()
-        targets = (*family.default_targets, *both)
+        worth = family.worth_targets if by_worth else ()
+        targets = (*family.default_targets, *worth, *both)
     elif problem is not None and (found := sorted(set(targets) & set(family.vocabulary))):
         raise InputError(f"--targets {', '.join(found)}: {problem}; leave them out")
     _check_targets(family, targets)

@@ -142,17 +142,26 @@ def test_plan_counts_tied_embeddings_once(make_checkpoint):
     assert apart["params_before"] - tied["params_before"] == 300 * 32
 
 
-@pytest.mark.parametrize(("preset", "strategy"), [("default", "global"), ("paper", "uniform")])
-def test_plan_mamba_is_over_in_proj_and_out_proj(preset, strategy, mamba):
-    document = lillama.plan(mamba, 0.2, preset=preset)
+@pytest.mark.parametrize(
+    ("preset", "options", "strategy", "x_proj"),
+    [
+        ("default", {}, "global", True),
+        # x_proj only where the loss's gradients say what its ranks are worth
+        ("default", {"strategy": "uniform"}, "uniform", False),
+        ("whitened", {"strategy": "global"}, "global", False),
+        ("paper", {}, "uniform", False),
+    ],
+)
+def test_plan_of_mamba_is_over_its_projections(preset, options, strategy, x_proj, make_checkpoint):
+    path = make_checkpoint("mamba", tie_word_embeddings=True)
+    document = lillama.plan(path, 0.2, preset=preset, **options)
     names = {row["name"] for row in document["matrices"]}
     assert document["strategy"] == strategy
     assert document["ranks_are_final"] == (strategy == "uniform")
-    assert names == {
-        f"backbone.layers.{i}.mixer.{m}" for i in (0, 1) for m in ("in_proj", "out_proj")
-    }
+    wanted = ("in_proj", "out_proj", "x_proj") if x_proj else ("in_proj", "out_proj")
+    assert names == {f"backbone.layers.{i}.mixer.{m}" for i in (0, 1) for m in wanted}
     shapes = {row["name"].rsplit(".")[-1]: row["shape"] for row in document["matrices"]}
-    assert shapes == {"in_proj": [128, 32], "out_proj": [32, 64]}
+    assert (shapes["in_proj"], shapes["out_proj"]) == ([128, 32], [32, 64])
 
 
 def test_plan_targets_can_add_x_proj(make_checkpoint):
