@@ -1,11 +1,13 @@
 """nn.Embedding with its table [V, H] replaced by B [V, R] @ A [R, H], and what stands for the
 weight of such a module or of a factorised output head."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LowRankEmbedding", "shape_only"]
+__all__ = ["FactorizedEmbedding", "LowRankEmbedding", "shape_only"]
 
 
 def shape_only(V: int, H: int, dtype: torch.dtype) -> Tensor:
@@ -15,8 +17,8 @@ def shape_only(V: int, H: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(V, H, dtype=dtype, device="meta")
 
 
-class LowRankEmbedding(nn.Module):
-    """y = B[ids] A, parameters `lr_A` [R, H] and `lr_B` [V, R].
+class FactorizedEmbedding(nn.Module):
+    """What both gauges share: the sizes, and `lr_B` [V, R]. The other factor is a subclass's.
 
     Raises:
         ValueError: rank outside 1..min(num_embeddings, embedding_dim).
@@ -39,19 +41,28 @@ class LowRankEmbedding(nn.Module):
             )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.rank, self.padding_idx = rank, padding_idx
-        self.lr_A = nn.Parameter(torch.empty(rank, embedding_dim, device=device, dtype=dtype))
         self.lr_B = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
 
     @property
     def weight(self) -> Tensor:
         """Shape and dtype only, see `shape_only`."""
-        return shape_only(self.num_embeddings, self.embedding_dim, self.lr_A.dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.lr_B) @ self.lr_A
+        return shape_only(self.num_embeddings, self.embedding_dim, self.lr_B.dtype)
 
     def extra_repr(self) -> str:
         return (
             f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}, "
             f"rank={self.rank}"
         )
+
+
+class LowRankEmbedding(FactorizedEmbedding):
+    """y = B[ids] A, parameters `lr_A` [R, H] and `lr_B` [V, R]. Arguments and errors as
+    `FactorizedEmbedding`'s."""
+
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.lr_A = nn.Parameter(self.lr_B.new_empty(self.rank, self.embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] integers -> [..., H]."""
+        return F.embedding(ids, self.lr_B) @ self.lr_A

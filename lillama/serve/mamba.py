@@ -53,7 +53,7 @@ class _Layer(NamedTuple):
     # for the CPU's step: [W, D] and [S, D], channels side by side
     taps: Tensor
     log2_rate: Tensor
-    # for the fused step on a GPU; None where a projection is not low-rank
+    # for the fused step on a GPU; None where in_proj or out_proj is not low-rank
     fused: MixerWeights | None
 
 
@@ -185,10 +185,11 @@ def _layer(block: Any, device: torch.device) -> _Layer:
     fused = None
     into, out = mixer.in_proj, mixer.out_proj
     low_rank = isinstance(into, LowRankLinear) and isinstance(out, LowRankLinear)
-    if low_rank and type(mixer.x_proj) is nn.Linear:
+    if low_rank and isinstance(mixer.x_proj, (nn.Linear, LowRankLinear)):
+        # a low-rank x_proj is multiplied out: it is small, and the step stays one operation
         fused = MixerWeights(
             in_A=into.lr_A, in_B=into.lr_B, in_bias=into.bias, conv=taps, conv_bias=conv.bias,
-            x_proj=mixer.x_proj.weight, dt=dt.weight, dt_bias=dt.bias, A_log=mixer.A_log,
+            x_proj=mixer.x_proj.weight.detach(), dt=dt.weight, dt_bias=dt.bias, A_log=mixer.A_log,
             D=mixer.D, out_A=out.lr_A, out_B=out.lr_B, out_bias=out.bias,
         )  # fmt: skip
     return _Layer(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from lillama_kernels import kernels_impl
+from lillama_kernels import kernels_impl, mamba_mixer_step
 from lillama_kernels.impl import Impl
 
 from lillama.errors import InputError
@@ -17,6 +17,7 @@ from lillama.serve.mamba import MambaRunner
 
 CPU = torch.device("cpu")
 RANKS = {f"backbone.layers.0.mixer.{name}": 8 for name in ("in_proj", "out_proj")}
+X_PROJ = RANKS | {"backbone.layers.0.mixer.x_proj": 8}
 EXPERTS = {
     f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}": 8 * (1 + e % 2)
     for i in range(2)
@@ -42,7 +43,7 @@ def steps(runner: Any, count: int = 4, impl: Impl = "auto") -> torch.Tensor:
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("ranks", [{}, RANKS], ids=["dense", "low-rank"])
+@pytest.mark.parametrize("ranks", [{}, RANKS, X_PROJ], ids=["dense", "low-rank", "x_proj-too"])
 def test_mamba_steps_agree_with_those_of_a_gpu(ranks, impl, make_low_rank, make_model, monkeypatch):
     """The GPU's step, by our operations: "triton" is the kernels in the interpreter."""
 
@@ -54,7 +55,15 @@ def test_mamba_steps_agree_with_those_of_a_gpu(ranks, impl, make_low_rank, make_
     count = 1 if impl == "triton" else 4
     wanted = steps(made(), count)
     monkeypatch.setattr(mamba_module, "_mixer_step_cpu", mamba_module._mixer_step)
+    fused: list[Any] = []
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        fused.append(arguments)
+        return mamba_mixer_step(*arguments)
+
+    monkeypatch.setattr(mamba_module, "mamba_mixer_step", recorded)
     found = steps(made(), count, impl)
+    assert bool(fused) == (impl == "triton" and bool(ranks))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
