@@ -131,7 +131,8 @@ def test_targets_of_a_hybrid_are_where_the_blocks_have_them(make_checkpoint):
         owners = {*experts, "1.feed_forward", "2.feed_forward"}
         return {f"{owner}.{p}" for owner in owners for p in projections}
 
-    mixers = {f"{block}.mamba.{p}" for block in (0, 2) for p in ("in_proj", "out_proj")}
+    projections = ("in_proj", "out_proj", "x_proj")
+    mixers = {f"{block}.mamba.{p}" for block in (0, 2) for p in projections}
     vocabulary = {"model.embed_tokens", "lm_head"}
     assert names() == mixers | mlp("gate_proj", "up_proj", "down_proj") | vocabulary
     assert names("x_proj", "k_proj") == {

@@ -79,6 +79,7 @@ def test_factors_of_the_embeddings_are_work(gauge, untied, text_file, tmp_path):
     report = lillama.compress(
         untied, tmp_path / "out", reduction=0.3, text=text_file, preset="fast", tokens=600,
         seq_len=32, device="cpu", gauge=gauge,
+        targets=("in_proj", "out_proj", "embeddings", "lm_head"),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     embedding = model.get_input_embeddings()
