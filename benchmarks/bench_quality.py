@@ -60,11 +60,11 @@ METHODS: dict[str, Recipe | None] = {
     "default": DEFAULT,
     "default, int8": DEFAULT,
     "default, int4": DEFAULT,
-    "best, given text": PRESETS["best"],
+    "best, own text": PRESETS["best"],
     "best": PRESETS["best"],
 }
 # those that get no --text: the teacher writes it
-OWN_TEXT = {"best", *(name for name in METHODS if name.endswith("own text"))}
+OWN_TEXT = {name for name in METHODS if name.endswith("own text")}
 BITS = {"dense, int8": 8, "dense, int4": 4, "default, int8": 8, "default, int4": 4}
 # evenly spaced over each held-out text
 BLOCKS = 200

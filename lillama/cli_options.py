@@ -24,6 +24,7 @@ __all__ = [
     "Model",
     "Out",
     "Overwrite",
+    "OwnTokens",
     "Packing",
     "PresetOption",
     "Reduction",
@@ -148,6 +149,7 @@ TokensOption = Annotated[
         show_default=False,
     ),
 ]
+OwnTokens = Annotated[int, typer.Option(help="Further tokens, which the base model writes.")]
 TrainingTokens = Annotated[int, typer.Option(help="Training tokens.")]
 TrainOption = Annotated[
     bool, typer.Option(help="Train the factors, or stop at the initialisation.")

@@ -92,6 +92,8 @@ class Recipe:
     # how often the whole model, after its blocks, learns the teacher's predictions of all tokens
     # (compress/finetune.py); 0: not at all
     finetune_epochs: int = 0
+    # whether it then also learns from as many tokens that the model wrote
+    finetune_own_text: bool = False
     # calibration tokens where the caller names no number; moments alone need few
     tokens: int = 2_000_000
     # where the caller names none
@@ -116,7 +118,9 @@ _DEFAULT = Recipe(
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "fast": dataclasses.replace(_DEFAULT, train=False, tokens=262_144),
-    "best": dataclasses.replace(_DEFAULT, finetune_epochs=3),
+    "best": dataclasses.replace(
+        _DEFAULT, finetune_epochs=2, finetune_own_text=True, sensitivity_tokens=262_144
+    ),
     "whitened": dataclasses.replace(
         _DEFAULT,
         init="whitened",
@@ -276,6 +280,8 @@ class FinetuneConfig:
     base: Path
     text: tuple[Path | HubText, ...]
     tokens: int = 2_000_000
+    # further ones, which the base model writes
+    own_tokens: int = 0
     seq_len: int = 512
     batch_size: int = 8
     packing: bool = True
@@ -293,6 +299,7 @@ class FinetuneConfig:
         if not self.text:
             raise InputError("finetune needs training text; give at least one --text FILE")
         check_at_least("--tokens", self.tokens, 1)
+        check_at_least("--own-tokens", self.own_tokens, 0)
         check_at_least("--seq-len", self.seq_len, 2)
         check_at_least("--batch-size", self.batch_size, 1)
         check_at_least("--epochs", self.epochs, 1)

@@ -69,6 +69,15 @@ class TokenBlocks:
             clips = dataclasses.replace(clips, files=clips.files[:count])
         return TokenBlocks(self.input_ids[:count], mask, clips)
 
+    def joined(self, other: "TokenBlocks") -> "TokenBlocks":
+        """These rows, then those of `other`, which are as long."""
+        parts, mask = (self, other), None
+        if self.mask is not None or other.mask is not None:
+            whole = (torch.ones_like(p.input_ids, dtype=torch.bool) for p in parts)
+            pairs = zip(parts, whole, strict=True)
+            mask = torch.cat([w if p.mask is None else p.mask for p, w in pairs])
+        return TokenBlocks(torch.cat([part.input_ids for part in parts]), mask)
+
     @property
     def num_tokens(self) -> int:
         """Real tokens; padding is not counted."""

@@ -78,7 +78,7 @@ OPTIONS = {
     "plan": "--activation-memory --advise --budget --device --gauge --json --preset --reduction "
     "--retain --revision --seq-len --strategy --targets --text --tokens --train",
     "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
-    "--packing --revision --seed --seq-len --text --tokens",
+    "--own-tokens --packing --revision --seed --seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --generations --json --limit --metric "
     "--revision --seq-len --speed --task-path --tasks --text",
     "export": "--format --json --revision",

@@ -492,3 +492,15 @@ def test_token_blocks_digest_covers_ids_mask_and_shape():
     assert len({b.sha256 for b in blocks}) == 5
     assert TokenBlocks(ids.t().contiguous().t()).sha256 == blocks[0].sha256
     assert [b.num_tokens for b in blocks] == [6, 6, 6, 5, 5]
+
+
+def test_joined_blocks_keep_rows_and_masks():
+    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[True] * 3, [True, True, False]])
+    whole, cut = TokenBlocks(ids), TokenBlocks(ids + 9, mask)
+    assert whole.joined(whole).mask is None
+    for first, second in ((whole, cut), (cut, whole), (cut, cut)):
+        both = first.joined(second)
+        assert both.input_ids.tolist() == first.input_ids.tolist() + second.input_ids.tolist()
+        assert both.mask is not None and both.shape == (4, 3)
+        assert both.num_tokens == first.num_tokens + second.num_tokens
+        assert both.mask[2:].equal(mask) == (second is cut)

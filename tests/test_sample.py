@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lillama
-from lillama.compress import pipeline
+from lillama.compress import own_text, pipeline
 from lillama.errors import InputError, RunError
 from lillama.loading import load_model, load_tokenizer
 from lillama.sample import _split, sampled_with
@@ -134,7 +134,7 @@ def test_compress_without_text_lets_the_model_write_it(mamba, tmp_path, monkeypa
     with pytest.raises(InputError, match=r"out\.sample\.jsonl is not of this command"):
         lillama.compress(mamba, out, **given, seed=1)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "sample", lambda *_, **__: pytest.fail("again"))
+        patch.setattr(own_text, "sample", lambda *_, **__: pytest.fail("again"))
         report = lillama.compress(mamba, out, **given)
     assert report["tokens"] >= 600 and not file.exists()
     recipe = json.loads((out / "recipe.json").read_text("utf-8"))

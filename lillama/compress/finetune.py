@@ -22,12 +22,13 @@ from lillama.checkpoint_writer import check_out
 from lillama.compress.distill import learning_rate_at
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.optimizer import WholeOptimizer
+from lillama.compress.own_text import write_own_text
 from lillama.compress.stop import StopRequest
 from lillama.config import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
 from lillama.hub_checkpoint import find_model
-from lillama.hub_text import find_texts
+from lillama.hub_text import HubText, find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
@@ -119,19 +120,39 @@ class _Finetuning:
             value.copy_(self.best[name])
 
 
-def _blocks(config: FinetuneConfig, vocab_size: int) -> tuple[TokenBlocks, TokenBlocks]:
-    found = calibration_blocks(
-        config.text,
-        load_tokenizer(config.model),
-        tokens=config.tokens,
-        seq_len=config.seq_len,
-        held_out_blocks=held_out_blocks(config.tokens, config.seq_len),
-        seed=config.seed,
-        packing=config.packing,
-    )
-    for part in found:
-        check_vocabulary(part.input_ids, vocab_size)
-    return found
+def _own_text_file(out: Path) -> Path:
+    return out.with_name(out.name + ".own.jsonl")
+
+
+def _blocks(
+    config: FinetuneConfig, vocab_size: int, stop: StopRequest, progress: Progress | None
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """(training, held-out) blocks of the text given, then of the one that the base model writes."""
+    tokenizer = load_tokenizer(config.model)
+
+    def draw(text: tuple[Path | HubText, ...], tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
+        found = calibration_blocks(
+            text,
+            tokenizer,
+            tokens=tokens,
+            seq_len=config.seq_len,
+            held_out_blocks=held_out_blocks(tokens, config.seq_len),
+            seed=config.seed,
+            packing=config.packing,
+        )
+        for part in found:
+            check_vocabulary(part.input_ids, vocab_size)
+        return found
+
+    train, held_out = draw(config.text, config.tokens)
+    if config.own_tokens:
+        file = _own_text_file(config.out)
+        # another seed: --text may be what the model wrote with this one
+        seed = config.seed + 1
+        write_own_text(file, config.base, config.own_tokens, seed, config, stop, progress)
+        more = draw((file,), config.own_tokens)
+        train, held_out = train.joined(more[0]), held_out.joined(more[1])
+    return train, held_out
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -139,6 +160,11 @@ def _check(config: FinetuneConfig) -> None:
         raise InputError(f"{config.model} is not compressed by lillama; compress it first")
     if compression_of(read_config(config.base)) is not None:
         raise InputError(f"--base {config.base} is itself compressed; give the dense base model")
+    sizes = [getattr(read_config(path), "vocab_size", None) for path in (config.model, config.base)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            "MODEL and --base have different vocabularies; they do not belong together"
+        )
     check_out(config.out, config.overwrite)
     if not config.out.parent.is_dir():
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
@@ -164,8 +190,8 @@ def finetune(
         base: the dense model it was made from.
         text: training file or files, as for `compress`.
         progress: called as progress(stage, done, total), in tokens.
-        options: the other fields of `lillama.config.FinetuneConfig`: tokens, seq_len, batch_size,
-            packing, epochs, learning_rate, seed, device, overwrite.
+        options: the other fields of `lillama.config.FinetuneConfig`: tokens, own_tokens, seq_len,
+            batch_size, packing, epochs, learning_rate, seed, device, overwrite.
 
     Returns:
         `kl_before`, `kl_after` (held-out KL(base || model), nats a token), `learning_rate` (its
@@ -193,13 +219,9 @@ def finetune_blocks(
     _check(config)
     device = choose_device(config.device)
     started = time.monotonic()
+    train, held_out = _blocks(config, read_config(config.model).vocab_size, stop, progress)
     student = load_model(config.model, device, "float32")
     teacher = load_model(config.base, device)
-    if teacher.config.vocab_size != student.config.vocab_size:
-        raise InputError(
-            "MODEL and --base have different vocabularies; they do not belong together"
-        )
-    train, held_out = _blocks(config, student.config.vocab_size)
     run = _Finetuning(student, teacher.requires_grad_(False), config)
     with fast_mamba():
         report = _train(run, train, held_out, stop, progress)
@@ -207,6 +229,8 @@ def finetune_blocks(
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype_of(read_config(config.model)))
     _write(config, student, report)
+    if config.own_tokens:
+        _own_text_file(config.out).unlink()
     return report
 
 

@@ -17,13 +17,14 @@ from lillama.compress.encoder import teacher_blocks
 from lillama.compress.events import Events
 from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
+from lillama.compress.own_text import write_own_text
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import measured_curves, search_ranks
 from lillama.compress.speech import check_speech_options, heard, speech_calibration
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
+from lillama.config import CompressConfig, FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.families import is_speech
@@ -32,7 +33,6 @@ from lillama.hub_checkpoint import fetch_weights, find_model
 from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_tokenizer
-from lillama.sample import sample, sampled_with
 
 __all__ = ["Progress", "compress"]
 
@@ -197,28 +197,7 @@ def _with_own_text(
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
     check_out(config.out, config.overwrite)
     file = _own_text_file(config.out)
-    # some more, since blocks are filled from whole texts
-    blocks = held_out_blocks(config.num_tokens, config.seq_len) + 2
-    options = SampleConfig(
-        model=config.model,
-        out=file,
-        tokens=config.num_tokens + blocks * config.seq_len,
-        seq_len=config.seq_len,
-        seed=config.seed,
-        device=config.device,
-    )
-    if file.exists():
-        if sampled_with(file) != options.recorded():
-            raise InputError(f"{file} is not of this command; delete it or choose another OUT")
-    else:
-        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
-
-        def tick(stage: str, done: int, total: int) -> None:
-            if progress is not None:
-                progress(stage, done, total)
-            stop.check()
-
-        sample(given.pop("model"), given.pop("out"), progress=tick, **given)
+    write_own_text(file, config.model, config.num_tokens, config.seed, config, stop, progress)
     return dataclasses.replace(config, text=(file,))
 
 
@@ -258,6 +237,7 @@ def _compress_whole(
         tokens=config.num_tokens,
         seq_len=config.seq_len,
         packing=config.packing,
+        own_tokens=config.num_tokens if config.recipe.finetune_own_text else 0,
         epochs=config.recipe.finetune_epochs,
         seed=config.seed,
         device=config.device,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.compress.finetune import divergence
+from lillama.compress.memory import held_out_blocks
 from lillama.errors import InputError, RunError
 
 OPTIONS = {"tokens": 1500, "seq_len": 32, "learning_rate": 1e-3}
@@ -96,6 +97,38 @@ def test_the_start_is_kept_where_training_harms(compressed, text_file, tmp_path)
         **{**OPTIONS, "learning_rate": 2.0, "tokens": 300},
     )  # fmt: skip
     assert report["best_step"] == 0 and report["kl_after"] == report["kl_before"]
+
+
+def test_finetune_also_learns_from_what_the_base_writes(compressed, text_file, tmp_path):
+    base, model = compressed["mamba"]
+    out, own = tmp_path / "out", tmp_path / "out.own.jsonl"
+    given = {**OPTIONS, "base": base, "text": text_file, "device": "cpu", "own_tokens": 900}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "finetune":
+            raise RunError("stopped")
+
+    with pytest.raises(RunError, match="stopped"):
+        lillama.finetune(model, out, progress=stop, **given)
+    assert [path.name for path in tmp_path.iterdir()] == [own.name]
+    with pytest.raises(InputError, match=r"out\.own\.jsonl is not of this command; delete it"):
+        lillama.finetune(model, out, **given, seed=1)
+    stages = []
+    found = lillama.finetune(model, out, progress=lambda *call: stages.append(call[0]), **given)
+    assert set(stages) == {"finetune"} and not own.exists()  # what was written was taken
+    # whole blocks of 32 of both
+    assert found["tokens"] == 32 * (-(-1500 // 32) + -(-900 // 32)) and found["steps"] == 10
+    # the text is the base's own, of the next seed, and the model is judged on both
+    counts = [held_out_blocks(tokens, 32) for tokens in (1500, 900)]
+    written = tmp_path / "written.jsonl"
+    tokens = 900 + 32 * (counts[1] + 2)
+    lillama.sample(base, written, tokens=tokens, seq_len=32, seed=1, device="cpu")
+    before = [
+        lillama.finetune(model, tmp_path / name, **{**given, **more, "own_tokens": 0})["kl_before"]
+        for name, more in (("a", {}), ("b", {"text": written, "tokens": 900}))
+    ]
+    mean = sum(n * loss for n, loss in zip(counts, before, strict=True)) / sum(counts)
+    assert found["kl_before"] == pytest.approx(mean) and before[0] != pytest.approx(before[1])
 
 
 def test_divergence_is_the_mean_kl_of_the_counted_tokens():

@@ -39,7 +39,8 @@ def test_best_is_default_then_finetune(run, mamba, text_file, tmp_path):
     report = run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     run("blocks", preset="default")
-    given = {"tokens": OPTIONS["tokens"], "seq_len": 32, "device": "cpu", "epochs": 3}
+    given = {"tokens": OPTIONS["tokens"], "seq_len": 32, "device": "cpu", "epochs": 2}
+    given["own_tokens"] = OPTIONS["tokens"]
     found = lillama.finetune(
         tmp_path / "blocks", tmp_path / "then", base=mamba, text=text_file, **given
     )
