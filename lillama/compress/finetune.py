@@ -22,7 +22,7 @@ from lillama.checkpoint_writer import check_out
 from lillama.compress.distill import learning_rate_at
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.optimizer import WholeOptimizer
-from lillama.compress.own_text import write_own_text
+from lillama.compress.own_text import own_text_of, write_own_text
 from lillama.compress.stop import StopRequest
 from lillama.config import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
@@ -120,10 +120,6 @@ class _Finetuning:
             value.copy_(self.best[name])
 
 
-def _own_text_file(out: Path) -> Path:
-    return out.with_name(out.name + ".own.jsonl")
-
-
 def _blocks(
     config: FinetuneConfig, vocab_size: int, stop: StopRequest, progress: Progress | None
 ) -> tuple[TokenBlocks, TokenBlocks]:
@@ -146,9 +142,7 @@ def _blocks(
 
     train, held_out = draw(config.text, config.tokens)
     if config.own_tokens:
-        file = _own_text_file(config.out)
-        # another seed: --text may be what the model wrote with this one
-        seed = config.seed + 1
+        file, seed = own_text_of(config.out, config.seed)
         write_own_text(file, config.base, config.own_tokens, seed, config, stop, progress)
         more = draw((file,), config.own_tokens)
         train, held_out = train.joined(more[0]), held_out.joined(more[1])
@@ -230,7 +224,7 @@ def finetune_blocks(
         parameter.data = parameter.data.to(dtype_of(read_config(config.model)))
     _write(config, student, report)
     if config.own_tokens:
-        _own_text_file(config.out).unlink()
+        own_text_of(config.out, config.seed)[0].unlink()
     return report
 
 

@@ -10,9 +10,15 @@ from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.errors import InputError
 from lillama.sample import sample, sampled_with
 
-__all__ = ["write_own_text"]
+__all__ = ["own_text_of", "write_own_text"]
 
 Progress = Callable[[str, int, int], None]
+
+
+def own_text_of(out: Path, seed: int) -> tuple[Path, int]:
+    """The file `finetune` reads, and the seed it is written with: not the run's, since the text
+    given may be what the model wrote with that."""
+    return out.with_name(out.name + ".own.jsonl"), seed + 1
 
 
 def write_own_text(

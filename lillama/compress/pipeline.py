@@ -17,7 +17,7 @@ from lillama.compress.encoder import teacher_blocks
 from lillama.compress.events import Events
 from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
-from lillama.compress.own_text import write_own_text
+from lillama.compress.own_text import own_text_of, write_own_text
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
@@ -52,8 +52,10 @@ COPIED_FILES = (
 )
 
 
-def _calibration(options: CompressConfig, plan: Plan) -> tuple[TokenBlocks, TokenBlocks]:
-    """Training and held-out tokens."""
+def _calibration(
+    options: CompressConfig, plan: Plan, own_text: Path | None
+) -> tuple[TokenBlocks, TokenBlocks]:
+    """Training and held-out tokens, of what the model wrote where that is given."""
     if is_speech(plan.config):
         return speech_calibration(options, plan.config)
     tokenizer = load_tokenizer(options.model)
@@ -61,7 +63,7 @@ def _calibration(options: CompressConfig, plan: Plan) -> tuple[TokenBlocks, Toke
     if limit is not None and options.seq_len > limit:
         raise InputError(f"--seq-len must be at most {limit} for this model, got {options.seq_len}")
     blocks = calibration_blocks(
-        options.text,
+        options.text if own_text is None else (own_text,),
         tokenizer,
         tokens=options.num_tokens,
         seq_len=options.seq_len,
@@ -128,8 +130,9 @@ def compress(
             `<out>.unfinished`, and the same call goes on from there.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         text: calibration file or files (text, or jsonl with "text", "messages" or "conversations"),
-            or datasets of the Hub (`lillama.hub_text`). None: the model writes its own
-            (`lillama.sample`), to `<out>.sample.jsonl`; it is removed at the end.
+            or datasets of the Hub (`lillama.hub_text`). Without, the model writes its own
+            (`lillama.sample`), to `<out>.sample.jsonl`; it is removed at the end. Preset best
+            takes text given for its last stage and writes its own for the rest.
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
             seq_len, preset, strategy, loss, targets, gauge, packing, train, seed, dtype,
@@ -165,30 +168,34 @@ def compress(
     ranks = Ranks()
     try:
         with fast_mamba(), StopRequest() as stop:
-            own_text = not config.text
-            if own_text:
-                config = _with_own_text(config, ranks, stop, progress)
-            if config.finetune:
-                report = _compress_whole(config, plan, ranks, stop, events, progress)
-            else:
-                report = _compress(config, plan, ranks, stop, events, progress)
+            run = _compress_whole if config.finetune else _compress
+            own_text = _own_text(config, plan, ranks, stop, progress)
+            report = run(config, plan, ranks, stop, events, progress, own_text)
     finally:
         ranks.close()
     if ranks.is_first:
-        if own_text:
-            _own_text_file(config.out).unlink()
+        if own_text is not None:  # finetune removes what it read
+            own_text.unlink(missing_ok=True)
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
     return report if ranks.world == 1 else {**report, "rank": ranks.rank}
 
 
-def _own_text_file(out: Path) -> Path:
-    return out.with_name(out.name + ".sample.jsonl")
-
-
-def _with_own_text(
-    config: CompressConfig, ranks: Ranks, stop: StopRequest, progress: Progress | None
-) -> CompressConfig:
-    """With text that the model wrote: once, where a run of the same command is taken up."""
+def _own_text(
+    config: CompressConfig,
+    plan: Plan,
+    ranks: Ranks,
+    stop: StopRequest,
+    progress: Progress | None,
+) -> Path | None:
+    """What the model wrote to calibrate on, where the text given is not for that. Written once: a
+    run of the same command finds it."""
+    if config.finetune and ranks.world > 1:
+        raise InputError(
+            f"preset {config.preset} trains the whole model in one process, got {ranks.world} "
+            "ranks; use preset default under torchrun, then lillama finetune"
+        )
+    if config.text and not (config.finetune and config.recipe.finetune_own_text):
+        return None
     if ranks.world > 1:
         raise InputError(
             "several ranks need calibration text; give --text FILE (lillama sample writes one)"
@@ -196,9 +203,13 @@ def _with_own_text(
     if not config.out.parent.is_dir():
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
     check_out(config.out, config.overwrite)
-    file = _own_text_file(config.out)
-    write_own_text(file, config.model, config.num_tokens, config.seed, config, stop, progress)
-    return dataclasses.replace(config, text=(file,))
+    if config.text:  # what `finetune` would write, too, once the text given is known to be usable
+        _calibration(config, plan, None)
+        file, seed = own_text_of(config.out, config.seed)
+    else:
+        file, seed = config.out.with_name(config.out.name + ".sample.jsonl"), config.seed
+    write_own_text(file, config.model, config.num_tokens, seed, config, stop, progress)
+    return file
 
 
 def _compress_whole(
@@ -208,14 +219,10 @@ def _compress_whole(
     stop: StopRequest,
     events: Events,
     progress: Progress | None,
+    own_text: Path | None,
 ) -> dict[str, Any]:
     """The blocks first, to `OUT.blocks`, then the whole model. Where OUT.blocks is there, the same
     command was killed while it trained the whole, and goes on from there."""
-    if ranks.world > 1:
-        raise InputError(
-            f"preset {config.preset} trains the whole model in one process, got {ranks.world} "
-            "ranks; use preset default under torchrun, then lillama finetune"
-        )
     if not config.out.parent.is_dir():
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
     check_out(config.out, config.overwrite)
@@ -227,13 +234,15 @@ def _compress_whole(
         stop,
         events,
         progress,
+        own_text,
     )
     started = time.monotonic()
+    given = (own_text,) if own_text is not None and not config.text else config.text
     end = FinetuneConfig(
         model=blocks,
         out=config.out,
         base=config.model,
-        text=config.text,
+        text=given,
         tokens=config.num_tokens,
         seq_len=config.seq_len,
         packing=config.packing,
@@ -283,11 +292,12 @@ def _compress(
     stop: StopRequest,
     events: Events,
     progress: Progress | None,
+    own_text: Path | None,
 ) -> dict[str, Any]:
     """Everything between the checks and the report, which rank 0 also writes."""
     started = time.monotonic()
     device = choose_device(ranks.device(config.device))
-    blocks = _calibration(config, plan)
+    blocks = _calibration(config, plan, own_text)
     teacher = teacher_blocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)

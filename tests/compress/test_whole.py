@@ -6,7 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 import lillama
+from lillama.compress import own_text
 from lillama.compress import pipeline as module
+from lillama.compress.memory import held_out_blocks
 from lillama.errors import InputError, RunError
 
 OPTIONS = {"reduction": 0.25, "tokens": 1500, "seq_len": 32, "device": "cpu"}
@@ -38,7 +40,11 @@ def run(mamba, text_file, tmp_path):
 def test_best_is_default_then_finetune(run, mamba, text_file, tmp_path):
     report = run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    run("blocks", preset="default")
+    # ranks and blocks are of what the model writes, the whole model is also of the text given
+    own, tokens = tmp_path / "own.jsonl", OPTIONS["tokens"]
+    held_out = held_out_blocks(tokens, 32) + 2
+    lillama.sample(mamba, own, tokens=tokens + 32 * held_out, seq_len=32, seed=1, device="cpu")
+    run("blocks", preset="default", text=own)
     given = {"tokens": OPTIONS["tokens"], "seq_len": 32, "device": "cpu", "epochs": 2}
     given["own_tokens"] = OPTIONS["tokens"]
     found = lillama.finetune(
@@ -46,10 +52,29 @@ def test_best_is_default_then_finetune(run, mamba, text_file, tmp_path):
     )
     assert_same(tmp_path / "out", tmp_path / "then")
     assert report["finetune"]["kl_after"] == found["kl_after"] <= found["kl_before"]
+    assert found["tokens"] == 2 * 32 * -(-tokens // 32)
     read = lambda name: json.loads((tmp_path / "out" / name).read_text("utf-8"))  # noqa: E731
     assert read("recipe.json")["options"]["preset"] == "best"
+    assert (
+        read("recipe.json")["options"]["text"] == [str(text_file)] == read("finetune.json")["text"]
+    )
     assert read("report.json")["finetune"]["steps"] == found["steps"]
     assert report["seconds"] >= found["seconds"]
+
+
+def test_best_without_text_learns_from_two_that_the_model_wrote(run, mamba, tmp_path, monkeypatch):
+    written = []
+    sample = own_text.sample
+
+    def noting(model, file, **options):
+        written.append((file.name, options["seed"]))
+        return sample(model, file, **options)
+
+    monkeypatch.setattr(own_text, "sample", noting)
+    report = run(text=())
+    assert written == [("out.sample.jsonl", 0), ("out.own.jsonl", 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert report["finetune"]["tokens"] == 2 * 32 * -(-OPTIONS["tokens"] // 32)
 
 
 def test_a_killed_end_goes_on_from_the_finished_blocks(run, tmp_path, monkeypatch):
@@ -63,8 +88,10 @@ def test_a_killed_end_goes_on_from_the_finished_blocks(run, tmp_path, monkeypatc
         with pytest.raises(RunError, match=r"finished in .*out\.blocks: the same command goes on"):
             run()
     assert not (tmp_path / "out").exists() and (tmp_path / "out.blocks").is_dir()
-    with pytest.raises(InputError, match=r"out\.blocks is of another command \(options\.seed"):
+    with pytest.raises(InputError, match=r"out\.own\.jsonl is not of this command; delete it"):
         run(seed=1)
+    with pytest.raises(InputError, match=r"out\.blocks is of another command \(options\.reduction"):
+        run(reduction=0.2)
     with monkeypatch.context() as patch:
         patch.setattr(module.Run, "run", lambda *_: pytest.fail("compressed again"))
         run()
@@ -81,6 +108,11 @@ def test_out_is_looked_at_before_the_work(run, tmp_path, monkeypatch):
         run(overwrite=True)
     with pytest.raises(InputError, match="create it first"):
         run("missing/out")
+    (tmp_path / "short.txt").write_text("too little")
+    monkeypatch.setattr(own_text, "sample", lambda *_, **__: pytest.fail("written"))
+    with pytest.raises(InputError, match="the text is too short"):
+        run("new", text=tmp_path / "short.txt")
+    monkeypatch.undo()
     (tmp_path / "other.blocks").mkdir()
     with pytest.raises(InputError, match=r"other\.blocks is in the way"):
         run("other")
