@@ -151,6 +151,7 @@ DEFAULTS = {
     ExportConfig: {"format": "dense"},
     FinetuneConfig: {
         "tokens": 2_000_000,
+        "own_tokens": 0,
         "seq_len": 512,
         "batch_size": 8,
         "packing": True,
