@@ -92,7 +92,8 @@ class Recipe:
     # how often the whole model, after its blocks, learns the teacher's predictions of all tokens
     # (compress/finetune.py); 0: not at all
     finetune_epochs: int = 0
-    # whether it then also learns from as many tokens that the model wrote
+    # whether ranks and blocks are of text that the model writes, and the last stage of that and of
+    # the text given
     finetune_own_text: bool = False
     # calibration tokens where the caller names no number; moments alone need few
     tokens: int = 2_000_000
