@@ -9,7 +9,8 @@ round a model's numbers take the one that is there. At the end (with --table at 
 printed; --plot FILE.png draws quality against bytes. All cells of a file must have been made with
 the same tokens and texts: a line that was not is an error.
 
-`excess` is what a model's mean loss is over its teacher's, in nats a token: 0 keeps everything.
+`excess` is what a model's mean loss is over its teacher's, in nats a token: 0 keeps everything;
+bits per byte is that mean loss by the bytes that a token of the text has.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import lillama
 from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
 from lillama.data import evaluation_blocks
+from lillama.evaluate import stored_size
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import load_model, load_tokenizer
 
@@ -39,6 +41,7 @@ DEFAULT, FAST, PAPER = PRESETS["default"], PRESETS["fast"], PRESETS["paper"]
 PAPER_BEST = dataclasses.replace(PAPER, learning_rate=1e-3)
 # None: the teacher as it is
 METHODS: dict[str, Recipe | None] = {
+    "dense": None,
     "dense, int8": None,
     "dense, int4": None,
     "svd": dataclasses.replace(PAPER, strategy="uniform", train=False),
@@ -70,18 +73,19 @@ BITS = {"dense, int8": 8, "dense, int4": 4, "default, int8": 8, "default, int4":
 BLOCKS = 200
 
 
-def held_out(path: Path, file: Path, seq_len: int) -> torch.Tensor:
-    blocks = evaluation_blocks((file,), load_tokenizer(path), seq_len=seq_len).input_ids
-    rows = torch.linspace(0, len(blocks) - 1, min(BLOCKS, len(blocks))).long()
-    return blocks[rows]
+def held_out(path: Path, file: Path, seq_len: int) -> tuple[torch.Tensor, float]:
+    """BLOCKS rows of the text, and how many bytes one of its tokens has."""
+    text = evaluation_blocks((file,), load_tokenizer(path), seq_len=seq_len)
+    rows = torch.linspace(0, len(text.input_ids) - 1, min(BLOCKS, len(text.input_ids))).long()
+    return text.input_ids[rows], text.num_bytes / text.num_tokens
 
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, base: PreTrainedModel, blocks: torch.Tensor
+    model: PreTrainedModel, base: PreTrainedModel, blocks: torch.Tensor, bytes_per_token: float
 ) -> dict[str, float]:
-    """Mean loss over that of `base` and KL(base || model), nats a token."""
-    excess = divergence = 0.0
+    """Mean loss over that of `base` and KL(base || model), nats a token, and bits per byte."""
+    excess = divergence = loss = 0.0
     count = 0
     with fast_mamba():
         for ids in blocks.split(8):
@@ -91,9 +95,12 @@ def measure(
             )
             labels = ids[:, 1:, None]
             excess += float((theirs - ours).gather(-1, labels).double().sum())
+            loss -= float(ours.gather(-1, labels).double().sum())
             divergence += float((theirs.exp() * (theirs - ours)).double().sum())
             count += labels.numel()
-    return {"excess": round(excess / count, 5), "kl": round(divergence / count, 5)}
+    bits = loss / count / math.log(2) / bytes_per_token
+    found = {"excess": excess / count, "kl": divergence / count, "bits_per_byte": bits}
+    return {key: round(value, 5) for key, value in found.items()}
 
 
 def compress(
@@ -102,16 +109,9 @@ def compress(
     """The checkpoint of a cell and what `found` in run_cell takes from its report."""
     recipe, out = METHODS[cell["method"]], folder / "out"
     if recipe is None:
-        params = sum(
-            p.numel() for p in load_model(arguments.teacher, torch.device("cpu")).parameters()
-        )
-        report = {
-            "params_after": params,
-            "reduction": 0.0,
-            "seconds": 0.0,
-            "predicted_loss_increase": None,
-        }
-        return arguments.teacher, report
+        params, num_bytes = stored_size(arguments.teacher)
+        size = {"params_after": params, "bytes_after": num_bytes, "reduction": 0.0}
+        return arguments.teacher, {**size, "seconds": 0.0, "predicted_loss_increase": None}
     if arguments.models is not None:
         base = cell["method"].removesuffix(", int8").removesuffix(", int4").replace(",", "")
         # a model made of other text or more tokens has another name
@@ -144,7 +144,7 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, A
             report["bytes_after"] = round_checkpoint(source, out, BITS[cell["method"]])
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
         texts = {
-            file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))
+            file.name: measure(model, base, *held_out(arguments.teacher, file, arguments.seq_len))
             for file in arguments.held_out
         }
     kept = ("params_after", "bytes_after", "reduction", "seconds", "predicted_loss_increase")
@@ -169,8 +169,11 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
     """Means over the seeds; retained is exp(-mean excess over the texts)."""
-    head = "teacher | removed | method | excess by text | retained | KL | bytes | seconds | seeds"
-    lines = [f"| {head} |", "|---" * 9 + "|"]
+    head = (
+        "| teacher | removed | method | excess by text | retained | bits per byte by text | KL "
+        "| parameters | bytes | seconds | seeds |"
+    )
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for cell in cells:
         groups.setdefault((cell["teacher"], cell["reduction"], cell["method"]), []).append(cell)
@@ -183,13 +186,15 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
             return sum(cell["texts"][text][key] for cell in found) / len(found)
 
         texts = list(found[0]["texts"])
-        excess = [mean("excess", text) for text in texts]
+        excess, bits = ([mean(key, text) for text in texts] for key in ("excess", "bits_per_byte"))
         kl = sum(mean("kl", text) for text in texts) / len(texts)
         seconds = sum(cell["seconds"] for cell in found) / len(found)
         cells_of_row = [
             teacher, f"{reduction:.0%}", method, " / ".join(f"{value:+.4f}" for value in excess),
-            f"{math.exp(-sum(excess) / len(excess)):.4f}", f"{kl:.4f}",
-            f"{found[0]['bytes_after']:,}", f"{seconds:.0f}", str(len(found)),
+            f"{math.exp(-sum(excess) / len(excess)):.4f}",
+            " / ".join(f"{value:.4f}" for value in bits), f"{kl:.4f}",
+            f"{found[0]['params_after']:,}", f"{found[0]['bytes_after']:,}", f"{seconds:.0f}",
+            str(len(found)),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells_of_row) + " |")
     return "\n".join(lines)

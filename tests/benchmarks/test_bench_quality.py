@@ -1,6 +1,7 @@
 """The baseline of whole compressions, and the table of recipes: run once, tiny."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from benchmarks import bench_quality, compress_blocks
 from benchmarks.published import PublishedExperts, published_loop
 from lillama.compress.plan import make_plan
 from lillama.config import PlanConfig
+from lillama.evaluate import stored_size
+from lillama.loading import load_tokenizer
 
 IDS = torch.randint(1, 300, (24, 32), generator=torch.Generator().manual_seed(1))
 
@@ -45,7 +48,7 @@ def run(arguments: list, *more: object) -> int:
     return bench_quality.main([str(argument) for argument in (*arguments, *more)])
 
 
-def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
+def test_quality_fills_a_table_once(arguments, mamba, text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_quality, "BLOCKS", 8)
     assert run(arguments, "--methods", "svd", "fast", "--plot", tmp_path / "plot.png") == 0
     first = capsys.readouterr().out
@@ -54,6 +57,13 @@ def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
         ("svd", 0), ("fast", 0), ("svd", 1), ("fast", 1)
     ]  # fmt: skip
     assert all(cell["texts"]["text.txt"]["kl"] > 0 for cell in cells)
+    # of one text the same loss in both units: nats a token over the teacher's, bits a byte
+    first_cell, second_cell = (cell["texts"]["text.txt"] for cell in cells[:2])
+    nats = first_cell["excess"] - second_cell["excess"]
+    bits = first_cell["bits_per_byte"] - second_cell["bits_per_byte"]
+    ids = load_tokenizer(mamba)(text_file.read_text("utf-8"))["input_ids"]
+    per_token = len(text_file.read_bytes()) / len(ids)
+    assert bits == pytest.approx(nats / math.log(2) / per_token, abs=3e-5) and bits != 0
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert first.count("\n| mamba | 20% |") == 2 and "| 2 |" in first
     # all there: nothing runs, the same table
@@ -65,7 +75,7 @@ def test_quality_fills_a_table_once(arguments, tmp_path, capsys, monkeypatch):
     assert "other tokens or texts" in capsys.readouterr().err
 
 
-def test_rounding_takes_the_model_that_is_kept(arguments, tmp_path, monkeypatch):
+def test_rounding_takes_the_model_that_is_kept(arguments, mamba, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_quality, "BLOCKS", 8)
     monkeypatch.setitem(bench_quality.METHODS, "default", bench_quality.FAST)
     more = ["--models", tmp_path / "models", "--seeds", 0]
@@ -78,6 +88,10 @@ def test_rounding_takes_the_model_that_is_kept(arguments, tmp_path, monkeypatch)
     assert whole["bytes_after"] > 1.5 * int8["bytes_after"] > 2 * int4["bytes_after"]
     error = [cell["texts"]["text.txt"]["kl"] for cell in (whole, int8, int4)]
     assert error[0] < error[2] and error[1] < error[2]
+    assert run(arguments, "--methods", "dense", *more) == 0
+    dense = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[-1])
+    assert (dense["params_after"], dense["bytes_after"]) == stored_size(mamba)
+    assert dense["texts"]["text.txt"]["excess"] == dense["texts"]["text.txt"]["kl"] == 0
     other = ["--tokens", 700, "--out", tmp_path / "other.jsonl"]
     with pytest.raises(pytest.fail.Exception, match="again"):  # not the model of 600 tokens
         run(arguments, "--methods", "default, int8", *more, *other)
