@@ -86,13 +86,16 @@ def test_cells_lie_within_the_error_bar_and_none_lost_more_than_the_worst(preset
 
 
 def test_loss_is_ordered_and_knows_where_it_was_measured():
-    small, large = (forecast.loss("fast", expected) for expected in (0.05, 0.5))
+    among = [forecast_fit.LOSS["fast"]["excess"][key] for key in ("smallest", "largest")]
+    small, large = (forecast.loss("fast", expected) for expected in among)
     for found in (small, large):
         assert found["excess_low"] < found["excess"] < found["excess_high"]
         assert found["retained_worst"] == math.exp(-found["excess_worst"]) < found["retained"]
         assert found["retained_low"] < found["retained"] < found["retained_high"]
         assert found["retained"] == math.exp(-found["excess"])
-    assert small["excess"] < large["excess"] and not small["extrapolated"]
+    assert small["excess"] < large["excess"] and not large["extrapolated"]
+    assert not small["extrapolated"]
+    assert forecast.loss("fast", 0.5 * among[0])["extrapolated"]
     assert forecast.loss("fast", 50.0)["extrapolated"]
     nothing = forecast.loss("default", 0.0)
     assert nothing["excess"] == nothing["excess_high"] == 0 and nothing["retained"] == 1
