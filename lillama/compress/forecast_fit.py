@@ -10,22 +10,22 @@ __all__ = ["LOSS", "SECONDS"]
 LOSS = {
     "fast": {
         "excess": {
-            "intercept": -1.085,
-            "slope": 1.051,
-            "factor": 2.74,
-            "worst": 5.76,
+            "intercept": -1.098,
+            "slope": 1.004,
+            "factor": 1.97,
+            "worst": 2.36,
             "smallest": 0.0798,
             "largest": 1.5416,
-            "cells": 5,
+            "cells": 6,
         },
         "kl": {
-            "intercept": -0.764,
-            "slope": 0.942,
-            "factor": 1.91,
-            "worst": 3.09,
+            "intercept": -0.771,
+            "slope": 0.916,
+            "factor": 1.55,
+            "worst": 1.77,
             "smallest": 0.0798,
             "largest": 1.5416,
-            "cells": 5,
+            "cells": 6,
         },
     },
     "default": {
