@@ -78,12 +78,22 @@ def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return mean_y - slope * mean_x, slope
 
 
-def left_out(points: Sequence[tuple[float, float]]) -> list[float]:
-    """What each point misses the line through all others by."""
+def logarithms(points: Sequence[dict[str, Any]], measure: str) -> list[tuple[float, float]]:
+    return [(math.log(point["expected"]), math.log(point[measure])) for point in points]
+
+
+def left_out(points: Sequence[dict[str, Any]], measure: str) -> list[float]:
+    """What each cell misses, in logarithms, the line through the cells of all other teachers and
+    reductions by: a second seed or gauge lies beside the first and must not foretell it."""
     missed = []
-    for index, (x, y) in enumerate(points):
-        intercept, slope = line_through([*points[:index], *points[index + 1 :]])
-        missed.append(y - intercept - slope * x)
+    for point in points:
+        others = [
+            other
+            for other in points
+            if (other["teacher"], other["reduction"]) != (point["teacher"], point["reduction"])
+        ]
+        intercept, slope = line_through(logarithms(others, measure))
+        missed += [y - intercept - slope * x for x, y in logarithms([point], measure)]
     return missed
 
 
@@ -92,10 +102,9 @@ def root_mean_square(values: Sequence[float]) -> float:
 
 
 def fit_loss(points: Sequence[dict[str, Any]], measure: str) -> dict[str, float]:
-    logs = [(math.log(point["expected"]), math.log(point[measure])) for point in points]
-    intercept, slope = line_through(logs)
+    intercept, slope = line_through(logarithms(points, measure))
     expected = [point["expected"] for point in points]
-    missed = left_out(logs)
+    missed = left_out(points, measure)
     return {
         "intercept": round(intercept, 3),
         "slope": round(slope, 3),
@@ -237,9 +246,8 @@ def show() -> None:
     for preset in ADVISED_PRESETS:
         points = loss_points(cells, preset)
         for name in MEASURES:
-            logs = [(math.log(point["expected"]), math.log(point[name])) for point in points]
             print(f"{preset}, {name}: {fit_loss(points, name)}")
-            for point, missed in zip(points, left_out(logs), strict=True):
+            for point, missed in zip(points, left_out(points, name), strict=True):
                 print(
                     f"    {point['teacher']:<14} {point['reduction']:.0%} {point['method']:<34} "
                     f"expected {point['expected']:.4f} measured {point[name]:.4f}, "

@@ -12,8 +12,8 @@ LOSS = {
         "excess": {
             "intercept": -1.098,
             "slope": 1.004,
-            "factor": 1.97,
-            "worst": 2.36,
+            "factor": 3.58,
+            "worst": 5.76,
             "smallest": 0.0798,
             "largest": 1.5416,
             "cells": 6,
@@ -21,8 +21,8 @@ LOSS = {
         "kl": {
             "intercept": -0.771,
             "slope": 0.916,
-            "factor": 1.55,
-            "worst": 1.77,
+            "factor": 2.3,
+            "worst": 3.09,
             "smallest": 0.0798,
             "largest": 1.5416,
             "cells": 6,
@@ -32,8 +32,8 @@ LOSS = {
         "excess": {
             "intercept": -1.412,
             "slope": 1.269,
-            "factor": 1.31,
-            "worst": 1.63,
+            "factor": 1.35,
+            "worst": 1.71,
             "smallest": 0.0158,
             "largest": 1.0296,
             "cells": 11,
@@ -41,8 +41,8 @@ LOSS = {
         "kl": {
             "intercept": -1.061,
             "slope": 1.065,
-            "factor": 1.24,
-            "worst": 1.54,
+            "factor": 1.3,
+            "worst": 1.62,
             "smallest": 0.0158,
             "largest": 1.0296,
             "cells": 11,

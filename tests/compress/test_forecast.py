@@ -46,15 +46,20 @@ def test_points_leave_out_copies_and_other_presets():
 
 
 def test_fit_finds_a_power_law_and_how_far_points_left_out_lie():
-    points = [{"expected": x, "excess": 0.3 * x**1.5} for x in (0.01, 0.1, 0.5, 2.0)]
+    points = [
+        {"teacher": "t", "reduction": x, "expected": x, "excess": 0.3 * x**1.5}
+        for x in (0.01, 0.1, 0.5, 2.0)
+    ]
     exact = script.fit_loss(points, "excess")
     assert exact["slope"] == 1.5 and exact["intercept"] == round(math.log(0.3), 3)
     assert exact["factor"] == 1.0 and (exact["smallest"], exact["largest"]) == (0.01, 2.0)
     points[1]["excess"] *= 3
-    missed = script.left_out([(math.log(p["expected"]), math.log(p["excess"])) for p in points])
+    missed = script.left_out(points, "excess")
     assert missed[1] == pytest.approx(math.log(3))
     found = script.fit_loss(points, "excess")
     assert found["factor"] > 1.5 and found["worst"] == 3.0
+    # a second seed beside it does not make it foretold
+    assert script.fit_loss([*points, dict(points[1])], "excess")["worst"] == 3.0
 
 
 def test_fit_of_seconds_takes_busy_clocks_for_the_error_bar_only():
