@@ -21,7 +21,6 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 import lillama
+from benchmarks.markdown import table
+from benchmarks.quality_table import COLUMNS, draw, read_cells, rows
 from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
 from lillama.data import evaluation_blocks
@@ -161,71 +162,6 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
             "blocks": BLOCKS}  # fmt: skip
 
 
-def read_cells(file: Path) -> list[dict[str, Any]]:
-    return (
-        [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    )
-
-
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds; retained is exp(-mean excess over the texts)."""
-    head = (
-        "| teacher | removed | method | excess by text | retained | bits per byte by text | KL "
-        "| parameters | bytes | seconds | seeds |"
-    )
-    lines = [head, "|---" * (head.count("|") - 1) + "|"]
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault((cell["teacher"], cell["reduction"], cell["method"]), []).append(cell)
-    order = list(METHODS)
-    for (teacher, reduction, method), found in sorted(
-        groups.items(), key=lambda item: (*item[0][:2], order.index(item[0][2]))
-    ):
-
-        def mean(key: str, text: str, found: list = found) -> float:
-            return sum(cell["texts"][text][key] for cell in found) / len(found)
-
-        texts = list(found[0]["texts"])
-        excess, bits = ([mean(key, text) for text in texts] for key in ("excess", "bits_per_byte"))
-        kl = sum(mean("kl", text) for text in texts) / len(texts)
-        seconds = sum(cell["seconds"] for cell in found) / len(found)
-        cells_of_row = [
-            teacher, f"{reduction:.0%}", method, " / ".join(f"{value:+.4f}" for value in excess),
-            f"{math.exp(-sum(excess) / len(excess)):.4f}",
-            " / ".join(f"{value:.4f}" for value in bits), f"{kl:.4f}",
-            f"{found[0]['params_after']:,}", f"{found[0]['bytes_after']:,}", f"{seconds:.0f}",
-            str(len(found)),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells_of_row) + " |")
-    return "\n".join(lines)
-
-
-def plot(cells: Sequence[dict[str, Any]], file: Path) -> None:
-    """Quality against bytes, a line a method, a panel a teacher."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    teachers = sorted({cell["teacher"] for cell in cells})
-    figure, panels = plt.subplots(1, len(teachers), figsize=(6 * len(teachers), 4.5), squeeze=False)
-    for axes, teacher in zip(panels[0], teachers, strict=True):
-        for method in METHODS:
-            points: dict[int, list[float]] = {}
-            for cell in cells:
-                if (cell["teacher"], cell["method"]) == (teacher, method):
-                    values = [text["excess"] for text in cell["texts"].values()]
-                    points.setdefault(cell["bytes_after"], []).append(sum(values) / len(values))
-            if points:
-                sizes = sorted(points)
-                means = [math.exp(-sum(points[size]) / len(points[size])) for size in sizes]
-                axes.plot([size / 1e6 for size in sizes], means, marker="o", label=method)
-        axes.set(title=teacher, xlabel="MB stored", ylabel="perplexity kept (1 = all)")
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.bench_quality", description=__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -265,9 +201,9 @@ def main(argv: list[str] | None = None) -> int:
             stream.write(json.dumps(found) + "\n")
         cells.append(found)
         print(json.dumps(found), file=sys.stderr, flush=True)
-    print(table(cells))
+    print(table(COLUMNS, [list(row.values()) for row in rows(cells, list(METHODS))]))
     if arguments.plot:
-        plot(cells, arguments.plot)
+        draw(cells, arguments.plot)
     return 0
 
 

@@ -1,10 +1,10 @@
-"""Turn benchmarks/results/*.json into the tables of the READMEs and roofline plots.
+"""Turn benchmarks/results/ into the tables of the READMEs and of docs/quality.md, and into plots.
 
     python -m benchmarks.tables [--check] [--results DIR]
 
 The tables stand between `<!-- benchmarks:begin NAME -->` and `<!-- benchmarks:end NAME -->`. Of
-each GPU and suite the newest file counts. Prints the headline rows. --check writes nothing and
-fails where a README is out of date.
+each GPU and suite the newest file counts; of quality/*.jsonl every cell. Prints the headline rows.
+--check writes nothing and fails where a file is out of date.
 """
 
 import argparse
@@ -13,6 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quality_table
+from benchmarks.bench_quality import METHODS
+from benchmarks.markdown import table
 from benchmarks.results import Suite, read_results
 from benchmarks.roofline import draw
 from benchmarks.rows import headline, headline_mode
@@ -28,11 +31,11 @@ SUITES = [
 ]
 # suites with no more rows are printed whole
 FEW = 12
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+# what README.md shows of the cells of bench_quality; docs/quality.md shows all
+QUALITY_METHODS = [
+    *("dense", "dense, int4", "whitened svd", "paper, rate 1e-3", "fast", "default", "best"),
+]
+LEFT_OUT = ["bits per byte by text", "parameters"]
 
 
 # README.md
@@ -61,7 +64,7 @@ def targets_table(suites: Sequence[Suite]) -> str:
         names = {name for verdict in verdicts for name in verdict.goal.rows}
         where = [suite.where for suite in suites if names & suite.rows.keys()]
         lines.append([target.case, *cells.values(), "; ".join(where) or "not measured on a GPU"])
-    return _table(["case", *COLUMNS.values(), "where and when"], lines)
+    return table(["case", *COLUMNS.values(), "where and when"], lines)
 
 
 # kernels/README.md
@@ -123,19 +126,30 @@ def suite_table(suite: Suite) -> str:
         lines = [_row_cells(name, row, list(rivals)) for name, row in suite.rows.items()]
     limits = next(iter(suite.rows.values()))["ceilings"]
     said = ", ".join(f"{name} {value:.0f}" for name, value in limits.items())
-    return f"{suite.where}. Ceilings: {said}.\n\n{_table(head, lines)}"
+    return f"{suite.where}. Ceilings: {said}.\n\n{table(head, lines)}"
 
 
-# Both
-def _tables_of(suites: Sequence[Suite]) -> dict[Path, dict[str, str]]:
-    """What stands between the markers of each README."""
+# All
+def _tables_of(
+    suites: Sequence[Suite], cells: Sequence[dict[str, Any]]
+) -> dict[Path, dict[str, str]]:
+    """What stands between the markers of each file."""
     tables = {
         name: "\n\n".join(suite_table(suite) for suite in suites if suite.name == name)
         or "Not measured on a GPU."
         for name in SUITES
     }
+    of_cells = quality_table.rows(cells, list(METHODS))
+    few = [row for row in of_cells if row["method"] in QUALITY_METHODS]
+    columns = [name for name in quality_table.COLUMNS if name not in LEFT_OUT]
     return {
-        Path("README.md"): {"targets": targets_table(suites)},
+        Path("README.md"): {
+            "targets": targets_table(suites),
+            "quality": table(columns, [[row[name] for name in columns] for row in few]),
+        },
+        Path("docs/quality.md"): {
+            "quality": table(quality_table.COLUMNS, [list(row.values()) for row in of_cells])
+        },
         Path("kernels/README.md"): tables,
     }
 
@@ -146,13 +160,13 @@ def render(text: str, tables: Mapping[str, str]) -> str:
     Raises:
         ValueError: a marker is missing.
     """
-    for name, table in tables.items():
+    for name, lines in tables.items():
         begin, end = (f"<!-- benchmarks:{word} {name} -->" for word in ("begin", "end"))
         head, found, rest = text.partition(begin)
         _, closed, tail = rest.partition(end)
         if not found or not closed:
-            raise ValueError(f"no {begin} with its end in the README")
-        text = f"{head}{begin}\n{table}\n{end}{tail}"
+            raise ValueError(f"no {begin} with its end")
+        text = f"{head}{begin}\n{lines}\n{end}{tail}"
     return text
 
 
@@ -175,8 +189,11 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     folder = arguments.results or root / "benchmarks" / "results"
     try:
         suites = read_results(folder)
-        before = {path: (root / path).read_text("utf-8") for path in _tables_of(suites)}
-        after = {path: render(before[path], table) for path, table in _tables_of(suites).items()}
+        files = sorted((root / "benchmarks" / "results" / "quality").glob("*.jsonl"))
+        cells = [cell for file in files for cell in quality_table.read_cells(file)]
+        wanted = _tables_of(suites, cells)
+        before = {path: (root / path).read_text("utf-8") for path in wanted}
+        after = {path: render(before[path], wanted[path]) for path in wanted}
     except (ValueError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 1
@@ -193,6 +210,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         plot = folder / f"{gpu}-{max(suite.date for suite in of_gpu)}-roofline.png"
         if draw(of_gpu, plot):
             print(f"tables: wrote {plot}")
+    if cells:
+        quality_table.draw(cells, root / "docs" / "quality.png")
+        print("tables: wrote docs/quality.png")
     _print_headlines(suites)
     return 0
 

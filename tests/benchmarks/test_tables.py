@@ -1,4 +1,4 @@
-"""From result files to tables: targets met and missed, READMEs rewritten, a plot, bad files."""
+"""From result files to tables: targets met and missed, files rewritten, plots, bad files."""
 
 import json
 import struct
@@ -14,7 +14,11 @@ from benchmarks.shapes import EXPERTS, LINEARS, LOSSES, MAMBA_BLOCKS, SCANS
 from benchmarks.targets import COLUMNS, TARGETS, judge
 
 ROOT = Path(__file__).parents[2]
-README = "# A\n<!-- benchmarks:begin targets -->\nold\n<!-- benchmarks:end targets -->\ntail\n"
+QUALITY = "<!-- benchmarks:begin quality -->\nold\n<!-- benchmarks:end quality -->\n"
+README = (
+    "# A\n<!-- benchmarks:begin targets -->\nold\n<!-- benchmarks:end targets -->\n"
+    f"between\n{QUALITY}tail\n"
+)
 KERNELS = "".join(
     f"<!-- benchmarks:begin {name} -->\n<!-- benchmarks:end {name} -->\n" for name in tables.SUITES
 )
@@ -64,9 +68,11 @@ ROWS = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A repository with the two READMEs and no results."""
+    """A repository with the files that hold tables, and no results."""
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "kernels").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "quality.md").write_text(QUALITY)
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "kernels" / "README.md").write_text(KERNELS)
     return tmp_path
@@ -228,6 +234,47 @@ def test_results_may_lie_elsewhere(root, tmp_path, capsys):
     assert (elsewhere / "nvidia-h200-2026-11-20-roofline.png").exists()
     assert "1.7x in 3 of 6" in (root / "README.md").read_text()
     capsys.readouterr()
+
+
+# Quality
+def cell(method: str, seed: int, excess: float, reduction: float = 0.2) -> dict[str, Any]:
+    text = {"excess": excess, "kl": 0.1, "bits_per_byte": 2.0}
+    return {
+        **{"teacher": "t", "method": method, "reduction": reduction, "seed": seed},
+        **{"params_after": 1000, "bytes_after": int(2e6 * (1 - reduction))},
+        **{"seconds": 60.0 if reduction else 0.0},
+        "texts": {"a": text, "b": text | {"excess": excess + 0.2}},
+    }
+
+
+def test_cells_of_quality_become_two_tables_and_a_picture(root, capsys):
+    cells = [cell("default", 1, 0.3), cell("default", 0, 0.1), cell("svd", 0, 1.0)]
+    cells += [cell("dense", 0, -0.1, 0.0), cell("default", 0, 0.9, 0.4)]
+    folder = root / "benchmarks" / "results" / "quality"
+    folder.mkdir()
+    (folder / "t.jsonl").write_text("".join(json.dumps(found) + "\n" for found in cells))
+    assert tables.main(["--results", str(root / "nowhere")], root) == 0
+    lines = (root / "docs" / "quality.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| t |")] == [
+        "| t | 0% | dense | -0.1000 / +0.1000 | 1.0000 | 2.0000 / 2.0000 | 0.1000 | 1,000 "
+        "| 2,000,000 | - | 1 |",
+        "| t | 20% | svd | +1.0000 / +1.2000 | 0.3329 | 2.0000 / 2.0000 | 0.1000 | 1,000 "
+        "| 1,600,000 | 60 | 1 |",
+        "| t | 20% | default | +0.2000 / +0.4000 | 0.7408 | 2.0000 / 2.0000 | 0.1000 | 1,000 "
+        "| 1,600,000 | 60 | 2 |",
+        "| t | 40% | default | +0.9000 / +1.1000 | 0.3679 | 2.0000 / 2.0000 | 0.1000 | 1,000 "
+        "| 1,200,000 | 60 | 1 |",
+    ]
+    short = (root / "README.md").read_text()
+    assert (
+        "| t | 20% | default | +0.2000 / +0.4000 | 0.7408 | 0.1000 | 1,600,000 | 60 | 2 |" in short
+    )
+    assert "svd" not in short and "between" in short
+    assert (root / "docs" / "quality.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert tables.main(["--check"], root) == 0
+    (folder / "t.jsonl").write_text(json.dumps(cells[0]) + "\n")
+    assert tables.main(["--check"], root) == 1
+    assert "docs/quality.md is out of date" in capsys.readouterr().err
 
 
 # The plot
