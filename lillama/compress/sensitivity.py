@@ -7,8 +7,12 @@ outputs for labels drawn from the teacher's own prediction: its Fisher informati
 the Hessian of the divergence from the teacher. With x and g taken as independent (K-FAC, arXiv
 1503.05671) that is half a sum of squared singular values of H^1/2 W C^1/2, H = E g g^T and
 C = E x x^T: what a rank saves, in nats a token, the same unit for every matrix of the model.
+
+A token whose gradient is far beyond all others says nothing about ranks and would decide them alone
+(`without_outliers`).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,11 +32,30 @@ from lillama.config import Recipe
 from lillama.data import TokenBlocks
 from lillama.errors import RunError
 
-__all__ = ["batch_rows", "measure_sensitivity", "sample_of"]
+__all__ = ["batch_rows", "measure_sensitivity", "sample_of", "without_outliers"]
+
+logger = logging.getLogger(__name__)
 
 Tick = Callable[[str, int], None]
 # hidden states of a batch: 512 tokens of 4096
 BATCH_NUMBERS = 2**21
+# times the median norm of a batch: ordinary tokens stay below 15 (benchmarks/NOTES.md), and one of
+# 50 weighs as much as 2,500 of them
+OUTLIER = 50.0
+
+
+def without_outliers(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """gradient [b, T, H] with 0 in place of tokens whose norm is over OUTLIER times the median of
+    those that are not 0, and how many these are (int64, on its device).
+
+    Where a hidden state is 0, a norm divides by the root of its epsilon: 316 times an ordinary
+    gradient, once a norm. Models whose padding token, with its embedding of 0, also ends documents
+    have such rows: behind nothing but that token every block puts out 0.
+    """
+    norms = torch.linalg.vector_norm(gradient, dim=-1)
+    median = norms.masked_fill(norms == 0, torch.nan).nanmedian()
+    far = norms > OUTLIER * median
+    return gradient.masked_fill(far[..., None], 0.0), far.sum()
 
 
 def sample_of(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
@@ -68,6 +91,7 @@ class _Pass:
         self.borders: list[ActivationStore] = []
         self.encoded: ActivationStore | None = None
         self.at_encoded: ActivationStore | None = None
+        self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
         # what the rows of the half are made of that is worked at
         self.part = teacher.rows_of(sample, len(teacher.blocks))
         self.gradient = self._new()
@@ -81,6 +105,13 @@ class _Pass:
         for store in (*self.borders, self.gradient, self.encoded, self.at_encoded):
             if store is not None:
                 store.close()
+
+    def write_gradient(self, rows: Tensor, hidden: Tensor) -> None:
+        """That of the border `hidden` [b, T, H], from which the next block down starts."""
+        assert hidden.grad is not None
+        gradient, left_out = without_outliers(hidden.grad)
+        self.left_out += left_out
+        self.gradient.write(rows, gradient)
 
     def batches(self) -> tuple[Tensor, ...]:
         size = self.teacher.model.config.hidden_size
@@ -153,8 +184,7 @@ class _Pass:
             gradient = self.gradient.read(rows).to(self.device, torch.float32)
             with torch.enable_grad():
                 self.teacher.encoded(hidden).backward(gradient)
-            assert hidden.grad is not None
-            self.gradient.write(rows, hidden.grad)
+            self.write_gradient(rows, hidden)
         self.gradient.flush()
         self.borders.pop().close()
 
@@ -196,7 +226,7 @@ class _Pass:
                         "the gradient of the teacher's loss holds NaN or infinity; its weights are "
                         "broken"
                     )
-                self.gradient.write(row, hidden.grad)
+                self.write_gradient(row, hidden)
         self.gradient.flush()
         self.borders.pop().close()
 
@@ -237,8 +267,7 @@ class _Pass:
             with torch.enable_grad(), collector.attached(), self.autocast():
                 out = block_output(block, hidden, self.kwargs(index, rows) | states)
                 out.backward(gradient.to(self.device, out.dtype))
-            assert hidden.grad is not None
-            self.gradient.write(rows, hidden.grad)
+            self.write_gradient(rows, hidden)
             for value in states.values():
                 assert self.at_encoded is not None and value.grad is not None
                 before = self.at_encoded.read(rows).to(value.grad)
@@ -328,6 +357,12 @@ def measure_sensitivity(
             outside[matrix.name] = run.at_embeddings(matrix)
         if outside:
             on_block(-1, outside)
+        if left_out := int(run.left_out):
+            logger.warning(
+                "ranks: left out %d gradients of single tokens between blocks, each over %g times "
+                "the median of its batch, as where the embedding of the first token is 0",
+                left_out, OUTLIER,
+            )  # fmt: skip
     finally:
         run.close()
 

@@ -17,7 +17,7 @@ from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.factorize import moment_side
 from lillama.compress.gradients import MatrixSensitivity
 from lillama.compress.plan import make_plan
-from lillama.compress.sensitivity import measure_sensitivity, sample_of
+from lillama.compress.sensitivity import OUTLIER, measure_sensitivity, sample_of, without_outliers
 from lillama.compress.vocabulary import SHRINKAGE
 from lillama.config import PRESETS, PlanConfig
 from lillama.data import TokenBlocks
@@ -188,6 +188,48 @@ def test_experts_gradients_are_those_of_the_whole_model(mask, mixtral, tmp_path)
         torch.testing.assert_close(
             found[name].gradient.double(), want, rtol=1e-3, atol=1e-4 * scale
         )
+
+
+def test_outliers_are_tokens_far_beyond_the_median():
+    gradient = torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0))
+    kept, left_out = without_outliers(gradient)
+    assert int(left_out) == 0 and torch.equal(kept, gradient)
+    median = torch.linalg.vector_norm(gradient, dim=-1).median()
+    wild = gradient.clone()
+    for token, times in (((0, 0), 0.9 * OUTLIER), ((1, 5), 1.1 * OUTLIER), ((3, 63), 1e25)):
+        wild[token] *= times * median / torch.linalg.vector_norm(wild[token])
+    wild[2, 1] = torch.inf
+    wild[2, 2:] = 0.0  # padding: no part of the median
+    kept, left_out = without_outliers(wild)
+    assert int(left_out) == 3
+    for token in ((1, 5), (2, 1), (3, 63)):
+        assert not kept[token].any()
+        wild[token] = 0.0
+    assert torch.equal(kept, wild)
+    nothing, left_out = without_outliers(torch.zeros(1, 3, 8))
+    assert int(left_out) == 0 and not nothing.any()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "mamba"])
+def test_rows_that_begin_with_a_token_without_embedding(kind, make_checkpoint, tmp_path, caplog):
+    """Every block puts out 0 behind nothing but such a token: each norm multiplies the gradient by
+    the root of 1 / epsilon. The losses must be those of the other tokens."""
+    path = make_checkpoint(kind, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.get_input_embeddings().weight.data[0] = 0.0
+    model.save_pretrained(path)
+    before = IDS[:, 0].clone()
+    plain, matrices = measured(path, tmp_path, torch.device("cpu"), None)
+    assert "left out" not in caplog.text
+    try:
+        IDS[::2, 0] = 0
+        found, _ = measured(path, tmp_path, torch.device("cpu"), None)
+    finally:
+        IDS[:, 0] = before
+    assert "left out" in caplog.text
+    for name in matrices:
+        # three of 66 tokens are another
+        assert found[name].losses == pytest.approx(plain[name].losses, rel=0.8, abs=1e-6), name
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
