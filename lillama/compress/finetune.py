@@ -6,6 +6,7 @@ whole model learns the base model's predictions (logit distillation, Hinton et a
 """
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from lillama.checkpoint import compression_of, dtype_of, read_config
 from lillama.checkpoint_writer import check_out
 from lillama.compress.distill import learning_rate_at
+from lillama.compress.gradients import without_outliers
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.optimizer import WholeOptimizer
 from lillama.compress.own_text import own_text_of, write_own_text
@@ -31,14 +33,19 @@ from lillama.hub_checkpoint import find_model
 from lillama.hub_text import HubText, find_texts
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
+from lillama.skeleton import named_blocks
 
 __all__ = ["finetune", "finetune_blocks"]
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
 # Peak rate at hidden size 128 and a divergence of one nat a token (benchmarks/NOTES.md): a Mamba at
 # 0.43 nats wants 1e-3 rather than 3e-4, at 0.046 the other way round.
 RATE = 1.8e-3
+# times the median norm of a batch: of divergences ordinary tokens reach 600 (benchmarks/NOTES.md)
+OUTLIER = 1000.0
 
 
 def rate_for(divergence: float, hidden_size: int) -> float:
@@ -72,8 +79,24 @@ class _Finetuning:
             parameter.requires_grad_(id(parameter) not in outside)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         self.optimizer = WholeOptimizer(student, self.trained, weight_decay=0.01)
+        self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
+        for module in (student.get_input_embeddings(), *named_blocks(student).values()):
+            module.register_forward_hook(self._bound)
         self.best: dict[str, Tensor] = {}
         self.best_loss, self.best_step = math.inf, 0
+
+    def _bound(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Let no single token's gradient below this module that is far beyond all others: clipping
+        would leave nothing of the rest."""
+        hidden = output[0] if isinstance(output, tuple) else output
+
+        def hook(gradient: Tensor) -> Tensor:
+            bounded, left_out = without_outliers(gradient, OUTLIER)
+            self.left_out += left_out
+            return bounded
+
+        if hidden.requires_grad:
+            hidden.register_hook(hook)
 
     def loss(self, blocks: TokenBlocks, rows: Tensor) -> tuple[Tensor, int]:
         """Sum over the rows' tokens, and their number."""
@@ -254,6 +277,12 @@ def _train(
         if step % every == 0 or step == len(batches):
             run.judge(held_out, step)
     run.keep_best()
+    if left_out := int(run.left_out):
+        logger.warning(
+            "finetune: left out %d gradients of single tokens between blocks, each over %g times "
+            "the median of its batch, as where the embedding of the first token is 0",
+            left_out, OUTLIER,
+        )  # fmt: skip
     return {
         "kl_before": before,
         "kl_after": run.best_loss,

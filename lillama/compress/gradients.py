@@ -1,5 +1,5 @@
 """Second moments of inputs and of the loss's gradients at every target matrix of one block,
-gathered while gradients flow back through it."""
+gathered while gradients flow back through it; and gradients that must not flow on."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from lillama.families import Family
 from lillama.modules.dense_linear import DenseLinear, linear_weight
 from lillama.modules.replace import dense_expert
 
-__all__ = ["GradientCollector", "MatrixSensitivity", "Pooled"]
+__all__ = ["GradientCollector", "MatrixSensitivity", "Pooled", "without_outliers"]
 
 
 class MatrixSensitivity(NamedTuple):
@@ -120,3 +120,17 @@ class GradientCollector(MomentCollector):
         if gradient is None:
             gradient = Moment(side, nothing, 0.0, 0.0)
         return moment, gradient
+
+
+def without_outliers(gradient: Tensor, times: float) -> tuple[Tensor, Tensor]:
+    """gradient [b, T, H] with 0 in place of tokens whose norm is over `times` the median of those
+    that are not 0, and how many these are (int64, on its device).
+
+    Where a hidden state is 0, a norm divides by the root of its epsilon: 316 times an ordinary
+    gradient, once a norm. Models whose padding token, with its embedding of 0, also ends documents
+    have such rows: behind nothing but that token every block puts out 0.
+    """
+    norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32)
+    median = norms.masked_fill(norms == 0, torch.nan).nanmedian()
+    far = norms > times * median
+    return gradient.masked_fill(far[..., None], 0.0), far.sum()

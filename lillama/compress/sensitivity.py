@@ -26,13 +26,18 @@ from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import Key, key_of
 from lillama.compress.encoder import Encoded, EncoderDecoderBlocks
 from lillama.compress.factorize import damped, shrunk, spectrum
-from lillama.compress.gradients import GradientCollector, MatrixSensitivity, Pooled
+from lillama.compress.gradients import (
+    GradientCollector,
+    MatrixSensitivity,
+    Pooled,
+    without_outliers,
+)
 from lillama.compress.vocabulary import embedding_sensitivity, head_sensitivity
 from lillama.config import Recipe
 from lillama.data import TokenBlocks
 from lillama.errors import RunError
 
-__all__ = ["batch_rows", "measure_sensitivity", "sample_of", "without_outliers"]
+__all__ = ["batch_rows", "measure_sensitivity", "sample_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +47,6 @@ BATCH_NUMBERS = 2**21
 # times the median norm of a batch: ordinary tokens stay below 15 (benchmarks/NOTES.md), and one of
 # 50 weighs as much as 2,500 of them
 OUTLIER = 50.0
-
-
-def without_outliers(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """gradient [b, T, H] with 0 in place of tokens whose norm is over OUTLIER times the median of
-    those that are not 0, and how many these are (int64, on its device).
-
-    Where a hidden state is 0, a norm divides by the root of its epsilon: 316 times an ordinary
-    gradient, once a norm. Models whose padding token, with its embedding of 0, also ends documents
-    have such rows: behind nothing but that token every block puts out 0.
-    """
-    norms = torch.linalg.vector_norm(gradient, dim=-1)
-    median = norms.masked_fill(norms == 0, torch.nan).nanmedian()
-    far = norms > OUTLIER * median
-    return gradient.masked_fill(far[..., None], 0.0), far.sum()
 
 
 def sample_of(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
@@ -109,7 +100,7 @@ class _Pass:
     def write_gradient(self, rows: Tensor, hidden: Tensor) -> None:
         """That of the border `hidden` [b, T, H], from which the next block down starts."""
         assert hidden.grad is not None
-        gradient, left_out = without_outliers(hidden.grad)
+        gradient, left_out = without_outliers(hidden.grad, OUTLIER)
         self.left_out += left_out
         self.gradient.write(rows, gradient)
 

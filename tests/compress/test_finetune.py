@@ -9,9 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.compress.finetune import divergence
+from lillama.compress.finetune import _Finetuning, divergence
 from lillama.compress.memory import held_out_blocks
+from lillama.config import FinetuneConfig
+from lillama.data import TokenBlocks
 from lillama.errors import InputError, RunError
+from lillama.loading import load_model
 
 OPTIONS = {"tokens": 1500, "seq_len": 32, "learning_rate": 1e-3}
 
@@ -36,6 +39,38 @@ def compressed(mixtral, mamba, text_file, tmp_path_factory):
         lillama.compress(base, out, preset="fast", device="cpu", **given)
         found[kind] = base, out
     return found
+
+
+def test_a_first_token_without_embedding_leaves_a_step_to_the_others(
+    make_checkpoint, text_file, tmp_path
+):
+    """Each norm multiplies its gradient, and that of the embedding's factors would be clipped to
+    nothing together with all others."""
+    base, out = make_checkpoint("mixtral", num_hidden_layers=4), tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.get_input_embeddings().weight.data[0] = 0.0
+    model.save_pretrained(base)
+    targets = ("w1", "embed_tokens", "lm_head")
+    most = lillama.plan(base, 0.01, targets=targets, gauge="plain")["max_reduction"]
+    given = {"targets": targets, "gauge": "plain", "reduction": 0.95 * most, "tokens": 600}
+    lillama.compress(base, out, text=text_file, preset="fast", device="cpu", seq_len=32, **given)
+    models = [load_model(path, torch.device("cpu"), "float32") for path in (out, base)]
+    first = models[0](torch.tensor([[0]]), output_hidden_states=True).hidden_states[0]
+    assert float(first.detach().abs().max()) < 1e-12
+    options = FinetuneConfig(model=out, out=tmp_path / "better", base=base, text=(text_file,))
+    run = _Finetuning(models[0], models[1].requires_grad_(False), options)
+
+    def gradient_norm(ids) -> float:
+        run.student.zero_grad()
+        loss, tokens = run.loss(TokenBlocks(ids, None), torch.arange(len(ids)))
+        (loss / tokens).backward()
+        return float(torch.nn.utils.get_total_norm([p.grad for p in run.trained.values()]))
+
+    ids = torch.randint(1, 300, (8, 32), generator=torch.Generator().manual_seed(0))
+    ordinary = gradient_norm(ids)
+    assert int(run.left_out) == 0
+    ids[3, 0] = 0
+    assert gradient_norm(ids) < 20 * ordinary and int(run.left_out) > 0
 
 
 def kl(model, base, ids) -> float:

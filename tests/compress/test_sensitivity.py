@@ -15,9 +15,9 @@ from lillama.compress.activations import ActivationMemory
 from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.factorize import moment_side
-from lillama.compress.gradients import MatrixSensitivity
+from lillama.compress.gradients import MatrixSensitivity, without_outliers
 from lillama.compress.plan import make_plan
-from lillama.compress.sensitivity import OUTLIER, measure_sensitivity, sample_of, without_outliers
+from lillama.compress.sensitivity import OUTLIER, measure_sensitivity, sample_of
 from lillama.compress.vocabulary import SHRINKAGE
 from lillama.config import PRESETS, PlanConfig
 from lillama.data import TokenBlocks
@@ -192,7 +192,7 @@ def test_experts_gradients_are_those_of_the_whole_model(mask, mixtral, tmp_path)
 
 def test_outliers_are_tokens_far_beyond_the_median():
     gradient = torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(0))
-    kept, left_out = without_outliers(gradient)
+    kept, left_out = without_outliers(gradient, OUTLIER)
     assert int(left_out) == 0 and torch.equal(kept, gradient)
     median = torch.linalg.vector_norm(gradient, dim=-1).median()
     wild = gradient.clone()
@@ -200,13 +200,13 @@ def test_outliers_are_tokens_far_beyond_the_median():
         wild[token] *= times * median / torch.linalg.vector_norm(wild[token])
     wild[2, 1] = torch.inf
     wild[2, 2:] = 0.0  # padding: no part of the median
-    kept, left_out = without_outliers(wild)
+    kept, left_out = without_outliers(wild, OUTLIER)
     assert int(left_out) == 3
     for token in ((1, 5), (2, 1), (3, 63)):
         assert not kept[token].any()
         wild[token] = 0.0
     assert torch.equal(kept, wild)
-    nothing, left_out = without_outliers(torch.zeros(1, 3, 8))
+    nothing, left_out = without_outliers(torch.zeros(1, 3, 8), OUTLIER)
     assert int(left_out) == 0 and not nothing.any()
 
 
