@@ -10,22 +10,22 @@ __all__ = ["LOSS", "SECONDS"]
 LOSS = {
     "fast": {
         "excess": {
-            "intercept": -1.098,
-            "slope": 1.004,
-            "factor": 3.58,
-            "worst": 5.76,
+            "intercept": -1.107,
+            "slope": 1.0,
+            "factor": 3.38,
+            "worst": 5.75,
             "smallest": 0.0798,
             "largest": 1.5416,
-            "cells": 6,
+            "cells": 7,
         },
         "kl": {
-            "intercept": -0.771,
-            "slope": 0.916,
-            "factor": 2.3,
-            "worst": 3.09,
+            "intercept": -0.785,
+            "slope": 0.91,
+            "factor": 2.22,
+            "worst": 3.08,
             "smallest": 0.0798,
             "largest": 1.5416,
-            "cells": 6,
+            "cells": 7,
         },
     },
     "default": {
