@@ -102,9 +102,10 @@ def draw(cells: Sequence[dict[str, Any]], file: Path) -> None:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(title=teacher, xlabel="MB stored", ylabel="retained: exp(-excess), 1 = all")
         axes.grid(True, linewidth=0.4)
-    named = dict(zip(*reversed(panels[0][0].get_legend_handles_labels()), strict=True))
-    for axes in panels[0][1:]:
-        named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    named: dict[str, Any] = {}
+    for axes in panels[0]:
+        handles, labels = axes.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=len(named))
     figure.savefig(file, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
