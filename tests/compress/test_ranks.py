@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from lillama.cli import main
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on the CPU is tested here")
 
 OPTIONS = ["--reduction", "0.2", "--tokens", "1300", "--seq-len", "32", "--device", "cpu"]
@@ -21,10 +23,8 @@ OPTIONS = ["--reduction", "0.2", "--tokens", "1300", "--seq-len", "32", "--devic
 
 def command(world: int, model: Path, out: Path, text: Path, *options: str) -> list[str]:
     lillama = ["compress", str(model), str(out), "--text", str(text), *OPTIONS, *options]
-    if world == 1:
-        return [sys.executable, "-c", "from lillama.cli import main; main()", *lillama]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += [f"--nproc-per-node={world}", "--max-restarts=2", "--monitor-interval=0.1"]
+    torchrun += [f"--nproc-per-node={world}", "--max-restarts=0", "--monitor-interval=0.1"]
     return [*torchrun, "-m", "lillama.cli", *lillama]
 
 
@@ -40,6 +40,16 @@ def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
     stdout, stderr = process.communicate(timeout=150)
     assert process.returncode == code, stderr
     return stdout, stderr
+
+
+def alone(model: Path, out: Path, text: Path, *options: str) -> None:
+    """The run of one process, in this one: starting another costs as much as ten such runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["compress", str(model), str(out), "--text", str(text), *OPTIONS, *options]
+        patch.setattr(sys, "argv", ["lillama", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -66,10 +76,11 @@ def test_ranks_give_the_bits_of_one(kind, world, options, make_checkpoint, text_
     """Five blocks: more than one for each rank, and with "top" some that are not compressed; and a
     student's stream that begins with embeddings of its own."""
     model = make_checkpoint(kind, num_hidden_layers=5, tie_word_embeddings=False)
-    for number in (1, world):
-        stdout, _ = run(number, model, tmp_path / str(number), text_file, "--json", *options)
-        report = json.loads(stdout.splitlines()[-1])
-        assert report["ranks"] == number and len(stdout.splitlines()) == 1
+    alone(model, tmp_path / "1", text_file, *options)
+    stdout, _ = run(world, model, tmp_path / str(world), text_file, "--json", *options)
+    (line,) = stdout.splitlines()
+    assert json.loads(line)["ranks"] == world
+    assert json.loads((tmp_path / "1" / "report.json").read_text())["ranks"] == 1
     assert content(tmp_path / "1") == content(tmp_path / str(world))
     if "--targets" in options:
         config = json.loads((tmp_path / "1" / "config.json").read_text())
@@ -104,8 +115,10 @@ def test_a_killed_rank_recovers(victim, make_checkpoint, text_file, tmp_path):
     """torchrun starts all again, and they go on from the journals."""
     model = make_checkpoint("mamba", num_hidden_layers=4)
     options = ("--checkpoint-seconds", "0", "--json")
-    run(1, model, tmp_path / "whole", text_file, *options)
-    process = start(command(2, model, tmp_path / "out", text_file, *options))
+    alone(model, tmp_path / "whole", text_file, *options)
+    arguments = command(2, model, tmp_path / "out", text_file, *options)
+    arguments[arguments.index("--max-restarts=0")] = "--max-restarts=1"
+    process = start(arguments)
     wait_for(tmp_path / "out.unfinished" / f"journal-{victim}.jsonl", process)
     os.kill(workers_of(process)[victim], signal.SIGKILL)
     _, stderr = process.communicate(timeout=150)
@@ -118,7 +131,7 @@ def test_another_number_of_ranks_takes_the_run_up(make_checkpoint, text_file, tm
     """Two ranks, killed; three, killed; one ends it."""
     model = make_checkpoint("mamba", num_hidden_layers=4)
     options = ("--checkpoint-seconds", "0", "--json")
-    run(1, model, tmp_path / "whole", text_file, *options)
+    alone(model, tmp_path / "whole", text_file, *options)
     staging = tmp_path / "out.unfinished"
     for world, awaited in ((2, "journal-1.jsonl"), (3, "journal-2.jsonl")):
         process = start(command(world, model, tmp_path / "out", text_file, *options))
@@ -129,7 +142,7 @@ def test_another_number_of_ranks_takes_the_run_up(make_checkpoint, text_file, tm
             os.kill(worker, signal.SIGKILL)
         process.communicate(timeout=60)
     assert staging.is_dir() and not (tmp_path / "out").exists()
-    run(1, model, tmp_path / "out", text_file, *options)
+    alone(model, tmp_path / "out", text_file, *options)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
@@ -169,7 +182,6 @@ def test_ranks_that_do_not_agree_say_on_what(odd, named, mamba, text_file, tmp_p
     arguments = command(2, mamba, tmp_path / "out", text)
     place = arguments.index("-m", 3)
     arguments[place : place + 2] = [str(script), odd]
-    arguments[arguments.index("--max-restarts=2")] = "--max-restarts=0"
     process = start(arguments)
     _, stderr = process.communicate(timeout=150)
     assert process.returncode != 0

@@ -59,7 +59,7 @@ def test_best_is_default_then_finetune(run, mamba, text_file, tmp_path):
         read("recipe.json")["options"]["text"] == [str(text_file)] == read("finetune.json")["text"]
     )
     assert read("report.json")["finetune"]["steps"] == found["steps"]
-    assert report["seconds"] >= found["seconds"]
+    assert report["seconds"] >= report["finetune"]["seconds"] > 0
 
 
 def test_best_without_text_learns_from_two_that_the_model_wrote(run, mamba, tmp_path, monkeypatch):
