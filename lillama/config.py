@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from lillama.errors import InputError
 from lillama.hub import recorded_model
@@ -99,6 +99,18 @@ class Recipe:
     tokens: int = 2_000_000
     # where the caller names none
     gauge: Gauge = "pivot"
+    # the most calibration tokens that a run takes for each of hidden_size, gradients a quarter of
+    # them: moments of so many directions need no more (benchmarks/NOTES.md); None: all asked for
+    tokens_per_width: int | None = None
+
+    def most_tokens(self, hidden_size: int) -> int | None:
+        """Calibration tokens beyond which a run leaves them out; None: never."""
+        return None if self.tokens_per_width is None else self.tokens_per_width * hidden_size
+
+    def gradient_tokens(self, hidden_size: int) -> int:
+        """Calibration tokens that gradients are taken from, of as many as there are."""
+        most = self.most_tokens(hidden_size)
+        return self.sensitivity_tokens if most is None else min(self.sensitivity_tokens, most // 4)
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         if self.learning_rate_width is None:
@@ -118,7 +130,7 @@ _DEFAULT = Recipe(
 )
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
-    "fast": dataclasses.replace(_DEFAULT, train=False, tokens=262_144),
+    "fast": dataclasses.replace(_DEFAULT, train=False, tokens=262_144, tokens_per_width=256),
     "best": dataclasses.replace(
         _DEFAULT, finetune_epochs=2, finetune_own_text=True, sensitivity_tokens=262_144
     ),
@@ -223,6 +235,13 @@ class PlanConfig:
     def num_tokens(self) -> int:
         """Calibration tokens."""
         return self.recipe.tokens if self.tokens is None else self.tokens
+
+    def at_width(self, hidden_size: int) -> Self:
+        """The same with no more calibration tokens than the preset has a use for."""
+        most = self.recipe.most_tokens(hidden_size)
+        if most is None or self.num_tokens <= most:
+            return self
+        return dataclasses.replace(self, tokens=most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from lillama.compress.sensitivity import measure_sensitivity
 from lillama.compress.spectra import Spectrum, sample_matrices, spectrum_of
 from lillama.compress.speed import DeviceSpeed
 from lillama.compress.work import count_work, decoded_numbers
-from lillama.config import PRESETS, PlanConfig
+from lillama.config import PlanConfig
 from lillama.config_advice import ADVISED_PRESETS, AdviceConfig, AdvisedPreset
 from lillama.data import calibration_blocks, evaluation_blocks
 from lillama.errors import InputError
@@ -66,9 +66,14 @@ class _Found:
     # that the text allows; None without text
     tokens: int | None
 
+    def wanted(self, preset: AdvisedPreset, reduction: float | None = None) -> PlanConfig:
+        """Of the run that is thought of, were there text enough."""
+        options = self.options.run_options(preset, reduction)
+        return options.at_width(self.plan.config.hidden_size)
+
     def run(self, preset: AdvisedPreset, reduction: float | None = None) -> PlanConfig:
         """Of the run that is thought of, with no more tokens than there are."""
-        options = self.options.run_options(preset, reduction)
+        options = self.wanted(preset, reduction)
         return replace(options, tokens=min(options.num_tokens, self.tokens or options.num_tokens))
 
     def at(self, reduction: float) -> Plan:
@@ -126,8 +131,8 @@ def _measure_losses(
     tokens: int,
     progress: Progress | None,
 ) -> dict[str, list[float]]:
-    """The pass of preset fast that weighs every rank, on a sample of the text."""
-    run = options.run_options("fast")
+    """The pass of preset default that weighs every rank, on a sample of the text."""
+    run = options.run_options("default")
     wanted = min(run.num_tokens, run.recipe.sensitivity_tokens, tokens)
     blocks, _ = calibration_blocks(
         options.text, load_tokenizer(options.model), tokens=wanted, seq_len=options.seq_len,
@@ -248,6 +253,7 @@ def _command(found: _Found, reduction: float, preset: AdvisedPreset) -> str:
     """The compress command line, as a shell takes it."""
     options = found.options
     tokens = found.run(preset).num_tokens
+    own = replace(found.wanted(preset), tokens=None).at_width(found.plan.config.hidden_size)
     out = f"{options.model.resolve().name}-{round(100 * (1 - reduction))}percent"
     words = ["lillama", "compress", str(options.model), out, "--reduction", f"{reduction:g}"]
     for text in options.text or ("FILE",):
@@ -256,7 +262,7 @@ def _command(found: _Found, reduction: float, preset: AdvisedPreset) -> str:
         "--preset": None if preset == "default" else preset,
         "--targets": None if options.targets is None else ",".join(options.targets),
         "--gauge": options.gauge,
-        "--tokens": None if tokens == PRESETS[preset].tokens else tokens,
+        "--tokens": None if tokens == own.num_tokens else tokens,
         "--seq-len": _unless(options.seq_len, "seq_len"),
         "--activation-memory": _unless(options.activation_memory, "activation_memory"),
         "--device": _unless(options.device, "device"),
@@ -285,7 +291,7 @@ def _warnings(
     useless = [m.name for m in found.plan.matrices if not m.break_even_rank]
     if useless:
         lines.append(f"{len(useless)} matrices are too small for any rank to save parameters")
-    wanted, tokens = found.options.run_options(preset).num_tokens, found.run(preset).num_tokens
+    wanted, tokens = found.wanted(preset).num_tokens, found.run(preset).num_tokens
     if tokens < wanted:
         lines.append(f"the text has room for {tokens:,} calibration tokens, not for {wanted:,}")
     row = chosen["presets"][preset]

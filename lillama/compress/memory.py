@@ -161,9 +161,8 @@ def _sensitivity_bytes(
     config, blocks = plan.config, len(plan.block_paths)
     first = 0 if plan.strategy == "global" else min(plan.blocks, default=blocks)
     recipe = options.recipe
-    rows = (
-        -(-min(recipe.sensitivity_tokens, options.num_tokens) // options.seq_len) * options.seq_len
-    )
+    wanted = min(recipe.gradient_tokens(config.hidden_size), options.num_tokens)
+    rows = -(-wanted // options.seq_len) * options.seq_len
     one = rows * config.hidden_size * FP32
     streams = min((blocks + 2) * one, options.activation_memory // one * one)
     batch = batch_rows(recipe, options.seq_len, config.hidden_size) * options.seq_len

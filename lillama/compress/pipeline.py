@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_tokenizer
 
 __all__ = ["Progress", "compress"]
+
+logger = logging.getLogger(__name__)
 
 COPIED_FILES = (
     "added_tokens.json",
@@ -74,6 +77,16 @@ def _calibration(
     for part in blocks:
         check_vocabulary(part.input_ids, plan.config.vocab_size)
     return blocks
+
+
+def _at_width(config: CompressConfig, hidden_size: int) -> CompressConfig:
+    found = config.at_width(hidden_size)
+    if config.tokens not in (None, found.tokens):
+        logger.warning(
+            "preset %s takes %d of %d calibration tokens: more change nothing at hidden_size %d",
+            config.preset, found.num_tokens, config.num_tokens, hidden_size,
+        )  # fmt: skip
+    return found
 
 
 def _bytes_to_write(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> int:
@@ -161,6 +174,8 @@ def compress(
         check_speech_options(config)
     fetch_weights(config.model)
     plan = make_plan(config, needs_weights=True)
+    if not is_speech(model_config):  # clips are not counted in tokens
+        config = _at_width(config, plan.config.hidden_size)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")

@@ -24,7 +24,7 @@ from lillama.compress.budget import active_params, active_saved, of_active, toke
 from lillama.compress.targets import find_matrices
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
-from lillama.families import Family, declared_family
+from lillama.families import Family, declared_family, is_speech
 from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model, remote_headers
 from lillama.skeleton import block_list, named_blocks, skeleton
@@ -314,6 +314,8 @@ def plan(
     if found.headers is not None:
         from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
 
+        if not is_speech(found.config):
+            config = config.at_width(found.config.hidden_size)
         memory = peak_memory(found, config, found.headers, resident_bytes())
         rows = document.pop("matrices")
         document |= {"peak_memory_bytes": memory, "matrices": rows}

@@ -126,7 +126,7 @@ def search_ranks(
         return plan, None
     problem = None
     if ranks.is_first and writer.journal.last(kind="allocation") is None:
-        sample = sample_of(blocks, recipe.sensitivity_tokens)
+        sample = sample_of(blocks, recipe.gradient_tokens(plan.config.hidden_size))
         first = max(0, min(matrix.block for matrix in _candidates(plan)))
         both = range(len(teacher.blocks)), range(first, len(teacher.blocks))
         total = sum(

@@ -310,12 +310,12 @@ def measure_sensitivity(
 
     Args:
         matrices: those that may be factorised. blocks: training tokens, of which
-        `recipe.sensitivity_tokens` are used. tick(stage, tokens): progress; stops by raising.
+        `recipe.gradient_tokens` are used. tick(stage, tokens): progress; stops by raising.
 
     Raises:
         RunError: a weight, an activation or a gradient is not finite; no room for the activations.
     """
-    sample = sample_of(blocks, recipe.sensitivity_tokens)
+    sample = sample_of(blocks, recipe.gradient_tokens(teacher.model.config.hidden_size))
     run = _Pass(teacher, sample, recipe, memory, tick, seed)
     by_block: dict[int, list[Matrix]] = {}
     for matrix in matrices:

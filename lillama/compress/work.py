@@ -79,7 +79,7 @@ def _attention(plan: Plan, seq_len: int) -> float:
 def _sensitivity(plan: Plan, options: PlanConfig, numbers: list[float]) -> Work:
     """Forward through all blocks, again with gradients back through all; moments on both sides of
     every candidate, and its spectrum."""
-    wanted = min(options.recipe.sensitivity_tokens, options.num_tokens)
+    wanted = min(options.recipe.gradient_tokens(plan.config.hidden_size), options.num_tokens)
     tokens = -(-wanted // options.seq_len) * options.seq_len
     attention = _attention(plan, options.seq_len)
     vocabulary = plan.config.vocab_size * plan.config.hidden_size

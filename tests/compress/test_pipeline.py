@@ -299,3 +299,17 @@ def test_compress_without_import_lillama_does_not_load(small, mixtral, monkeypat
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lillama")
     with pytest.raises((RuntimeError, ValueError)):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_fast_takes_no_more_tokens_than_it_has_a_use_for(small, mamba, caplog):
+    """256 for each of hidden_size, and says what it leaves out of those asked for."""
+    most = 256 * read_config(mamba).hidden_size
+    capped, out = small(mamba, preset="fast", tokens=most + 1000)
+    assert f"preset fast takes {most} of {most + 1000} calibration tokens" in caplog.text
+    caplog.clear()
+    asked, same = small(mamba, "same", preset="fast", tokens=most)
+    assert "calibration tokens" not in caplog.text
+    assert capped["tokens"] == asked["tokens"] == most
+    assert json.loads((out / "recipe.json").read_text())["options"]["tokens"] == most
+    found, wanted = tensors_of(out), tensors_of(same)
+    assert found.keys() == wanted.keys() and all(same_bytes(found[n], wanted[n]) for n in found)
