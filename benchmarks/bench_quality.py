@@ -184,14 +184,16 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{arguments.out} holds cells of other tokens or texts; use another --out")
     done = {(c["teacher"], c["method"], c["reduction"], c["seed"]) for c in cells}
     wanted = [
-        {"teacher": arguments.teacher.name, "method": method, "reduction": reduction, "seed": seed}
+        # a dense model is the same at every reduction
+        (arguments.teacher.name, method, 0.0 if METHODS[method] is None else reduction, seed)
         for seed in arguments.seeds
         for reduction in arguments.reductions
         for method in arguments.methods
     ]
-    for cell in [] if arguments.table else wanted:
-        if tuple(cell.values()) in done:
+    for key in [] if arguments.table else dict.fromkeys(wanted):
+        if key in done:
             continue
+        cell = dict(zip(("teacher", "method", "reduction", "seed"), key, strict=True))
         try:
             found = {**run_cell(arguments, cell), "conditions": shared}
         except lillama.InputError as error:  # a reduction that a strategy cannot reach

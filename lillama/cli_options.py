@@ -145,7 +145,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lil
 TokensOption = Annotated[
     int | None,
     typer.Option(
-        help="Calibration tokens; when left out 2,000,000, with preset fast 262,144.",
+        help="Calibration tokens; when left out 2,000,000, with preset fast 262,144, of which it "
+        "takes at most 256 for each of hidden_size.",
         show_default=False,
     ),
 ]

@@ -88,8 +88,11 @@ def test_rounding_takes_the_model_that_is_kept(arguments, mamba, tmp_path, monke
     assert whole["bytes_after"] > 1.5 * int8["bytes_after"] > 2 * int4["bytes_after"]
     error = [cell["texts"]["text.txt"]["kl"] for cell in (whole, int8, int4)]
     assert error[0] < error[2] and error[1] < error[2]
-    assert run(arguments, "--methods", "dense", *more) == 0
-    dense = json.loads((tmp_path / "cells.jsonl").read_text().splitlines()[-1])
+    before = len((tmp_path / "cells.jsonl").read_text().splitlines())
+    assert run(arguments, "--methods", "dense", *more, "--reductions", 0.2, 0.4) == 0
+    *lines, last = (tmp_path / "cells.jsonl").read_text().splitlines()
+    dense = json.loads(last)
+    assert len(lines) == before and dense["reduction"] == 0, "once, whatever the reductions"
     assert (dense["params_after"], dense["bytes_after"]) == stored_size(mamba)
     assert dense["texts"]["text.txt"]["excess"] == dense["texts"]["text.txt"]["kl"] == 0
     other = ["--tokens", 700, "--out", tmp_path / "other.jsonl"]

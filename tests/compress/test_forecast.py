@@ -39,10 +39,12 @@ def test_points_leave_out_copies_and_other_presets():
         {**cell, "method": "whitened", "predicted_loss_increase": None},
         {**cell, "method": "fast", "teacher": "u", "texts": {"a": {"excess": -0.1, "kl": 0.2}}},
     ]
-    points = script.loss_points(cells, "fast")
+    points = script.loss_points(cells, "fast", "excess")
     assert [(p["teacher"], p["method"], p["excess"], p["kl"]) for p in points] == [
         ("t", "fast", pytest.approx(0.2), pytest.approx(0.2))
     ]
+    # a measure in which nothing was lost says nothing, the other does
+    assert [p["teacher"] for p in script.loss_points(cells, "fast", "kl")] == ["t", "u"]
 
 
 def test_fit_finds_a_power_law_and_how_far_points_left_out_lie():
@@ -78,7 +80,7 @@ def test_fit_of_seconds_takes_busy_clocks_for_the_error_bar_only():
 @pytest.mark.parametrize("preset", ADVISED_PRESETS)
 def test_cells_lie_within_the_error_bar_and_none_lost_more_than_the_worst(preset):
     cells = script.read_lines(list(script.CELLS.glob("*.jsonl")))
-    points = script.loss_points(cells, preset)
+    points = script.loss_points(cells, preset, "excess")
     assert len(points) >= 5
     within = 0
     for point in points:
