@@ -146,7 +146,7 @@ TokensOption = Annotated[
     int | None,
     typer.Option(
         help="Calibration tokens; when left out 2,000,000, with preset fast 262,144, of which it "
-        "takes at most 256 for each of hidden_size.",
+        "takes at most 256 for each of hidden_size (65,536 of a narrow model).",
         show_default=False,
     ),
 ]

@@ -36,6 +36,8 @@ __all__ = [
     "parse_bytes",
 ]
 
+# what `Recipe.tokens_per_width` leaves a narrow model
+LEAST_TOKENS = 65_536
 Preset = Literal["default", "fast", "best", "whitened", "paper"]
 Strategy = Literal["global", "uniform", "bottom", "top"]
 Loss = Literal["joint", "teacher", "student"]
@@ -99,13 +101,16 @@ class Recipe:
     tokens: int = 2_000_000
     # where the caller names none
     gauge: Gauge = "pivot"
-    # the most calibration tokens that a run takes for each of hidden_size, gradients a quarter of
-    # them: moments of so many directions need no more (benchmarks/NOTES.md); None: all asked for
+    # the most calibration tokens that a run takes for each of hidden_size, LEAST_TOKENS in any
+    # case, gradients a quarter of them: moments of so many directions need no more
+    # (benchmarks/NOTES.md); None: all asked for
     tokens_per_width: int | None = None
 
     def most_tokens(self, hidden_size: int) -> int | None:
         """Calibration tokens beyond which a run leaves them out; None: never."""
-        return None if self.tokens_per_width is None else self.tokens_per_width * hidden_size
+        if self.tokens_per_width is None:
+            return None
+        return max(LEAST_TOKENS, self.tokens_per_width * hidden_size)
 
     def gradient_tokens(self, hidden_size: int) -> int:
         """Calibration tokens that gradients are taken from, of as many as there are."""

@@ -84,13 +84,13 @@ def test_presets_say_how_many_tokens_and_which_gauge():
 
 def test_fast_takes_tokens_in_proportion_to_the_width():
     fast = PlanConfig(model=Path("m"), reduction=0.2, preset="fast")
-    assert [fast.at_width(size).num_tokens for size in (128, 1024, 4096)] == [
-        32_768, 262_144, 262_144,
+    assert [fast.at_width(size).num_tokens for size in (64, 256, 512, 1024, 4096)] == [
+        65_536, 65_536, 131_072, 262_144, 262_144,
     ]  # fmt: skip
     assert dataclasses.replace(fast, tokens=10**7).at_width(4096).num_tokens == 2**20
     assert dataclasses.replace(fast, tokens=100).at_width(128).tokens == 100
-    assert [fast.recipe.gradient_tokens(size) for size in (128, 1024, 4096)] == [
-        8_192, 65_536, 65_536,
+    assert [fast.recipe.gradient_tokens(size) for size in (64, 256, 512, 1024, 4096)] == [
+        16_384, 16_384, 32_768, 65_536, 65_536,
     ]  # fmt: skip
     default = PlanConfig(model=Path("m"), reduction=0.2)
     assert default.at_width(128) is default and default.recipe.gradient_tokens(128) == 65_536

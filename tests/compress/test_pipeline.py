@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
+from lillama import config
 from lillama.checkpoint import read_config
 from lillama.compress.allocate import removed
 from lillama.compress.factorize import plain_svd
@@ -301,8 +302,9 @@ def test_compress_without_import_lillama_does_not_load(small, mixtral, monkeypat
         AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_fast_takes_no_more_tokens_than_it_has_a_use_for(small, mamba, caplog):
+def test_fast_takes_no_more_tokens_than_it_has_a_use_for(small, mamba, caplog, monkeypatch):
     """256 for each of hidden_size, and says what it leaves out of those asked for."""
+    monkeypatch.setattr(config, "LEAST_TOKENS", 100)
     most = 256 * read_config(mamba).hidden_size
     capped, out = small(mamba, preset="fast", tokens=most + 1000)
     assert f"preset fast takes {most} of {most + 1000} calibration tokens" in caplog.text
