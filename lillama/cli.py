@@ -55,10 +55,10 @@ from lillama.cli_upstream import import_upstream
 from lillama.config import (
     CompressConfig,
     ExportConfig,
-    FinetuneConfig,
     GenerateConfig,
     parse_bytes,
 )
+from lillama.config_finetune import FinetuneConfig
 from lillama.errors import InputError, LillamaError
 from lillama.hub import at_revision
 from lillama.version import __version__

@@ -12,13 +12,13 @@ from lillama.config import (
     PRESETS,
     CompressConfig,
     ExportConfig,
-    FinetuneConfig,
     GenerateConfig,
     PlanConfig,
     ReportConfig,
 )
 from lillama.config_advice import AdviceConfig
 from lillama.config_eval import EvalConfig
+from lillama.config_finetune import FinetuneConfig
 from lillama.config_serve import ServeConfig
 from lillama.errors import InputError, LillamaError, RunError
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import lillama
 from lillama import hub_text
-from lillama.config import FinetuneConfig
+from lillama.config_finetune import FinetuneConfig
 from lillama.data import calibration_blocks, evaluation_blocks
 from lillama.errors import InputError, RunError
 from lillama.hub_text import TEXT_PRESETS, HubText, find_texts

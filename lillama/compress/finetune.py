@@ -26,7 +26,7 @@ from lillama.compress.memory import held_out_blocks
 from lillama.compress.optimizer import WholeOptimizer
 from lillama.compress.own_text import own_text_of, write_own_text
 from lillama.compress.stop import StopRequest
-from lillama.config import FinetuneConfig
+from lillama.config_finetune import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
 from lillama.hub_checkpoint import find_model
@@ -207,8 +207,8 @@ def finetune(
         base: the dense model it was made from.
         text: training file or files, as for `compress`.
         progress: called as progress(stage, done, total), in tokens.
-        options: the other fields of `lillama.config.FinetuneConfig`: tokens, own_tokens, seq_len,
-            batch_size, packing, epochs, learning_rate, seed, device, overwrite.
+        options: the other fields of `lillama.config_finetune.FinetuneConfig`: tokens, own_tokens,
+            seq_len, batch_size, packing, epochs, learning_rate, seed, device, overwrite.
 
     Returns:
         `kl_before`, `kl_after` (held-out KL(base || model), nats a token), `learning_rate` (its

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lillama.compress.memory import held_out_blocks
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
+from lillama.config import CompressConfig, SampleConfig
+from lillama.config_finetune import FinetuneConfig
 from lillama.errors import InputError
 from lillama.sample import sample, sampled_with
 

@@ -25,7 +25,8 @@ from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import measured_curves, search_ranks
 from lillama.compress.speech import check_speech_options, heard, speech_calibration
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig, FinetuneConfig
+from lillama.config import CompressConfig
+from lillama.config_finetune import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.families import is_speech

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import lillama
 from lillama.compress.finetune import _Finetuning, divergence
 from lillama.compress.memory import held_out_blocks
-from lillama.config import FinetuneConfig
+from lillama.config_finetune import FinetuneConfig
 from lillama.data import TokenBlocks
 from lillama.errors import InputError, RunError
 from lillama.loading import load_model
