@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 CAVEATS = (
-    "losses, times and their error bars were fitted to runs of two tiny models on a CPU; not "
+    "losses, times and their error bars were fitted to runs of three tiny models on a CPU; not "
     "measured on a GPU, nor on a large model",
     "decode is a bound: batch 1, limited by reading weights, no cache counted",
 )

@@ -84,7 +84,7 @@ def _at_width(config: CompressConfig, hidden_size: int) -> CompressConfig:
     found = config.at_width(hidden_size)
     if config.tokens not in (None, found.tokens):
         logger.warning(
-            "preset %s takes %d of %d calibration tokens: more change nothing at hidden_size %d",
+            "preset %s takes %d of %d calibration tokens: more change little at hidden_size %d",
             config.preset, found.num_tokens, config.num_tokens, hidden_size,
         )  # fmt: skip
     return found
