@@ -52,7 +52,7 @@ def make_llama(folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=32768)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
@@ -69,7 +69,7 @@ def main() -> None:
             for preset in PRESETS:
                 out = folder / f"{kind}-{preset}"
                 lillama.compress(
-                    model, out, reduction=0.4, text=text, preset=preset, tokens=options.tokens,
+                    model, out, reduction=0.2, text=text, preset=preset, tokens=options.tokens,
                     seq_len=128, device="cpu",
                 )  # fmt: skip
                 print(kind, preset, tensors_hash(out), flush=True)
