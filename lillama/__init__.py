@@ -2,13 +2,11 @@
 
     lillama.compress(MODEL, OUT, reduction=0.2, text="calibration.txt")
     lillama.plan(MODEL, 0.2)
-    lillama.advise(MODEL, text="calibration.txt")
     lillama.eval(OUT, "held_out.txt", against=MODEL)
     lillama.finetune(OUT, BETTER, base=MODEL, text="calibration.txt")
     lillama.generate(OUT, "Once upon")
     lillama.export(OUT, DENSE, format="dense")
     lillama.report(OUT)
-    lillama.import_upstream(FOLDER, OUT, base=MODEL)
     lillama.sample(MODEL, "own.jsonl")
     with lillama.kernels_impl("reference"): ...
 
@@ -18,7 +16,6 @@ Importing this package registers the checkpoint format with transformers, so tha
 
 from lillama_kernels import kernels_impl
 
-from lillama.compress.advise import advise
 from lillama.compress.finetune import finetune
 from lillama.compress.pipeline import compress
 from lillama.compress.plan import plan
@@ -29,7 +26,6 @@ from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
 from lillama.report import report
 from lillama.sample import sample
-from lillama.upstream import import_upstream
 from lillama.version import __version__
 
 __all__ = [
@@ -37,13 +33,11 @@ __all__ = [
     "LillamaError",
     "RunError",
     "__version__",
-    "advise",
     "compress",
     "eval",
     "export",
     "finetune",
     "generate",
-    "import_upstream",
     "kernels_impl",
     "plan",
     "report",

@@ -51,7 +51,6 @@ from lillama.cli_plan import plan
 from lillama.cli_report import report
 from lillama.cli_sample import sample
 from lillama.cli_serve import serve
-from lillama.cli_upstream import import_upstream
 from lillama.config import (
     CompressConfig,
     ExportConfig,
@@ -248,7 +247,6 @@ def export(
 app.command()(report)
 app.command()(sample)
 app.command()(serve)
-app.command()(import_upstream)
 
 
 def _version(shown: bool) -> None:
@@ -275,7 +273,7 @@ def _root(
     if context.invoked_subcommand is None:
         raise InputError(
             "no command given; use compress, finetune, plan, eval, generate, export, report, "
-            "sample, serve or import-upstream (see --help)"
+            "sample or serve (see --help)"
         )
 
 

@@ -1,6 +1,5 @@
-"""Every default of the project, in frozen dataclasses; those of eval, finetune, serve and plan
---advise are in config_eval.py, config_finetune.py, config_serve.py and config_advice.py. Nothing
-else holds one."""
+"""Every default of the project, in frozen dataclasses; those of eval, finetune and serve
+are in config_eval.py, config_finetune.py and config_serve.py. Nothing else holds one."""
 
 import dataclasses
 import math

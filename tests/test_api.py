@@ -16,7 +16,6 @@ from lillama.config import (
     PlanConfig,
     ReportConfig,
 )
-from lillama.config_advice import AdviceConfig
 from lillama.config_eval import EvalConfig
 from lillama.config_finetune import FinetuneConfig
 from lillama.config_serve import ServeConfig
@@ -134,19 +133,6 @@ DEFAULTS = {
         "seq_len": 512,
         "train": True,
         "activation_memory": 4 * 2**30,
-    },
-    AdviceConfig: {
-        "text": (),
-        "reduction": None,
-        "preset": None,
-        "retain": 0.95,
-        "targets": None,
-        "gauge": None,
-        "tokens": None,
-        "seq_len": 512,
-        "activation_memory": 4 * 2**30,
-        "device": "auto",
-        "max_hours": 24.0,
     },
     EvalConfig: {
         "text": (),

@@ -21,7 +21,7 @@ KERNELS = ROOT / "kernels" / "lillama_kernels"
 LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "families", "journal"}
 LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", "hub_text"}
 LEAVES |= {"shard_file", "skeleton", "version"}
-LEAVES |= {"config_advice", "config_finetune"}
+LEAVES |= {"config_finetune"}
 LEAVES |= {"audio", "speech"}
 LEAVES |= {"pivots"}
 LAYERS = (
@@ -33,14 +33,13 @@ LAYERS = (
     {"sample"},
     {"compress", "serve"},
     {"evaluate_generations", "evaluate_speed", "evaluate_tasks", "evaluate_text"},
-    {"evaluate", "export", "generate", "report_data", "report_svg", "upstream_files"},
+    {"evaluate", "export", "generate", "report_data", "report_svg"},
     {"report_spectra"},
-    {"report_plots", "report_sections", "upstream"},
+    {"report_plots", "report_sections"},
     {"report_page"},
     {"report"},
     {"cli_options", "cli_output"},
-    {"cli_advice"},
-    {"cli_eval", "cli_plan", "cli_report", "cli_sample", "cli_serve", "cli_upstream"},
+    {"cli_eval", "cli_plan", "cli_report", "cli_sample", "cli_serve"},
     {"cli"},
 )
 # Parts that import the extra lillama[serve], and what each of its packages is imported as; jinja2
@@ -54,7 +53,6 @@ EVAL_EXTRA = {"evaluate_tasks.py"}
 DATA_EXTRA = {"hub_text.py"}
 TERMINAL = {
     "cli.py",
-    "cli_advice.py",
     "cli_eval.py",
     "cli_options.py",
     "cli_output.py",
@@ -62,7 +60,6 @@ TERMINAL = {
     "cli_report.py",
     "cli_sample.py",
     "cli_serve.py",
-    "cli_upstream.py",
 }
 
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base"}
@@ -75,14 +72,13 @@ OPTIONS = {
     "compress": "--activation-memory --budget --checkpoint-seconds --device --dtype --events "
     "--gauge --json --loss --overwrite --packing --preset --reduction --revision --seed --seq-len "
     "--strategy --targets --text --tokens --train",
-    "plan": "--activation-memory --advise --budget --device --gauge --json --preset --reduction "
-    "--retain --revision --seq-len --strategy --targets --text --tokens --train",
+    "plan": "--activation-memory --budget --gauge --json --preset --reduction --revision --seq-len "
+    "--strategy --targets --tokens --train",
     "finetune": "--base --batch-size --device --epochs --json --learning-rate --overwrite "
     "--own-tokens --packing --revision --seed --seq-len --text --tokens",
     "eval": "--against --batch-size --device --dtype --generations --json --limit --metric "
     "--revision --seq-len --speed --task-path --tasks --text",
     "export": "--format --json --revision",
-    "import-upstream": "--base --json",
     "generate": "--device --max-new-tokens --prompt --revision --seed --temperature",
     "report": "--eval --events --open --png",
     "sample": "--batch-size --device --json --revision --seed --seq-len --temperature --tokens",
@@ -339,20 +335,7 @@ def test_no_remote_code_no_pickle_no_environment(path: Path) -> None:
             assert not {alias.name for alias in node.names} & {"environ", "getenv", "putenv"}
         if path.name == "ranks.py" and forbidden(node) == "os.environ":
             continue  # torchrun tells its workers who they are in no other way
-        if path.name == "upstream_files.py" and forbidden(node) == "torch.load":
-            continue  # what the published code wrote; the next test sees how it is read
         assert forbidden(node) is None, f"line {getattr(node, 'lineno', '?')}: {forbidden(node)}"
-
-
-def test_the_only_torch_load_takes_tensors_alone() -> None:
-    calls = [
-        node
-        for node in ast.walk(parse(ROOT / "lillama" / "upstream_files.py"))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
-    ]
-    assert len(calls) == 1
-    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in calls[0].keywords}
-    assert keywords["weights_only"] == "True"
 
 
 @pytest.mark.parametrize(

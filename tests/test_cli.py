@@ -218,7 +218,7 @@ def test_cli_without_a_command_is_one_line(lillama_command):
         lillama_command(),
         2,
         "no command given; use compress, finetune, plan, eval, generate, export, report, "
-        "sample, serve or import-upstream",
+        "sample or serve",
     )
     assert_one_line(lillama_command("--verbose"), 2, "no command given")
 

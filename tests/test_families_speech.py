@@ -25,7 +25,6 @@ from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.report import report
 from lillama.sample import sample
 from lillama.skeleton import named_blocks, skeleton
-from lillama.upstream import import_upstream
 from tests.compress.test_resume import content
 from tests.tiny_whisper import POSITIONS, save_whisper, whisper_config, write_manifest
 
@@ -241,9 +240,7 @@ def test_what_is_for_models_of_text_is_refused_in_one_line(whisper, compressed, 
         "generate": lambda: lillama.generate(out, "a"),
         "finetune": lambda: lillama.finetune(out, new, base=whisper, **text),
         "sample": lambda: sample(whisper, new),
-        "advise": lambda: lillama.advise(whisper),
         "load_model": lambda: load_model(out, torch.device("cpu")),
-        "import-upstream": lambda: import_upstream(tmp_path, new, base=whisper),
     }
     for call in calls.values():
         said = r"is a speech model \(model_type 'whisper'\)"

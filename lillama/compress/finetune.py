@@ -306,8 +306,7 @@ def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, A
                     shutil.copyfile(file, staging / file.name)
         if (made := staging / "report.json").is_file():
             whole = json.loads(made.read_text("utf-8"))
-            # an imported model was compressed elsewhere: no seconds of that
-            whole["seconds"] = round(whole.get("seconds", 0.0) + report["seconds"], 2)
+            whole["seconds"] = round(whole["seconds"] + report["seconds"], 2)
             made.write_text(json.dumps({**whole, "finetune": report}, indent=2) + "\n", "utf-8")
         recorded = {**config.recorded(), **report}
         (staging / "finetune.json").write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
