@@ -93,7 +93,7 @@ PresetOption = Annotated[
 StrategyOption = Annotated[
     str | None,
     typer.Option(
-        help="global, uniform, bottom or top; the preset's choice when left out.",
+        help="global, uniform or bottom; the preset's choice when left out.",
         show_default=False,
     ),
 ]

@@ -38,7 +38,7 @@ __all__ = [
 # what `Recipe.tokens_per_width` leaves a narrow model
 LEAST_TOKENS = 65_536
 Preset = Literal["default", "fast", "best", "whitened", "paper"]
-Strategy = Literal["global", "uniform", "bottom", "top"]
+Strategy = Literal["global", "uniform", "bottom"]
 Loss = Literal["joint", "teacher", "student"]
 LossForm = Literal["l1_cosine", "nmse"]
 Gauge = Literal["plain", "pivot"]

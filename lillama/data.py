@@ -113,7 +113,6 @@ class EvaluationText:
 def _all_documents(
     paths: _Texts,
     tokenizer: Any,
-    text_key: str,
     read_hub: Callable[[HubText], Iterator[Document]],
 ) -> Iterator[Document]:
     # the same text twice would put held-out text among the training text
@@ -123,7 +122,7 @@ def _all_documents(
     is_told = bool(tokenizer.chat_template)
     for path in paths:
         is_hub = isinstance(path, HubText)
-        for document in read_hub(path) if is_hub else read_documents(path, text_key=text_key):
+        for document in read_hub(path) if is_hub else read_documents(path):
             if document.messages is not None and not is_told:
                 is_told = True
                 logger.warning(
@@ -230,7 +229,6 @@ def calibration_blocks(
     held_out_blocks: int,
     seed: int = 0,
     packing: bool = True,
-    text_key: str = "text",
 ) -> tuple[TokenBlocks, TokenBlocks]:
     """Draw (training, held-out) blocks, seeded, from all over the texts.
 
@@ -255,7 +253,7 @@ def calibration_blocks(
         found = text.documents(seed)
         return found if text.is_running else _enough(found, tokenizer, wanted, longest)
 
-    documents = _all_documents(paths, tokenizer, text_key, read_hub)
+    documents = _all_documents(paths, tokenizer, read_hub)
     documents = list(documents if packing else _samples(documents))
     random.Random(seed).shuffle(documents)
     make = _packed if packing else _padded
@@ -324,7 +322,7 @@ def padded(rows: list[list[int]], seq_len: int, pad: int) -> TokenBlocks:
 
 
 def evaluation_blocks(
-    paths: _Texts, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, text_key: str = "text"
+    paths: _Texts, tokenizer: PreTrainedTokenizerBase, *, seq_len: int
 ) -> EvaluationText:
     """Tokenise all the text in file order and cut it into blocks of seq_len and a tail.
 
@@ -332,7 +330,7 @@ def evaluation_blocks(
         InputError: seq_len < 2, an unusable file (`read_documents`), fewer than 2 tokens.
     """
     _at_least("--seq-len", seq_len, 2)
-    documents = _all_documents(paths, tokenizer, text_key, HubText.documents)
+    documents = _all_documents(paths, tokenizer, HubText.documents)
     stream, num_bytes = array("q"), 0
     for ids, size in _stream(documents, tokenizer):
         stream.extend(ids)

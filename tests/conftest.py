@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -31,7 +32,7 @@ from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
-from lillama.modules.replace import copy_dense_experts, replace_modules
+from lillama.modules.replace import dense_expert, replace_modules
 from tests.pivot_orders import choose_pivots
 
 WORDS = (
@@ -301,8 +302,11 @@ def make_low_rank(make_model):
             if isinstance(new, PivotLowRankLinear | PivotLowRankExperts):
                 choose_pivots(new)
             if isinstance(new, LowRankExperts):
-                copy_dense_experts(new, old)
-                stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
+                stored = []
+                for name, number in itertools.product(PROJECTIONS, range(new.num_experts)):
+                    stored.append(new.stored(name, number))
+                    if "lr_W" in stored[-1]:
+                        stored[-1]["lr_W"].copy_(dense_expert(old, name, number))
             else:
                 stored = [dict(new.named_parameters())]
                 if getattr(new, "bias", None) is not None:

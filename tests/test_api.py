@@ -231,7 +231,7 @@ def test_api_unknown_option_is_refused(name, tmp_path):
         ),
         (
             {"strategy": "middle"},
-            "--strategy must be one of global, uniform, bottom, top, got 'middle'",
+            "--strategy must be one of global, uniform, bottom, got 'middle'",
         ),
         ({"loss": "both"}, "--loss must be one of joint, teacher, student, got 'both'"),
         ({"dtype": "int8"}, "--dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),

@@ -248,7 +248,7 @@ def test_cli_usage_error_is_one_line(arguments, parts, lillama_command):
             ["--preset", "bset"],
             "--preset must be one of default, fast, best, whitened, paper, got 'bset'",
         ),
-        (["--strategy", "middle"], "--strategy must be one of global, uniform, bottom, top"),
+        (["--strategy", "middle"], "--strategy must be one of global, uniform, bottom, got"),
         (["--loss", "both"], "--loss must be one of joint, teacher, student"),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, float16, bfloat16"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N"),
@@ -291,6 +291,15 @@ def test_cli_cuda_without_a_gpu_is_refused(command, compress, lillama_command, m
         option = ["--text", text_file] if command == "eval" else ["--prompt", "the"]
         result = lillama_command(command, mamba, *option, "--device", "cuda")
     assert_one_line(result, 2, "--device cuda is not available: 0 CUDA devices found; use cpu")
+
+
+def test_cli_out_of_memory_is_one_line(compress, monkeypatch):
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sys.modules["lillama.compress.run"], "fill_student", fail)
+    result, _ = compress("--preset", "whitened")
+    assert_one_line(result, 1, "out of memory; lower --seq-len or --tokens")
 
 
 def test_cli_unexpected_error_keeps_its_traceback(compress, monkeypatch):

@@ -80,7 +80,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class RankRules:
-    """Smallest rank of any matrix and the step of bottom and top.
+    """Smallest rank of any matrix and the step of bottom.
 
     The published Mixtral run used 1024 and 256 at hidden_size 4096, that is hidden_size / 4 and /
     16.
@@ -104,18 +104,16 @@ def removed(matrices: Sequence[Matrix], ranks: dict[str, int]) -> int:
 
 
 def _candidates(matrix: Matrix, rules: RankRules) -> list[int]:
-    """Ranks bottom and top may give, largest first; all of them remove parameters."""
+    """Ranks bottom may give, largest first; all of them remove parameters."""
     ranks = range(rules.min_rank, min(matrix.N, matrix.K), rules.step)
     return [rank for rank in reversed(ranks) if matrix.saved(rank) > 0]
 
 
-def _layered(
-    matrices: Sequence[Matrix], needed: int, rules: RankRules, from_top: bool
-) -> dict[str, int]:
+def _layered(matrices: Sequence[Matrix], needed: int, rules: RankRules) -> dict[str, int]:
     """The published search: press a block's matrices step by step to min_rank, then the next
     block's."""
     moves = [
-        (-matrix.block if from_top else matrix.block, -rank, order, matrix)
+        (matrix.block, -rank, order, matrix)
         for order, matrix in enumerate(matrices)
         for rank in _candidates(matrix, rules)
     ]
@@ -207,10 +205,7 @@ def allocate(
             f"least {floor} at most {limit} of {what} can be removed"
             + ("" if by_shape else "; lower --reduction or use --strategy uniform")
         )
-    if by_shape:
-        ranks = _uniform(matrices, needed)
-    else:
-        ranks = _layered(matrices, needed, rules, from_top=strategy == "top")
+    ranks = _uniform(matrices, needed) if by_shape else _layered(matrices, needed, rules)
     return {matrix.name: ranks[matrix.name] for matrix in matrices if matrix.name in ranks}
 
 

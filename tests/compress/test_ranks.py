@@ -67,13 +67,13 @@ def content(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("kind", "world", "options"),
     [
-        ("mixtral", 2, ("--strategy", "top")),
+        ("mixtral", 2, ("--strategy", "bottom")),
         ("mamba", 2, ("--loss", "teacher")),
         ("mamba", 2, ("--targets", "embeddings,in_proj", "--reduction", "0.3")),
     ],
 )
 def test_ranks_give_the_bits_of_one(kind, world, options, make_checkpoint, text_file, tmp_path):
-    """Five blocks: more than one for each rank, and with "top" some that are not compressed; and a
+    """Five blocks: more than one for each rank, with "bottom" some that are not compressed; and a
     student's stream that begins with embeddings of its own."""
     model = make_checkpoint(kind, num_hidden_layers=5, tie_word_embeddings=False)
     alone(model, tmp_path / "1", text_file, *options)
