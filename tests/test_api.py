@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 
 import lillama
-from lillama.config import (
-    PRESETS,
-    CompressConfig,
-    ExportConfig,
-    GenerateConfig,
-    PlanConfig,
-    ReportConfig,
-)
-from lillama.config_eval import EvalConfig
-from lillama.config_finetune import FinetuneConfig
-from lillama.config_serve import ServeConfig
+from lillama.config import PRESETS, PlanConfig
 from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
@@ -34,11 +24,11 @@ SUBMODULES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["compress", "plan", "eval", "export", "generate", "report"])
-def test_api_names_stay_functions_after_importing_submodules(name):
+def test_api_names_stay_functions_after_importing_submodules():
     for module in SUBMODULES:
         importlib.import_module(module)
-    assert inspect.isfunction(getattr(lillama, name))
+    for name in ("compress", "plan", "eval", "export", "generate", "report"):
+        assert inspect.isfunction(getattr(lillama, name)), name
 
 
 def test_api_all_lists_every_public_name():
@@ -52,15 +42,6 @@ def test_api_all_lists_every_public_name():
     }
     assert public == set(lillama.__all__) - {"__version__"}
     assert isinstance(lillama.__version__, str)
-
-
-def test_api_submodules_all_name_things_that_exist():
-    for name in SUBMODULES[1:]:
-        module = importlib.import_module(name)
-        # `lillama.generate` the attribute is the function, sys.modules has the module
-        assert inspect.ismodule(module)
-        for public in module.__all__:
-            assert hasattr(module, public), f"{name}.{public}"
 
 
 def test_api_kernels_impl_is_exported_and_checks_its_name():
@@ -101,107 +82,11 @@ def test_api_errors_have_the_exit_codes():
     assert issubclass(InputError, ValueError) and issubclass(RunError, RuntimeError)
 
 
-# What the options are and what they default to: a change here is a change for every user.
-DEFAULTS = {
-    CompressConfig: {
-        "text": (),
-        "preset": "default",
-        "strategy": None,
-        "targets": None,
-        "gauge": None,
-        "budget": "stored",
-        "tokens": None,
-        "seq_len": 512,
-        "loss": "joint",
-        "packing": True,
-        "train": True,
-        "seed": 0,
-        "dtype": "auto",
-        "device": "auto",
-        "activation_memory": 4 * 2**30,
-        "checkpoint_seconds": 600.0,
-        "events": None,
-        "overwrite": False,
-    },
-    PlanConfig: {
-        "preset": "default",
-        "strategy": None,
-        "targets": None,
-        "gauge": None,
-        "budget": "stored",
-        "tokens": None,
-        "seq_len": 512,
-        "train": True,
-        "activation_memory": 4 * 2**30,
-    },
-    EvalConfig: {
-        "text": (),
-        "against": None,
-        "metric": "blocks",
-        "seq_len": None,
-        "batch_size": 8,
-        "tasks": (),
-        "task_path": None,
-        "limit": None,
-        "generations": 0,
-        "speed": False,
-        "dtype": "auto",
-        "device": "auto",
-    },
-    ExportConfig: {"format": "dense"},
-    FinetuneConfig: {
-        "tokens": 2_000_000,
-        "own_tokens": 0,
-        "seq_len": 512,
-        "batch_size": 8,
-        "packing": True,
-        "epochs": 1,
-        "learning_rate": None,
-        "seed": 0,
-        "device": "auto",
-        "overwrite": False,
-        "evaluations": 8,
-    },
-    GenerateConfig: {"max_new_tokens": 128, "temperature": 0.0, "seed": 0, "device": "auto"},
-    ReportConfig: {"events": None, "eval": None, "png": None, "open": False},
-    ServeConfig: {
-        "host": "127.0.0.1",
-        "port": 8000,
-        "device": "auto",
-        "dtype": "auto",
-        "max_batch": 8,
-        "max_queue": 64,
-        "max_length": None,
-        "served_name": None,
-        "api_key_file": None,
-        "request_timeout_s": 600.0,
-        "client_timeout_s": 20.0,
-        "drain_s": 30.0,
-        "max_body_bytes": 2 * 2**20,
-        "max_connections": 512,
-        "max_choices": 16,
-    },
-}
-
-
-@pytest.mark.parametrize("config", DEFAULTS, ids=lambda config: config.__name__)
-def test_config_defaults_are_the_documented_ones(config):
-    found = {
-        field.name: field.default
-        for field in dataclasses.fields(config)
-        if field.default is not dataclasses.MISSING
-    }
-    assert found == DEFAULTS[config]
-
-
 def test_api_plan_defaults_are_those_of_the_config():
-    parameters = inspect.signature(lillama.plan).parameters
-    found = {
-        name: parameter.default
-        for name, parameter in parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    assert found.items() <= DEFAULTS[PlanConfig].items()
+    parameters = inspect.signature(lillama.plan).parameters.values()
+    found = {p.name: p.default for p in parameters if p.default is not p.empty}
+    fields = {field.name: field.default for field in dataclasses.fields(PlanConfig)}
+    assert found and found.items() <= fields.items()
 
 
 @pytest.mark.parametrize("name", ["compress", "eval", "finetune", "generate", "plan", "report"])
@@ -224,6 +109,8 @@ def test_api_unknown_option_is_refused(name, tmp_path):
     [
         ({"reduction": 0.0}, "--reduction must lie between 0 and 1"),
         ({"reduction": 1.0}, "--reduction must lie between 0 and 1"),
+        ({"reduction": -1.0}, "--reduction must lie between 0 and 1"),
+        ({"reduction": float("inf")}, "--reduction must lie between 0 and 1"),
         ({"reduction": float("nan")}, "--reduction must lie between 0 and 1"),
         (
             {"preset": "bset"},

@@ -1,7 +1,7 @@
-"""Everything that can be wrong with files and runs: one line, the right exit code, no harm done."""
+"""Files and runs that go wrong: one line, the right exit code, no harm done. One case of each kind;
+every error is tested where it is raised."""
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import lillama
 from lillama import checkpoint_writer, cli
 
 Fails = Callable[..., str]
@@ -71,34 +70,6 @@ def test_cli_missing_text_file(fails, tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n\n"], ids=["empty", "blank"])
-def test_cli_empty_text_file(content, fails, tmp_path):
-    (tmp_path / "t.txt").write_bytes(content)
-    assert "is empty or only white space; give a file with" in fails(2, text=tmp_path / "t.txt")
-
-
-def test_cli_text_too_short_for_the_tokens(fails, tmp_path):
-    (tmp_path / "t.txt").write_text("the cat sat on a mat " * 10)
-    message = fails(2, text=tmp_path / "t.txt")
-    assert "the text is too short" in message and "lower --tokens or add --text" in message
-
-
-def test_cli_text_that_is_not_utf8(fails, tmp_path):
-    (tmp_path / "t.txt").write_bytes(b"the cat \xff sat")
-    message = fails(2, text=tmp_path / "t.txt")
-    assert "is not UTF-8: byte 0xff at offset 8; convert it to UTF-8" in message
-
-
-def test_cli_jsonl_line_without_the_key_is_numbered(fails, tmp_path):
-    rows = [{"text": "the cat"}, {"text": "a mat"}, {"body": "dogs"}]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "t.jsonl:3 has no key 'text', its keys: 'body'" in fails(2, text=tmp_path / "t.jsonl")
-
-
-def test_cli_text_that_is_a_folder(fails, tmp_path):
-    assert "is a folder; give the files in it one by one" in fails(2, text=tmp_path)
-
-
 # OUT
 
 
@@ -137,19 +108,6 @@ def test_cli_model_that_is_no_folder(fails, tmp_path):
     assert "nowhere is not a checkpoint folder; give the path of a local model" in message
 
 
-def test_cli_model_without_config(fails, copy, mamba):
-    path = copy(mamba)
-    (path / "config.json").unlink()
-    assert "is not a checkpoint: it has no config.json" in fails(2, model=path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '"mamba"', "\x00"])
-def test_cli_model_with_a_broken_config(content, fails, copy, mamba):
-    path = copy(mamba)
-    (path / "config.json").write_text(content)
-    assert "config.json is not a JSON object" in fails(2, model=path)
-
-
 def test_cli_model_without_weights(fails, copy, mamba):
     path = copy(mamba)
     (path / "model.safetensors").unlink()
@@ -157,79 +115,16 @@ def test_cli_model_without_weights(fails, copy, mamba):
     assert "holds no model.safetensors and no index of shards" in message
 
 
-def test_cli_model_without_a_tokenizer(fails, copy, mamba):
-    path = copy(mamba)
-    for file in path.glob("*token*"):
-        file.unlink()
-    assert "holds no tokenizer: none of tokenizer.json," in fails(2, model=path)
-
-
-@pytest.mark.parametrize(
-    "keep", [0, 5, 1000, -1], ids=["empty", "5 bytes", "1000 bytes", "all but 1"]
-)
-def test_cli_model_with_a_truncated_shard(keep, fails, copy, mamba):
-    path = copy(mamba)
-    shard = path / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:keep])
-    assert "model.safetensors is truncated" in fails(2, model=path)
-
-
-def test_cli_model_of_an_unknown_architecture(fails, copy, mamba):
-    path = copy(mamba)
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "model_type": "no-such"}))
-    message = fails(2, model=path)
-    assert (
-        "unknown architecture: model_type 'no-such' is not supported; supported are cohere,"
-        in message
-    )
-
-
-def test_cli_model_that_is_itself_compressed(fails, mamba, text_file, tmp_path, device):
-    path = tmp_path / "small"
-    options = {"tokens": 300, "seq_len": 32, "train": False, "device": str(device)}
-    lillama.compress(mamba, path, reduction=0.2, text=text_file, **options)
-    assert "is itself compressed by lillama; give the dense base model" in fails(2, model=path)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
-def test_cli_model_with_a_bad_weight_names_the_block(bad, fails, copy, mixtral):
+def test_cli_model_with_a_bad_weight_names_the_block(fails, copy, mixtral):
     path = copy(mixtral)
     tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"][5, 5] = bad
+    tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"][5, 5] = float("nan")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     message = fails(1, model=path, kept=1)
     assert "model.layers.1." in message and "NaN or infinity; repair the checkpoint" in message
 
 
-def test_cli_model_whose_activations_overflow_names_the_block(fails, copy, mamba):
-    path = copy(mamba)
-    tensors = load_file(path / "model.safetensors")
-    tensors["backbone.layers.1.mixer.out_proj.weight"] *= 1e38
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    assert "backbone.layers.1 " in fails(1, model=path, kept=1)
-
-
-def test_cli_model_that_lacks_a_tensor(fails, copy, mamba):
-    path = copy(mamba)
-    tensors = load_file(path / "model.safetensors")
-    del tensors["backbone.layers.1.mixer.D"]
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    message = fails(2, model=path)
-    assert "lacks tensors the model needs: backbone.layers.1.mixer.D" in message
-
-
 # the run
-
-
-def test_cli_nan_in_the_loss_names_the_block(fails, monkeypatch):
-    distill = sys.modules["lillama.compress.distill"]
-    original = distill.distill_loss
-    monkeypatch.setattr(
-        distill, "distill_loss", lambda *args, **more: original(*args, **more) * float("nan")
-    )
-    message = fails(1)
-    assert "loss of block backbone.layers.0 became nan; lower the learning rate" in message
 
 
 def test_cli_disk_without_room_for_the_result(fails, monkeypatch):
@@ -295,9 +190,8 @@ def test_cli_ctrl_c_in_a_step_is_one_line(fails, monkeypatch):
     assert fails(1) == "lillama: error: interrupted; nothing was left half-written\n"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_cli_sigint_while_training_keeps_what_is_done(stop, mamba, text_file, tmp_path):
-    """A real Ctrl-C to a real process, within a block."""
+def test_cli_sigterm_while_training_keeps_what_is_done(mamba, text_file, tmp_path):
+    """A real signal to a real process, within a block."""
     out = tmp_path / "out"
     command = ["compress", mamba, out, "--reduction", 0.2, "--text", text_file]
     command += ["--tokens", 15000, "--seq-len", 32, "--device", "cpu", "--checkpoint-seconds", 0]
@@ -314,11 +208,13 @@ def test_cli_sigint_while_training_keeps_what_is_done(stop, mamba, text_file, tm
     while not steps.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert process.poll() is None and steps.exists()
-    process.send_signal(stop)
+    process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (1, "")
-    assert stderr.startswith("lillama: error: interrupted; ") and len(stderr.splitlines()) == 1
-    assert stderr.endswith("out.unfinished: the same command goes on from there\n")
+    *progress, said = stderr.splitlines()  # a slow machine prints progress
+    assert not [line for line in progress if line.startswith("lillama: error")]
+    assert said.startswith("lillama: error: interrupted; ")
+    assert said.endswith("out.unfinished: the same command goes on from there")
     assert list(tmp_path.iterdir()) == [unfinished]
 
 
@@ -326,38 +222,17 @@ def test_cli_sigint_while_training_keeps_what_is_done(stop, mamba, text_file, tm
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "code", "part"),
+    ("command", "options"),
     [
-        ("plan", ["--reduction", "0.2"], 2, "is not a checkpoint folder"),
-        ("eval", ["--text", "t.txt"], 2, "is not a checkpoint folder"),
-        ("generate", ["--prompt", "the"], 2, "is not a checkpoint folder"),
+        ("plan", ["--reduction", "0.2"]),
+        ("eval", ["--text", "t.txt"]),
+        ("generate", ["--prompt", "the"]),
     ],
 )
-def test_cli_other_commands_refuse_a_missing_model(
-    command, options, code, part, monkeypatch, capfd, tmp_path
-):
+def test_cli_other_commands_refuse_a_missing_model(command, options, monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(sys, "argv", ["lillama", command, str(tmp_path / "nowhere"), *options])
     with pytest.raises(SystemExit) as caught:
         cli.main()
     stdout, stderr = capfd.readouterr()
-    assert (caught.value.code, stdout, len(stderr.splitlines())) == (code, "", 1)
-    assert part in stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        (["--text", "nowhere.txt"], "nowhere.txt: No such file"),
-        (["--text", "TEXT", "--against", "nowhere"], "nowhere is not a checkpoint folder"),
-        (["--text", "TEXT", "--seq-len", "1"], "--seq-len must be at least 2, got 1"),
-        (["--text", "TEXT", "--text", "TEXT"], "a text file is given twice"),
-    ],
-)
-def test_cli_eval_bad_input_is_one_line(options, part, monkeypatch, capfd, mamba, text_file):
-    options = [str(text_file) if option == "TEXT" else option for option in options]
-    monkeypatch.setattr(sys, "argv", ["lillama", "eval", str(mamba), *options])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    stdout, stderr = capfd.readouterr()
-    assert (caught.value.code, stdout, len(stderr.splitlines())) == (2, "", 1), stderr
-    assert stderr.startswith("lillama: error: ") and part in stderr
+    assert (caught.value.code, stdout, len(stderr.splitlines())) == (2, "", 1)
+    assert "is not a checkpoint folder" in stderr
