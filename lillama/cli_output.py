@@ -1,8 +1,12 @@
 """What the commands write to the terminal: progress on stderr, results on stdout."""
 
 import json
+import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +17,7 @@ from rich.text import Text
 __all__ = ["errors", "print_json", "print_rows", "progress_bar"]
 
 errors = Console(stderr=True)
+LINE_SECONDS = 30.0
 
 
 class _Rate(ProgressColumn):
@@ -22,9 +27,47 @@ class _Rate(ProgressColumn):
         return Text("" if not task.speed else f"{task.speed:,.0f} tok/s")
 
 
+class _Lines:
+    """Progress as plain lines for a log file, none within LINE_SECONDS of the last or of the
+    start. The time left is by the speed of the last ten lines."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.began = self.printed = clock()
+        self.total = -1
+        self.seen: deque[tuple[float, int]] = deque(maxlen=10)
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        now = self.clock()
+        if total != self.total or done < self.seen[-1][1]:  # another job, with units of its own
+            self.total = total
+            self.seen.clear()
+            self.seen.append((now, done))
+        if now - self.printed < LINE_SECONDS:
+            return
+        self.printed = now
+        share = f" ({done / total:.1%})" if total else ""
+        line = f"lillama: {stage} {done:,}/{total:,}{share}, {_hours(now - self.began)} elapsed"
+        (then, before), *_ = self.seen
+        if done > before:
+            line += f", {_hours((total - done) * (now - then) / (done - before))} left"
+        print(line, file=sys.stderr, flush=True)
+        self.seen.append((now, done))
+
+
+def _hours(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr with stage, rate and time left; silent where stderr is no terminal."""
+def progress_bar(
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with stage, rate and time left; where stderr is no terminal, a line now and
+    then."""
+    if not errors.is_terminal:
+        yield _Lines(clock).update
+        return
     columns = (
         TextColumn("{task.description:<20}"),
         BarColumn(),
@@ -32,8 +75,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         _Rate(),
         TimeRemainingColumn(),
     )
-    # on a file or pipe rich would still write an empty line
-    bar = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    bar = Progress(*columns, console=errors, transient=True)
     task = bar.add_task("start", total=None)
 
     def update(stage: str, done: int, total: int) -> None:

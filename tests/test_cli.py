@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lillama import cli
+from lillama import cli, cli_output
 
 COMPRESS_KEYS = {
     "params_before",
@@ -114,7 +114,7 @@ def test_cli_compress_json_is_the_last_line_and_the_report(compress, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report.pop("rank_losses"), "curves for the page are in the file only"
     assert result.document == report
-    assert result.err == "", "no log, no progress bar where stderr is no terminal"
+    assert result.err == "", "no log, no progress of a short run where stderr is no terminal"
     options = json.loads((out / "recipe.json").read_text())["options"]
     assert (options["seed"], options["packing"], options["loss"]) == (4, False, "teacher")
 
@@ -208,6 +208,53 @@ def test_cli_help_shows_every_option_with_its_default(command, lillama_command, 
 def test_cli_version(lillama_command):
     result = lillama_command("--version")
     assert result.code == 0 and result.out.startswith("lillama ")
+
+
+# progress where stderr is no terminal
+
+
+def progress_lines(calls: list[tuple[float, str, int, int]], capfd) -> list[str]:
+    """The lines that calls of progress at these seconds after the start print."""
+    now = 1000.0
+    with cli_output.progress_bar(clock=lambda: now) as update:
+        for seconds, *call in calls:
+            now = 1000 + seconds
+            update(*call)  # type: ignore[arg-type]
+    out, err = capfd.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+def test_progress_is_a_line_every_30_seconds_at_most(capfd):
+    calls = [(float(second), "block 0 train", second * 100, 36_000) for second in range(95)]
+    assert progress_lines(calls, capfd) == [
+        "lillama: block 0 train 3,000/36,000 (8.3%), 0:00:30 elapsed, 0:05:30 left",
+        "lillama: block 0 train 6,000/36,000 (16.7%), 0:01:00 elapsed, 0:05:00 left",
+        "lillama: block 0 train 9,000/36,000 (25.0%), 0:01:30 elapsed, 0:04:30 left",
+    ]
+
+
+def test_progress_of_a_short_run_is_silent(capfd):
+    assert progress_lines([(0.1, "eval", 1, 2), (29.9, "eval", 2, 2)], capfd) == []
+
+
+def test_progress_of_the_next_job_has_its_own_speed(capfd):
+    """Other units: a thousandth of the tokens before says nothing of the rounds now."""
+    calls = [(1.0, "eval", 0, 10**6), (31.0, "eval", 10**6, 10**6), (40.0, "speed", 1, 20)]
+    calls += [(100.0, "speed", 7, 20), (7200.0, "speed", 0, 20)]
+    assert progress_lines(calls, capfd) == [
+        "lillama: eval 1,000,000/1,000,000 (100.0%), 0:00:31 elapsed, 0:00:00 left",
+        "lillama: speed 7/20 (35.0%), 0:01:40 elapsed, 0:02:10 left",
+        "lillama: speed 0/20 (0.0%), 2:00:00 elapsed",
+    ]
+
+
+def test_progress_forgets_how_fast_it_was_long_ago(capfd):
+    """A run that is taken up again is through its finished blocks at once."""
+    calls = [(30.0 * n, "block 5 train", 50_000 + 100 * n, 60_000) for n in range(1, 14)]
+    lines = progress_lines([(0.5, "block 0 teacher", 0, 60_000), *calls], capfd)
+    assert "0:00:06 left" in lines[0]
+    assert lines[-1].endswith("0:43:30 left"), "8,700 at 100 in 30 s"
 
 
 # usage errors
