@@ -33,7 +33,7 @@ from lillama.compress.student import copied_entry
 from lillama.errors import InputError
 from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, kept_dense
-from lillama.loading import check_text_model, count_params
+from lillama.loading import count_params
 from lillama.modules.replace import replace_modules
 from lillama.shard_file import Entry, entries_of, file_sha256
 from lillama.skeleton import skeleton
@@ -92,7 +92,6 @@ def _open_base(path: Path) -> tuple[PretrainedConfig, TeacherBlocks]:
     config = read_config(path)
     if compression_of(config) is not None:
         raise InputError(f"--base {path} is compressed itself; give the dense model")
-    check_text_model(path, config)
     family = family_for(config)
     return config, TeacherBlocks(path, config, family, torch.device("cpu"), torch.float32)
 

@@ -32,7 +32,7 @@ from lillama.data import calibration_blocks, evaluation_blocks
 from lillama.errors import InputError
 from lillama.hub_checkpoint import find_model
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import check_text_model, check_vocabulary, choose_device, load_tokenizer
+from lillama.loading import check_vocabulary, choose_device, load_tokenizer
 
 __all__ = ["advise"]
 
@@ -340,7 +340,6 @@ def advise(
     )
     device = choose_device(config.device)
     plan = make_plan(config.run_options("default"), needs_weights=True)
-    check_text_model(config.model, plan.config)
     limit = getattr(plan.config, "max_position_embeddings", None)
     if limit is not None and config.seq_len > limit:
         raise InputError(f"--seq-len must be at most {limit} for this model, got {config.seq_len}")
