@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from lillama.errors import InputError
-from lillama.families import Family, check_model_type
+from lillama.families import Family, check_decoder, check_model_type
 
 __all__ = [
     "FACTOR_SUFFIXES",
@@ -100,10 +100,12 @@ def read_config(path: Path) -> PretrainedConfig:
         raise InputError(f"{file} is not a JSON object: {error}") from error
     check_model_type(str(model_type))
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
     except Exception as error:  # a config class may fail on a bad value in any way
         text = " ".join(str(error).split())
         raise InputError(f"{file} is not a config of {model_type}: {text}") from error
+    check_decoder(config)
+    return config
 
 
 def dtype_of(config: PretrainedConfig) -> torch.dtype:

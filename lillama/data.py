@@ -6,7 +6,6 @@ it. The same texts, tokenizer and seed give the same blocks on every machine.
 Letters: n blocks, T = seq_len.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import logging
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lillama.audio import AudioClips
 from lillama.documents import Document, read_documents
 from lillama.errors import InputError
 from lillama.hub_text import HubText
@@ -34,7 +32,6 @@ __all__ = [
     "TokenBlocks",
     "calibration_blocks",
     "evaluation_blocks",
-    "padded",
     "read_documents",
 ]
 
@@ -49,25 +46,15 @@ _MAX_CHARS_PER_TOKEN = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBlocks:
-    """input_ids: [n, T], int64. mask: [n, T], bool, True = real token; None when all are real.
-    clips: of a speech model, what the rows are the transcripts of."""
+    """input_ids: [n, T], int64. mask: [n, T], bool, True = real token; None when all are real."""
 
     input_ids: Tensor
     mask: Tensor | None = None
-    clips: AudioClips | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, T)"""
         return self.input_ids.shape[0], self.input_ids.shape[1]
-
-    def first(self, count: int) -> "TokenBlocks":
-        """The first rows, all where there are fewer."""
-        mask = None if self.mask is None else self.mask[:count]
-        clips = self.clips
-        if clips is not None:
-            clips = dataclasses.replace(clips, files=clips.files[:count])
-        return TokenBlocks(self.input_ids[:count], mask, clips)
 
     def joined(self, other: "TokenBlocks") -> "TokenBlocks":
         """These rows, then those of `other`, which are as long."""
@@ -90,8 +77,6 @@ class TokenBlocks:
         digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
         if self.mask is not None:
             digest.update(self.mask.cpu().numpy().astype("|u1").tobytes())
-        if self.clips is not None:
-            digest.update(self.clips.sha256.encode())
         return digest.hexdigest()
 
 
@@ -310,10 +295,10 @@ def _padded(
             "lower --tokens, add --text files or use packing"
         )
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    return padded(train, seq_len, pad), padded(held_out, seq_len, pad)
+    return _pad(train, seq_len, pad), _pad(held_out, seq_len, pad)
 
 
-def padded(rows: list[list[int]], seq_len: int, pad: int) -> TokenBlocks:
+def _pad(rows: list[list[int]], seq_len: int, pad: int) -> TokenBlocks:
     """Rows of at most seq_len ids, filled up with `pad`."""
     mask = torch.arange(seq_len) < torch.tensor([len(row) for row in rows]).view(-1, 1)
     ids = torch.full(mask.shape, pad)

@@ -35,7 +35,7 @@ from lillama.compress.describe import card_metadata, card_text
 from lillama.compress.gauge import pivot_tensors, plain_tensors
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
-from lillama.families import Family, is_speech
+from lillama.families import Family
 from lillama.families_generic import family_for
 from lillama.hub import model_name
 from lillama.hub_checkpoint import find_model
@@ -45,7 +45,7 @@ from lillama.loading import count_params
 from lillama.modules.dense_linear import is_transposed
 from lillama.pivots import is_permutation, order_of, wrong_marks
 from lillama.shard_file import DTYPES, Entry, entries_of, write_shard
-from lillama.skeleton import auto_class, skeleton
+from lillama.skeleton import skeleton
 from lillama.version import __version__
 
 __all__ = ["export"]
@@ -268,9 +268,7 @@ def _config_json(source: _Source, format: str, reduction: float) -> dict[str, An
 def _card(source: _Source, format: str, base_path: Path, hub_id: str | None) -> str:
     base = card_text(hub_id or base_path.name)
     if format == "dense":
-        config = read_config(source.path)
-        kind = auto_class(config).__name__
-        return f"""{card_metadata(base_path, "low-rank", hub_id=hub_id, speech=is_speech(config))}
+        return f"""{card_metadata(base_path, "low-rank", hub_id=hub_id)}
 # {card_text(model_name(source.path))}, multiplied out
 
 {base} was compressed with lillama: weight matrices became low-rank factors. `lillama export`
@@ -279,9 +277,9 @@ def _card(source: _Source, format: str, base_path: Path, hub_id: str | None) -> 
 compressed model was made.
 
 ```python
-from transformers import {kind}
+from transformers import AutoModelForCausalLM
 
-model = {kind}.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 """
     old = source.path / "README.md"

@@ -23,14 +23,11 @@ from lillama.errors import InputError
 __all__ = [
     "FAMILIES",
     "PROJECTIONS",
-    "SPEECH_FAMILIES",
     "ExpertsNaming",
     "Family",
+    "check_decoder",
     "check_model_type",
-    "declared_family",
     "family_of",
-    "is_speech",
-    "is_speech_matrix",
 ]
 
 # The three projections of a gated expert, in the order the files of this project use.
@@ -77,10 +74,9 @@ class Family:
     (of one expert where there are experts), and of the MLP that every token sees beside them, or
     the width itself. `expand`: what it calls how many times wider than the model a state-space
     mixer is. `scan_kept`: numbers that autograd keeps of a scan for each of the mixer's width,
-    beyond those of an MLP. `reads_encoder`: paths inside a decoder's block of the layers whose
-    inputs are the encoder's states. `left_out`: what `lillama.families_generic` found and leaves
-    dense, and why. `worth_targets`: targets beside `default_targets` where each rank is chosen by
-    what it is worth to the model's loss.
+    beyond those of an MLP. `left_out`: what `lillama.families_generic` found and leaves dense, and
+    why. `worth_targets`: targets beside `default_targets` where each rank is chosen by what it is
+    worth to the model's loss.
     """
 
     model_type: str
@@ -96,7 +92,6 @@ class Family:
     shared_size: str | int | None = None
     expand: str | None = None
     scan_kept: int = 0
-    reads_encoder: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     worth_targets: tuple[str, ...] = ()
 
@@ -332,50 +327,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Models with an encoder, which hears, and a decoder, which writes: blocks of both are compressed,
-# the encoder's first. A target is in both; those of `encoder_attn` are the decoder's alone.
-_SELF_ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-_CROSS_ATTENTION = {f"encoder_attn_{name}": f"encoder_attn.{name}" for name in _SELF_ATTENTION}
-SPEECH_FAMILIES: dict[str, Family] = {
-    "whisper": _dense(
-        "whisper",
-        {**_SELF_ATTENTION, **_CROSS_ATTENTION, "fc1": "fc1", "fc2": "fc2"},
-        paper_strategy="uniform",
-        embedding="model.decoder.embed_tokens",
-        head="proj_out",
-        runtime_head="proj_out",
-        before_blocks=(
-            "model.encoder.conv1",
-            "model.encoder.conv2",
-            "model.encoder.embed_positions",
-            "model.encoder.layer_norm",
-            "model.decoder.embed_positions",
-        ),
-        inner_size="encoder_ffn_dim",
-        reads_encoder=("encoder_attn.k_proj", "encoder_attn.v_proj"),
-    ),
-}
-
-
-def is_speech(config: Any) -> bool:
-    """Whether a model of this config hears: its input is audio, its blocks an encoder's and a
-    decoder's."""
-    return config.model_type in SPEECH_FAMILIES
-
-
-def is_speech_matrix(name: str) -> bool:
-    """The same, told by the hub name of a matrix: an encoder's, or one beside what it puts out."""
-    return name.startswith("model.encoder.") or ".encoder_attn." in name
-
-
-def declared_family(model_type: str) -> Family | None:
-    """None for a model type that is not declared above."""
-    return FAMILIES.get(model_type) or SPEECH_FAMILIES.get(model_type)
-
-
 def family_of(model_type: str) -> Family:
     """Raises InputError for a model type that is not declared above."""
-    family = declared_family(model_type)
+    family = FAMILIES.get(model_type)
     if family is None:
         raise InputError(_unknown(model_type))
     return family
@@ -384,16 +338,21 @@ def family_of(model_type: str) -> Family:
 def check_model_type(model_type: str) -> None:
     """Raises InputError for a model type that is neither declared above nor a causal language model
     of transformers, in which a family may be found (`lillama.families_generic`)."""
-    known = declared_family(model_type) is not None
-    if not known and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in FAMILIES and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
             f"{_unknown(model_type)}; transformers has no causal language model of this type either"
         )
 
 
+def check_decoder(config: Any) -> None:
+    """Raises InputError for a model with an encoder: transformers would make its decoder alone,
+    whose config, when it was saved, no longer says so but for its class."""
+    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
+        raise InputError(f"{_unknown(config.model_type)}; models with an encoder are not")
+
+
 def _unknown(model_type: str) -> str:
     return (
         f"unknown architecture: model_type {model_type!r} is not supported; "
-        f"supported are {', '.join(sorted(FAMILIES))} and, of speech, "
-        f"{', '.join(sorted(SPEECH_FAMILIES))}; lillama/families.py says how to add one"
+        f"supported are {', '.join(sorted(FAMILIES))}; lillama/families.py says how to add one"
     )

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import moe
 
 from lillama.errors import InputError
-from lillama.families import ExpertsNaming, Family, declared_family, is_speech
+from lillama.families import FAMILIES, ExpertsNaming, Family, check_decoder
 from lillama.modules.dense_linear import is_linear, linear_shape
 from lillama.skeleton import block_list, skeleton
 
@@ -32,30 +32,13 @@ def family_for(config: PretrainedConfig, model: PreTrainedModel | None = None) -
     one of this config with its head, where the caller has one already.
 
     Raises:
-        InputError: neither, see `find_family`; or a speech model that does not write.
+        InputError: neither; see `find_family`.
     """
-    declared = declared_family(config.model_type)
+    declared = FAMILIES.get(config.model_type)
     if declared is not None:
-        _check_kind(config)
         return declared
-    # asked here: a decoder that is built alone calls itself one
-    if config.is_encoder_decoder:
-        raise InputError(
-            f"model_type {config.model_type!r} cannot be compressed: it has an encoder, only "
-            "decoders are found by themselves"
-        )
+    check_decoder(config)
     return find_family(skeleton(config) if model is None else model)
-
-
-def _check_kind(config: PretrainedConfig) -> None:
-    """Raises InputError for a speech model without encoder, or one that puts out classes."""
-    kinds = [name for name in config.architectures or () if "ForConditionalGeneration" not in name]
-    # the base model alone, as AutoModel saves it, has the same weights
-    if is_speech(config) and any(name.partition("For")[1] for name in kinds):
-        raise InputError(
-            f"{kinds[0]} cannot be compressed: of model_type {config.model_type!r} only models "
-            "with encoder, decoder and output head can, ...ForConditionalGeneration"
-        )
 
 
 def find_family(model: PreTrainedModel) -> Family:

@@ -34,7 +34,6 @@ SMALL_FILES = (
     *("config.json", "generation_config.json", "recipe.json", "report.json", "README.md"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", SHARD_INDEX),
-    *("normalizer.json", "preprocessor_config.json", "processor_config.json"),
 )
 
 

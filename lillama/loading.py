@@ -21,13 +21,11 @@ from lillama.checkpoint import (
     read_headers,
 )
 from lillama.errors import InputError
-from lillama.families import is_speech
 from lillama.families_generic import family_for
 from lillama.integrations.transformers import dense_shapes, register
-from lillama.skeleton import auto_class, skeleton
+from lillama.skeleton import skeleton
 
 __all__ = [
-    "check_text_model",
     "check_vocabulary",
     "choose_device",
     "count_params",
@@ -56,21 +54,9 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def check_text_model(path: Path, config: PretrainedConfig) -> None:
-    """Raises InputError for a speech model."""
-    if is_speech(config):
-        raise InputError(
-            f"{path} is a speech model (model_type {config.model_type!r}), which lillama only "
-            f"compresses and exports; run it with transformers' {auto_class(config).__name__}"
-        )
-
-
-def load_tokenizer(path: Path, *, speech: bool = False) -> PreTrainedTokenizerBase:
-    """Raises InputError when the folder is no checkpoint, holds no tokenizer or, without `speech`,
-    is of a speech model."""
-    config = read_config(path)
-    if not speech:
-        check_text_model(path, config)
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Raises InputError when the folder is no checkpoint or holds no tokenizer."""
+    read_config(path)
     # without any, transformers makes an empty tokenizer
     if not any((path / name).is_file() for name in VOCABULARY_FILES):
         raise InputError(f"{path} holds no tokenizer: none of {', '.join(VOCABULARY_FILES)}")
@@ -115,11 +101,9 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     missing).
 
     Raises:
-        InputError: no checkpoint, truncated, unknown architecture, of a speech model, or factors
-        that do not fit.
+        InputError: no checkpoint, truncated, unknown architecture, or factors that do not fit.
     """
     config = read_config(path)
-    check_text_model(path, config)
     compression = compression_of(config)
     headers = read_headers(path)
     if compression is None:

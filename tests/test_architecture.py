@@ -22,7 +22,6 @@ LEAVES = {"checkpoint", "checkpoint_writer", "config", "data", "errors", "famili
 LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", "hub_text"}
 LEAVES |= {"shard_file", "skeleton", "version"}
 LEAVES |= {"config_finetune"}
-LEAVES |= {"audio", "speech"}
 LEAVES |= {"pivots"}
 LAYERS = (
     LEAVES,

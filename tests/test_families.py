@@ -18,7 +18,7 @@ from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.plan import make_plan
 from lillama.config import PlanConfig
 from lillama.errors import InputError
-from lillama.families import FAMILIES, SPEECH_FAMILIES, family_of
+from lillama.families import FAMILIES, family_of
 from lillama.loading import count_params, load_model
 from lillama.modules.dense_linear import is_linear, is_transposed
 from lillama.skeleton import block_list, skeleton
@@ -374,7 +374,7 @@ def test_docs_list_every_family():
         if row is not None
     }
     wanted = {}
-    for kind, family in {**FAMILIES, **SPEECH_FAMILIES}.items():
+    for kind, family in FAMILIES.items():
         default = set(family.default_targets)
         wanted[kind] = default, set(family.target_names) - default - set(family.vocabulary)
     assert found == wanted

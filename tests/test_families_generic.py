@@ -1,6 +1,7 @@
 """Model types that no declaration names: what is found in them, and what a run makes of it."""
 
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lillama
 from lillama.checkpoint import read_config
@@ -258,10 +259,20 @@ def test_blocks_that_share_weights_are_refused(make_model):
         find_family(model)
 
 
-def test_a_model_with_an_encoder_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
-    with pytest.raises(InputError, match="'bart' cannot be compressed: it has an encoder"):
-        lillama.plan(tmp_path, 0.2)
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "decoder alone"])
+@pytest.mark.parametrize("kind", ["bart", "whisper"])
+def test_a_model_with_an_encoder_is_refused(kind, alone, tmp_path):
+    values = {"model_type": kind, "is_encoder_decoder": not alone}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    wanted = f"unknown architecture: model_type '{kind}' is not supported; supported are cohere, "
+    for refuses in (
+        lambda: lillama.plan(tmp_path, 0.2),
+        lambda: lillama.compress(tmp_path, tmp_path / "out", reduction=0.2, text="text.txt"),
+        lambda: lillama.generate(tmp_path, "the cat"),
+        lambda: family_for(AutoConfig.for_model(**values)),  # as transformers' loading asks
+    ):
+        with pytest.raises(InputError, match=f"{wanted}.*; models with an encoder are not$"):
+            refuses()
 
 
 def test_declared_families_say_nothing(base, caplog):

@@ -4,7 +4,7 @@ prepares them."""
 import contextlib
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,13 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
-from lillama.audio import AudioClips
 from lillama.checkpoint import TensorHeader, hub_headers, read_headers
 from lillama.compress.arguments import blocks_as, by_name, check_arguments
 from lillama.compress.calibrate import dense_experts_forward, experts_of
-from lillama.data import TokenBlocks
 from lillama.errors import InputError, RunError
-from lillama.families import Family, declared_family
+from lillama.families import FAMILIES, Family
 from lillama.modules.dense_linear import is_transposed
-from lillama.skeleton import auto_class, block_list, named_blocks, skeleton
+from lillama.skeleton import block_list, named_blocks, skeleton
 
 __all__ = ["TeacherBlocks", "block_output"]
 
@@ -59,12 +57,8 @@ class TeacherBlocks:
         self.device = device
         self.dtype = dtype
         self.model = skeleton(config)
-        self.block_path, decoder = block_list(self.model)
-        self._decoder: Sequence[nn.Module] = list(decoder)
-        named = named_blocks(self.model)
-        self.block_paths, self.blocks = list(named), list(named.values())
-        # blocks of an encoder, which come first (`lillama.compress.encoder`)
-        self.num_encoder = len(self.blocks) - len(self._decoder)
+        self.block_path, self.blocks = block_list(self.model)
+        self.block_paths = list(named_blocks(self.model))
         self.headers = hub_headers(read_headers(path), family, self.block_path)
         self._transposed = {
             path for path, module in self.model.named_modules() if is_transposed(module)
@@ -89,7 +83,7 @@ class TeacherBlocks:
         present, embeddings = dict(self.model.named_modules()), self.model.get_input_embeddings()
         self._embeddings = next(n for n, module in present.items() if module is embeddings)
         self._loaded: set[nn.Module] = set()
-        self._checked = declared_family(family.model_type) is not None  # whose tests do
+        self._checked = family.model_type in FAMILIES  # whose tests do
         # whether the model takes the first of what a block returns; seen when it runs
         self._in_tuples = False
         self._before = [name for name in family.before_blocks if name in present]
@@ -119,8 +113,7 @@ class TeacherBlocks:
         if other:
             raise InputError(
                 f"the checkpoint has no {other[0]}.weight, it calls its tensors otherwise; load it "
-                f"with {auto_class(self.model.config).__name__} and save it with save_pretrained "
-                "first"
+                "with AutoModelForCausalLM and save it with save_pretrained first"
             )
 
     def _fill_buffers(self) -> None:
@@ -265,7 +258,7 @@ class TeacherBlocks:
         Raises:
             RunError: as `block`.
         """
-        there = tuple(f"{path}." for path in (*self.block_paths, *self._before))
+        there = tuple(f"{path}." for path in (self.block_path, *self._before))
         outside = [name for name, target in self.runtime.items() if not target.startswith(there)]
         self._load_names(outside, "what is outside the blocks")
         self.model.tie_weights()
@@ -284,7 +277,7 @@ class TeacherBlocks:
 
     def _is_outside(self, name: str, module: nn.Module) -> bool:
         own = any(True for _ in module.parameters(recurse=False))
-        inside = f"{name}.".startswith(tuple(f"{path}." for path in self.block_paths))
+        inside = f"{name}.".startswith(f"{self.block_path}.")
         return own and not inside and module not in self._loaded
 
     def logits(
@@ -294,7 +287,7 @@ class TeacherBlocks:
         `weights` (by runtime name) in place of its own. Inside `head` only."""
         # what a model makes of its embeddings before the blocks (positions, a scale) is not done
         # again: every block puts out `hidden`, whatever reaches it
-        with blocks_as(self._decoder, lambda *args, **kwargs: self._returned(hidden)):
+        with blocks_as(self.blocks, lambda *args, **kwargs: self._returned(hidden)):
             nothing = self._nothing(*hidden.shape[:2])
             return self._run(mask, weights, inputs_embeds=nothing).logits
 
@@ -309,22 +302,6 @@ class TeacherBlocks:
     def arguments(self, shape: tuple[int, int], mask: Tensor | None) -> list[dict[str, Any]]:
         """The keyword arguments of each block for `shape` = (b, T); see `inputs`."""
         return self._record(mask, inputs_embeds=self._nothing(*shape))[1]
-
-    def arguments_of(
-        self, index: int, shape: tuple[int, int], mask: Tensor | None
-    ) -> dict[str, Any]:
-        """The keyword arguments of one block; see `arguments`."""
-        return self.arguments(shape, mask)[index]
-
-    def rows_of(self, part: TokenBlocks, index: int) -> TokenBlocks | AudioClips:
-        """What the rows are made of that block `index` sees."""
-        return part
-
-    def first_states(self, part: TokenBlocks | AudioClips, rows: Tensor) -> Tensor:
-        """Hidden states [b, T, H] of the rows before the first block that sees them (`rows_of`).
-        Inside `embeddings` only."""
-        assert isinstance(part, TokenBlocks)
-        return self.inputs(part.input_ids[rows], None if part.mask is None else part.mask[rows])[0]
 
     def inputs(self, input_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[dict[str, Any]]]:
         """What the model would feed its blocks: hidden states of block 0 and the keyword arguments
@@ -345,17 +322,14 @@ class TeacherBlocks:
         scale), for gradients at them: hidden states of block 0, as in `inputs`."""
         return self._record(mask, inputs_embeds=embeddings)[0]
 
-    def _record(
-        self, mask: Tensor | None, blocks: Sequence[nn.Module] = (), **inputs: Tensor
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """What the decoder's blocks are called with, or others that these inputs reach."""
-        blocks = blocks or self._decoder
+    def _record(self, mask: Tensor | None, **inputs: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Return the states before block 0, and what each block is called with."""
         hidden: list[Tensor] = []
         calls: list[dict[str, Any]] = []
-        last = len(blocks) - 1
+        last = len(self.blocks) - 1
 
         def recorder(*args: Any, **kwargs: Any) -> Any:
-            states, given = by_name(blocks[len(calls)], args, kwargs)
+            states, given = by_name(self.blocks[len(calls)], args, kwargs)
             hidden.append(states)
             self._in_tuples |= states.ndim < hidden[0].ndim
             calls.append(given)
@@ -364,7 +338,7 @@ class TeacherBlocks:
             return self._returned(states)
 
         grad = torch.set_grad_enabled(any(value.requires_grad for value in inputs.values()))
-        with grad, contextlib.suppress(_Stop), blocks_as(blocks, recorder):
+        with grad, contextlib.suppress(_Stop), blocks_as(self.blocks, recorder):
             self._run(mask, None, **inputs)
         return hidden[0], calls
 

@@ -105,8 +105,7 @@ class MomentCollector:
         floor: tokens an expert should have seen (the missing ones are made up in `finish`).
         sample_rows: rows kept of each batch for that.
 
-    `mask` must be set before each forward pass ([b, T] bool or None): padding is left out, but of
-    an encoder's states, which have none.
+    `mask` must be set before each forward pass ([b, T] bool or None): padding is left out.
     """
 
     def __init__(
@@ -125,7 +124,6 @@ class MomentCollector:
         self.floor = floor
         self.sample_rows = sample_rows
         self.mask: Tensor | None = None
-        self.reads_encoder = family.reads_encoder
         self._found: dict[Key, Moment] = {}
         self._sample: list[Tensor] = []
 
@@ -145,12 +143,10 @@ class MomentCollector:
             count, energy = old.tokens + count, old.energy + energy
         self._found[key] = Moment(side, found, count, energy)
 
-    def _kept(self, hidden: Tensor, path: str = "") -> Tensor:
-        """The rows that count of what a layer sees."""
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Return the rows that count of what a layer sees."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        if self.mask is None or path in self.reads_encoder:
-            return rows
-        return rows[self.mask.reshape(-1).to(rows.device)]
+        return rows if self.mask is None else rows[self.mask.reshape(-1).to(rows.device)]
 
     def _see_expert(self, rows: Tensor, expert: int, projection: str, x: Tensor, y: Tensor) -> None:
         assert self.experts_path is not None
@@ -171,7 +167,7 @@ class MomentCollector:
 
     def _see_linear(self, path: str, module: DenseLinear, x: Tensor, y: Tensor) -> None:
         y = y if module.bias is None else y - module.bias
-        self._add(path, self._kept(x, path), self._kept(y, path))
+        self._add(path, self._kept(x), self._kept(y))
 
     @contextmanager
     def attached(self) -> Iterator["MomentCollector"]:

@@ -16,10 +16,8 @@ from lillama.checkpoint import FORMAT_VERSION, QUANT_METHOD, TensorHeader
 from lillama.compress.plan import Plan
 from lillama.config import CompressConfig
 from lillama.data import TokenBlocks
-from lillama.families import is_speech
 from lillama.hub import hub_model
 from lillama.hub_text import recorded_texts
-from lillama.skeleton import auto_class
 from lillama.version import __version__
 
 __all__ = ["card_metadata", "card_text", "config_json", "model_card", "recipe_json"]
@@ -87,7 +85,7 @@ def card_text(name: str) -> str:
     return html.escape(" ".join(name.split()))
 
 
-def card_metadata(base: Path, *tags: str, hub_id: str | None = None, speech: bool = False) -> str:
+def card_metadata(base: Path, *tags: str, hub_id: str | None = None) -> str:
     """The YAML block that begins a model card, in the Hub's fields; `hub_id` where it is known.
 
     Source: huggingface.co/docs/hub/model-cards. The license is the base model's, which is not
@@ -96,21 +94,14 @@ def card_metadata(base: Path, *tags: str, hub_id: str | None = None, speech: boo
     hub_id = hub_id or _hub_id(base)
     # JSON is YAML, and a name such as 1e5 or no stays a string
     lines = [] if hub_id is None else [f"base_model: {json.dumps(hub_id)}"]
-    task = "automatic-speech-recognition" if speech else "text-generation"
-    lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:"]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
 
-def model_card(options: CompressConfig, plan: Plan, report: dict[str, Any]) -> str:
+def model_card(options: CompressConfig, report: dict[str, Any]) -> str:
     found = hub_model(options.model)
     base = card_text(options.model.name if found is None else found.hub_id)
-    kind, speech = auto_class(plan.config).__name__, is_speech(plan.config)
-    measure = (
-        "transcribe speech that neither has seen with both."
-        if speech
-        else "run `lillama eval` against the base model on text that neither has seen."
-    )
-    return f"""{card_metadata(options.model, "lillama", "low-rank", speech=speech)}
+    return f"""{card_metadata(options.model, "lillama", "low-rank")}
 # {base}, {report["reduction"]:.1%} smaller
 
 Compressed with lillama {__version__}: weight matrices replaced by low-rank factors, trained block
@@ -124,17 +115,17 @@ by block to reproduce the original's activations ({options.preset} preset,
 
 ```python
 import lillama  # registers the format
-from transformers import {kind}
+from transformers import AutoModelForCausalLM
 
-model = {kind}.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
 ```
 
 `recipe.json` says how it was made, `report.json` what each block lost. Quality was not measured
-here: {measure}
+here: run `lillama eval` against the base model on text that neither has seen.
 """
 
 
-def config_json(options: CompressConfig, plan: Plan, report: dict[str, Any]) -> dict[str, Any]:
+def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
     """The base model's config.json, plus what is needed to build and trace the compressed one."""
     values = json.loads((options.model / "config.json").read_text("utf-8"))
     if options.dtype != "auto":
@@ -150,8 +141,7 @@ def config_json(options: CompressConfig, plan: Plan, report: dict[str, Any]) -> 
         "base_model": str(options.model) if found is None else found.hub_id,
         "base_revision": None if found is None else found.commit,
         "recipe": options.preset,
-        # of clips there may be fewer than asked for
-        "tokens": report["tokens"] if "clips" in report else options.num_tokens,
+        "tokens": options.num_tokens,
         "producer": {"name": "lillama", "version": __version__},
     }
     return values

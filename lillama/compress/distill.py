@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lillama.compress.activations import ActivationStore, prefetched
 from lillama.compress.blocks import block_output
-from lillama.compress.encoder import Encoded
 from lillama.config import Loss, LossForm, Recipe
 from lillama.errors import RunError
 
@@ -39,7 +38,7 @@ class Stream:
 
     teacher, student, target: stores of [n, T, H]; `student` is the same object as `teacher` until a
     block was compressed. mask [n, T] bool or None. `kwargs(rows)` gives the block's keyword
-    arguments for a list of rows, `encoded` those that a decoder has of its encoder.
+    arguments for a list of rows.
     """
 
     teacher: ActivationStore
@@ -47,12 +46,10 @@ class Stream:
     target: ActivationStore
     mask: Tensor | None
     kwargs: Callable[[Tensor], dict[str, Any]]
-    encoded: Encoded | None = None
 
     @property
     def diverged(self) -> bool:
-        told_apart = self.encoded is not None and self.encoded.diverged
-        return told_apart or self.student is not self.teacher
+        return self.student is not self.teacher
 
     @property
     def background(self) -> bool:
@@ -115,11 +112,8 @@ def batch_loss(
     inputs = inputs.to(device, torch.float32, non_blocking=True)
     target = target.to(device, torch.float32, non_blocking=True)
     mask = None if stream.mask is None else stream.mask[rows].to(device)
-    kwargs = stream.kwargs(rows.repeat(len(passes)))
-    if stream.encoded is not None:
-        kwargs = kwargs | stream.encoded.arguments(rows, [name for name, _ in passes], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        output = block_output(student, inputs, kwargs)
+        output = block_output(student, inputs, stream.kwargs(rows.repeat(len(passes))))
     parts = output.chunk(len(passes))
     terms = [
         weight * distill_loss(part, target, mask, form=form)

@@ -68,7 +68,7 @@ class GradientCollector(MomentCollector):
 
         def hook(gradient: Tensor) -> None:
             super(GradientCollector, self)._see_linear(path, module, inputs, outputs)
-            self._add_gradient(path, linear_weight(module), self._kept(gradient, path))
+            self._add_gradient(path, linear_weight(module), self._kept(gradient))
 
         y.register_hook(hook)
 

@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +19,6 @@ from lillama.compress.factorize import moment_side
 from lillama.compress.plan import Plan
 from lillama.compress.sensitivity import batch_rows
 from lillama.config import PlanConfig
-from lillama.families import is_speech
 
 __all__ = ["held_out_blocks", "peak_memory", "peak_memory_bytes", "resident_bytes"]
 
@@ -214,8 +213,6 @@ def peak_memory(
     On a GPU the phases' own terms lie there instead, and the host keeps the streams only.
     base_bytes is what the process holds before it starts (`resident_bytes`).
     """
-    if is_speech(plan.config):  # a row of the encoder, longer than any of the decoder
-        options = replace(options, seq_len=plan.config.max_source_positions)
     count = -(-options.num_tokens // options.seq_len) + held_out_blocks(
         options.num_tokens, options.seq_len
     )

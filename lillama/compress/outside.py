@@ -33,7 +33,7 @@ class Outside:
         self.teacher, self.plan, self.save_dtype = teacher, plan, save_dtype
         head = f"{plan.family.head}.weight"
         before = tuple(f"{name}." for name in plan.family.before_blocks)
-        inside = tuple(f"{path}." for path in teacher.block_paths)
+        inside = f"{teacher.block_path}."
         outside = {n: r for n, r in teacher.runtime.items() if not r.startswith(inside)}
         parameters = dict(teacher.model.named_parameters())
         # by hub name: vectors that no module before the blocks owns, as the final norm's

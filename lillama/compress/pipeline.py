@@ -13,8 +13,8 @@ import torch
 from lillama.checkpoint import read_config, sentinel
 from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.activations import ActivationMemory
+from lillama.compress.blocks import TeacherBlocks
 from lillama.compress.describe import config_json, model_card, recipe_json
-from lillama.compress.encoder import teacher_blocks
 from lillama.compress.events import Events
 from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
@@ -23,13 +23,11 @@ from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
 from lillama.compress.run import Progress, Run, pieces_of
 from lillama.compress.search import measured_curves, search_ranks
-from lillama.compress.speech import check_speech_options, heard, speech_calibration
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig
 from lillama.config_finetune import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
-from lillama.families import is_speech
 from lillama.families_generic import family_for
 from lillama.hub_checkpoint import fetch_weights, find_model
 from lillama.hub_text import find_texts
@@ -45,9 +43,6 @@ COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
-    "normalizer.json",
-    "preprocessor_config.json",
-    "processor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -60,8 +55,6 @@ def _calibration(
     options: CompressConfig, plan: Plan, own_text: Path | None
 ) -> tuple[TokenBlocks, TokenBlocks]:
     """Training and held-out tokens, of what the model wrote where that is given."""
-    if is_speech(plan.config):
-        return speech_calibration(options, plan.config)
     tokenizer = load_tokenizer(options.model)
     limit = getattr(plan.config, "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
@@ -169,14 +162,10 @@ def compress(
         text=find_texts(text),
         **options,
     )
-    model_config = read_config(config.model)
-    family_for(model_config)  # refused before its weights are downloaded
-    if is_speech(model_config):
-        check_speech_options(config)
+    family_for(read_config(config.model))  # refused before its weights are downloaded
     fetch_weights(config.model)
     plan = make_plan(config, needs_weights=True)
-    if not is_speech(model_config):  # clips are not counted in tokens
-        config = _at_width(config, plan.config.hidden_size)
+    config = _at_width(config, plan.config.hidden_size)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
@@ -314,7 +303,7 @@ def _compress(
     started = time.monotonic()
     device = choose_device(ranks.device(config.device))
     blocks = _calibration(config, plan, own_text)
-    teacher = teacher_blocks(config.model, plan.config, plan.family, device, torch.float32)
+    teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)
     if config.finetune and config.out.is_dir():
@@ -337,7 +326,6 @@ def _compress(
         report = {
             **_sizes(config, plan, writer),
             "tokens": blocks[0].num_tokens,
-            **heard(blocks[0]),
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_bytes": peak_memory_bytes(device),
             "predicted_host_memory_bytes": predicted,
@@ -380,8 +368,8 @@ def _finish(
     curves = measured_curves(writer)
     copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
     writer.finish(
-        config_json(options, plan, report),
+        config_json(options, plan),
         report=report if curves is None else {**report, "rank_losses": curves},
-        model_card=model_card(options, plan, report),
+        model_card=model_card(options, report),
         copies=copies,
     )

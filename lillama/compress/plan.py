@@ -24,7 +24,7 @@ from lillama.compress.budget import active_params, active_saved, of_active, toke
 from lillama.compress.targets import find_matrices
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
 from lillama.errors import InputError
-from lillama.families import Family, declared_family, is_speech
+from lillama.families import FAMILIES, Family
 from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model, remote_headers
 from lillama.skeleton import block_list, named_blocks, skeleton
@@ -49,7 +49,6 @@ class Plan:
     active_params_before: int
     bytes_before: int
     item_bytes: float
-    # of every block, an encoder's first
     block_paths: tuple[str, ...]
     attention: str
     max_reduction: float
@@ -199,7 +198,7 @@ def _bytes_before(
 
 def _tell_found(family: Family) -> None:
     """Say of a family that is not declared what was found in the model."""
-    if declared_family(family.model_type) is not None:
+    if family.model_type in FAMILIES:
         return
     logger.warning(
         "model_type %r is not tested; factorised by default: %s; on request: %s; embeddings %s, "
@@ -314,8 +313,7 @@ def plan(
     if found.headers is not None:
         from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
 
-        if not is_speech(found.config):
-            config = config.at_width(found.config.hidden_size)
+        config = config.at_width(found.config.hidden_size)
         memory = peak_memory(found, config, found.headers, resident_bytes())
         rows = document.pop("matrices")
         document |= {"peak_memory_bytes": memory, "matrices": rows}

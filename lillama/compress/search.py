@@ -2,7 +2,6 @@
 on."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -126,12 +125,9 @@ def search_ranks(
         return plan, None
     problem = None
     if ranks.is_first and writer.journal.last(kind="allocation") is None:
-        sample = sample_of(blocks, recipe.gradient_tokens(plan.config.hidden_size))
+        sample = sample_of(blocks, recipe.gradient_tokens(plan.config.hidden_size)).input_ids
         first = max(0, min(matrix.block for matrix in _candidates(plan)))
-        both = range(len(teacher.blocks)), range(first, len(teacher.blocks))
-        total = sum(
-            math.prod(teacher.rows_of(sample, index).shape) for part in both for index in part
-        )
+        total = sample.numel() * (2 * len(teacher.blocks) - first)
         done = 0
 
         def tick(stage: str, tokens: int) -> None:

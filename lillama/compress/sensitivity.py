@@ -14,7 +14,6 @@ A token whose gradient is far beyond all others says nothing about ranks and wou
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,6 @@ from lillama.compress.activations import ActivationMemory, ActivationStore, pref
 from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import Key, key_of
-from lillama.compress.encoder import Encoded, EncoderDecoderBlocks
 from lillama.compress.factorize import damped, shrunk, spectrum
 from lillama.compress.gradients import (
     GradientCollector,
@@ -50,14 +48,11 @@ OUTLIER = 50.0
 
 
 def sample_of(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
-    """The first rows with at least `tokens` tokens, or of a speech model so many positions of its
-    encoder; all where there are fewer. Rows are shuffled already."""
-    return blocks.first(-(-tokens // longest_row(blocks)))
-
-
-def longest_row(blocks: TokenBlocks) -> int:
-    """Tokens of a row, or of a speech model the positions of its encoder where these are more."""
-    return max(part.shape[1] for part in (blocks, blocks.clips) if part is not None)
+    """Return the first rows with at least `tokens` tokens, all where there are fewer; rows are
+    shuffled already."""
+    count = -(-tokens // blocks.shape[1])
+    mask = None if blocks.mask is None else blocks.mask[:count]
+    return TokenBlocks(blocks.input_ids[:count], mask)
 
 
 def batch_rows(recipe: Recipe, seq_len: int, hidden_size: int) -> int:
@@ -66,8 +61,7 @@ def batch_rows(recipe: Recipe, seq_len: int, hidden_size: int) -> int:
 
 
 class _Pass:
-    """Borders of every block, and one gradient that moves down through them. Behind an encoder:
-    what it put out, and the gradient there, to which every block of the decoder adds."""
+    """Borders of every block, and one gradient that moves down through them."""
 
     def __init__(
         self, teacher: TeacherBlocks, sample: TokenBlocks, recipe: Recipe, memory: ActivationMemory,
@@ -77,25 +71,19 @@ class _Pass:
         self.memory, self.tick, self.seed = memory, tick, seed
         self.device = teacher.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        # by block and batch size, where nothing is padded
-        self.arguments: dict[tuple[int, int], dict] = {}
+        self.count, self.seq_len = sample.shape
+        self.arguments: dict[int, list[dict]] = {}  # by batch size, where nothing is padded
         self.borders: list[ActivationStore] = []
-        self.encoded: ActivationStore | None = None
-        self.at_encoded: ActivationStore | None = None
         self.left_out = torch.zeros((), dtype=torch.int64, device=self.device)
-        # what the rows of the half are made of that is worked at
-        self.part = teacher.rows_of(sample, len(teacher.blocks))
         self.gradient = self._new()
-        self.part = teacher.rows_of(sample, 0)
 
-    def _new(self, dtype: torch.dtype | None = None) -> ActivationStore:
-        shape = (*self.part.shape, self.teacher.model.config.hidden_size)
-        return self.memory.new(shape, dtype or self.dtype)
+    def _new(self) -> ActivationStore:
+        shape = (self.count, self.seq_len, self.teacher.model.config.hidden_size)
+        return self.memory.new(shape, self.dtype)
 
     def close(self) -> None:
-        for store in (*self.borders, self.gradient, self.encoded, self.at_encoded):
-            if store is not None:
-                store.close()
+        for store in (*self.borders, self.gradient):
+            store.close()
 
     def write_gradient(self, rows: Tensor, hidden: Tensor) -> None:
         """That of the border `hidden` [b, T, H], from which the next block down starts."""
@@ -105,19 +93,24 @@ class _Pass:
         self.gradient.write(rows, gradient)
 
     def batches(self) -> tuple[Tensor, ...]:
-        size = self.teacher.model.config.hidden_size
-        rows = batch_rows(self.recipe, longest_row(self.sample), size)
-        return torch.arange(self.part.shape[0]).split(rows)
+        rows = batch_rows(self.recipe, self.seq_len, self.teacher.model.config.hidden_size)
+        return torch.arange(self.count).split(rows)
 
     def mask(self, rows: Tensor) -> Tensor | None:
-        return None if self.part.mask is None else self.part.mask[rows]
+        return None if self.sample.mask is None else self.sample.mask[rows]
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def forward(self) -> None:
-        """Fill the borders: before each block, and behind the last of either half."""
-        self._begin()
+        """Fill the borders: before each block, and behind the last."""
+        first = self._new()
+        with self.teacher.embeddings():
+            for rows in self.batches():
+                ids = self.sample.input_ids[rows]
+                first.write(rows, self.teacher.inputs(ids, self.mask(rows))[0])
+        first.flush()
+        self.borders.append(first)
         for index in range(len(self.teacher.blocks)):
             source, sink = self.borders[-1], self._new()
             self.borders.append(sink)
@@ -125,74 +118,24 @@ class _Pass:
             with self.teacher.block(index) as block, torch.no_grad():
                 for rows, hidden in prefetched(self.batches(), source.read, source.background):
                     hidden = hidden.to(self.device, torch.float32)
-                    given = self.kwargs(index, rows) | self.states(rows)
                     with self.autocast():
-                        hidden = block_output(block, hidden, given)
+                        hidden = block_output(block, hidden, self.kwargs(index, rows))
                     finite &= torch.isfinite(hidden).all()
                     sink.write(rows, hidden)
-                    self.tick(f"block {index} sensitivity", rows.numel() * self.part.shape[1])
+                    self.tick(f"block {index} sensitivity", rows.numel() * self.seq_len)
             sink.flush()
             if not bool(finite):
                 raise RunError(
                     f"the output of {self.teacher.block_paths[index]} (teacher) holds NaN or "
                     "infinity; the weights of this block or of one before it are broken"
                 )
-            if index + 1 == self.teacher.num_encoder:
-                self._enter_decoder()
 
-    def _begin(self) -> None:
-        """The border before a half's first block."""
-        first = self._new()
-        with self.teacher.embeddings():
-            for rows in self.batches():
-                first.write(rows, self.teacher.first_states(self.part, rows))
-        first.flush()
-        self.borders.append(first)
-
-    @torch.no_grad()
-    def _enter_decoder(self) -> None:
-        assert isinstance(self.teacher, EncoderDecoderBlocks)
-        # every block of the decoder adds to it: in fp32
-        self.encoded, self.at_encoded = self._new(), self._new(torch.float32)
-        for rows in self.batches():
-            hidden = self.borders[-1].read(rows).to(self.device, torch.float32)
-            self.encoded.write(rows, self.teacher.encoded(hidden))
-            self.at_encoded.write(rows, torch.zeros_like(hidden))
-        self.encoded.flush()
-        self.at_encoded.flush()
-        self.part = self.sample
-        self._begin()
-
-    def enter_encoder(self) -> None:
-        """Move the gradient from before the decoder's first block, where it ends, to behind the
-        encoder's last: what all blocks of the decoder added, through what follows the encoder's."""
-        assert isinstance(self.teacher, EncoderDecoderBlocks) and self.at_encoded is not None
-        self.gradient.close()
-        self.gradient, self.at_encoded = self.at_encoded, None
-        self.part = self.teacher.rows_of(self.sample, 0)
-        for rows in self.batches():
-            hidden = self.borders[-1].read(rows).to(self.device, torch.float32).requires_grad_()
-            gradient = self.gradient.read(rows).to(self.device, torch.float32)
-            with torch.enable_grad():
-                self.teacher.encoded(hidden).backward(gradient)
-            self.write_gradient(rows, hidden)
-        self.gradient.flush()
-        self.borders.pop().close()
-
-    def kwargs(self, index: int, rows: Tensor) -> dict[str, Any]:
-        shape = len(rows), self.part.shape[1]
-        if self.part.mask is not None:
-            return self.teacher.arguments_of(index, shape, self.mask(rows))
-        if (index, len(rows)) not in self.arguments:
-            found = self.teacher.arguments_of(index, shape, None)
-            self.arguments = {(index, len(rows)): found}
-        return self.arguments[index, len(rows)]
-
-    def states(self, rows: Tensor) -> dict[str, Tensor]:
-        """What a block of the decoder is told of the encoder; {} in any other."""
-        if self.encoded is None or self.part is not self.sample:
-            return {}
-        return Encoded(self.encoded, self.encoded).arguments(rows, ["teacher"], self.device)
+    def kwargs(self, index: int, rows: Tensor) -> dict:
+        if self.sample.mask is not None:
+            return self.teacher.arguments((len(rows), self.seq_len), self.mask(rows))[index]
+        if len(rows) not in self.arguments:
+            self.arguments[len(rows)] = self.teacher.arguments((len(rows), self.seq_len), None)
+        return self.arguments[len(rows)][index]
 
     def head(self, collector: GradientCollector) -> None:
         """The loss's gradient behind the last block, for labels that the teacher draws; the
@@ -200,7 +143,7 @@ class _Pass:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         last = self.borders[-1]
         with self.teacher.head():
-            for row in torch.arange(self.part.shape[0]).split(1):  # logits are large
+            for row in torch.arange(self.count).split(1):  # logits are large
                 hidden = last.read(row).to(self.device, torch.float32).requires_grad_()
                 collector.mask = self.mask(row)
                 with torch.enable_grad(), collector.attached():
@@ -254,19 +197,12 @@ class _Pass:
         for rows, (hidden, gradient) in prefetched(self.batches(), read, background):
             collector.mask = self.mask(rows)
             hidden = hidden.to(self.device, torch.float32).requires_grad_()
-            states = {name: value.requires_grad_() for name, value in self.states(rows).items()}
             with torch.enable_grad(), collector.attached(), self.autocast():
-                out = block_output(block, hidden, self.kwargs(index, rows) | states)
+                out = block_output(block, hidden, self.kwargs(index, rows))
                 out.backward(gradient.to(self.device, out.dtype))
             self.write_gradient(rows, hidden)
-            for value in states.values():
-                assert self.at_encoded is not None and value.grad is not None
-                before = self.at_encoded.read(rows).to(value.grad)
-                self.at_encoded.write(rows, before + value.grad)
-            self.tick(f"block {index} sensitivity", rows.numel() * self.part.shape[1])
+            self.tick(f"block {index} sensitivity", rows.numel() * self.seq_len)
         self.gradient.flush()
-        if self.at_encoded is not None:
-            self.at_encoded.flush()
         self.borders.pop().close()
 
 
@@ -333,8 +269,6 @@ def measure_sensitivity(
             outside[matrix.name] = head_sensitivity(matrix, weight, seen, path, recipe)
         for index in range(len(teacher.blocks) - 1, first - 1, -1):
             targets = by_block.get(index, [])
-            if index + 1 == teacher.num_encoder:
-                run.enter_encoder()
             with teacher.block(index) as block:
                 prefix = f"{teacher.block_paths[index]}."
                 keys = {m.name: key_of(teacher.family, prefix, m.name) for m in targets}

@@ -11,13 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.audio import AudioClips
 from lillama.checkpoint import factor_shapes
 from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import MomentCollector, key_of
 from lillama.compress.distill import Stream
-from lillama.compress.encoder import Encoded, EncoderDecoderBlocks
 from lillama.compress.gauge import plain_tensors
 from lillama.compress.head import HeadStream
 from lillama.compress.plan import Plan
@@ -32,30 +30,21 @@ __all__ = ["Streams"]
 @dataclass
 class _Set:
     """One set of token blocks and its activations before the current block; `spare` is a store that
-    nothing needs any more. `blocks` is what the current block's rows are made of: in an encoder the
-    clips of the tokens. In a decoder behind one, `encoded` is what that put out."""
+    nothing needs any more."""
 
-    tokens: TokenBlocks
-    blocks: TokenBlocks | AudioClips
+    blocks: TokenBlocks
     teacher: ActivationStore
     student: ActivationStore
     target: ActivationStore | None = None
     spare: ActivationStore | None = None
-    encoded: Encoded | None = None
 
     @property
     def diverged(self) -> bool:
         return self.student is not self.teacher
 
-    @property
-    def is_told_apart(self) -> bool:
-        """Whether a block is told other things of the student's stream than of the teacher's."""
-        return self.encoded is not None and self.encoded.diverged
-
     def stores(self) -> list[ActivationStore]:
         """Each once."""
-        every = [self.teacher, self.student, self.target, self.spare]
-        every += [] if self.encoded is None else [self.encoded.teacher, self.encoded.student]
+        every = (self.teacher, self.student, self.target, self.spare)
         return list({id(store): store for store in every if store is not None}.values())
 
 
@@ -96,8 +85,7 @@ class Streams:
             if self.diverges_before(0):
                 self._embed_student(shard)
         else:
-            stores = [self._new(part) for part in blocks]
-            self.sets = [_Set(p, p, s, s) for p, s in zip(blocks, stores, strict=True)]
+            self.sets = [_Set(part, *[self._new(part)] * 2) for part in blocks]
 
     def close(self) -> None:
         """Give the memory and the files back."""
@@ -108,13 +96,12 @@ class Streams:
     def rows(self, count: int) -> tuple[Tensor, ...]:
         return torch.arange(count).split(self.recipe.batch_size)
 
-    def _new(self, blocks: TokenBlocks | AudioClips) -> ActivationStore:
+    def _new(self, blocks: TokenBlocks) -> ActivationStore:
         return self.memory.new((*blocks.shape, self.plan.config.hidden_size), self.dtype)
 
-    def _embed(self, tokens: TokenBlocks) -> _Set:
-        blocks = self.teacher.rows_of(tokens, 0)
+    def _embed(self, blocks: TokenBlocks) -> _Set:
         store = self._embedded(blocks)
-        return _Set(tokens, blocks, store, store)
+        return _Set(blocks, store, store)
 
     def _embed_student(self, shard: Path) -> None:
         """Begin the student's stream with its own embeddings, as a user will have them."""
@@ -129,38 +116,18 @@ class Streams:
             for data in self.sets:
                 data.student = self._embedded(data.blocks)
 
-    def _embedded(self, blocks: TokenBlocks | AudioClips) -> ActivationStore:
+    def _embedded(self, blocks: TokenBlocks) -> ActivationStore:
         store = self._new(blocks)
         for rows in self.rows(len(store)):
-            store.write(rows, self.teacher.first_states(blocks, rows))
+            mask = None if blocks.mask is None else blocks.mask[rows]
+            store.write(rows, self.teacher.inputs(blocks.input_ids[rows], mask)[0])
         store.flush()
         return store
-
-    @torch.no_grad()
-    def _enter_decoder(self) -> None:
-        """From behind an encoder's last block to before the decoder's first: what both encoders put
-        out takes the place of their streams."""
-        assert isinstance(self.teacher, EncoderDecoderBlocks)
-        for data in self.sets:
-            data.encoded = Encoded(data.teacher, data.student)
-            for store in {id(s): s for s in (data.teacher, data.student)}.values():
-                for rows in self.rows(len(store)):
-                    hidden = store.read(rows).to(self.device, torch.float32)
-                    store.write(rows, self.teacher.encoded(hidden))
-                store.flush()
-            if data.spare is not None:
-                data.spare.close()
-            data.blocks, data.target, data.spare = data.tokens, None, None
-        with self.teacher.embeddings():
-            for data in self.sets:
-                data.teacher = data.student = self._embedded(data.blocks)
 
     def of_block(self, index: int) -> list[Stream]:
         """What a student block is trained and judged on; after `teacher_pass`."""
         return [
-            Stream(
-                d.teacher, d.student, d.target, d.blocks.mask, self.kwargs_of(d, index), d.encoded
-            )
+            Stream(d.teacher, d.student, d.target, d.blocks.mask, self.kwargs_of(d, index))
             for d in self.sets
             if d.target is not None
         ]
@@ -182,7 +149,7 @@ class Streams:
             if data.blocks.mask is None and len(rows) in cache:
                 return cache[len(rows)]
             mask = None if data.blocks.mask is None else data.blocks.mask[rows]
-            found = self.teacher.arguments_of(index, (len(rows), length), mask)
+            found = self.teacher.arguments((len(rows), length), mask)[index]
             if data.blocks.mask is None:
                 cache[len(rows)] = found
             return found
@@ -200,8 +167,8 @@ class Streams:
         stage: str,
         moments: MomentCollector | None = None,
     ) -> None:
-        """Run a block over a whole stream, the teacher's or the student's as the end of `stage`
-        says; `sink` may be `source`. With `moments`, its hooks see each batch's mask.
+        """Run a block over a whole stream; `sink` may be `source`. With `moments`, its hooks see
+        each batch's mask.
 
         Raises:
             RunError: the block's output is not finite (names the block).
@@ -213,13 +180,10 @@ class Streams:
             if moments is not None:
                 moments.mask = None if data.blocks.mask is None else data.blocks.mask[rows]
             hidden = hidden.to(self.device, torch.float32)
-            given = kwargs(rows)
-            if data.encoded is not None:
-                given = given | data.encoded.arguments(rows, stage.split()[-1:], self.device)
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
             ):
-                hidden = block_output(block, hidden, given)
+                hidden = block_output(block, hidden, kwargs(rows))
             finite &= torch.isfinite(hidden).all()
             sink.write(rows, hidden)
             self.tick(stage, rows.numel() * source.shape[1])
@@ -303,7 +267,7 @@ class Streams:
         for data in self.sets:
             assert data.target is not None
             before = data.teacher
-            if replaced or data.diverged or data.is_told_apart:
+            if replaced or data.diverged:
                 stage = f"block {index} student"
                 self.forward(student, data, data.student, data.student, index, stage)
                 spare = before if data.diverged else None
@@ -311,5 +275,3 @@ class Streams:
             else:
                 data.teacher = data.student = data.target
                 data.target, data.spare = None, before
-        if index + 1 == self.teacher.num_encoder:
-            self._enter_decoder()

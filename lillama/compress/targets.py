@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from lillama.compress.allocate import Matrix
 from lillama.config import Gauge
 from lillama.errors import InputError
-from lillama.families import Family, is_speech
+from lillama.families import Family
 from lillama.modules.dense_linear import linear_shape
 from lillama.skeleton import named_blocks
 
@@ -63,8 +63,6 @@ def find_matrices(
 
 def _vocabulary_problem(model: PreTrainedModel, family: Family) -> str | None:
     """Why embeddings and output head cannot be factorised; None where they can."""
-    if is_speech(model.config):
-        return "the embeddings and the output head of a speech model cannot be factorised"
     if model.config.tie_word_embeddings:
         return (
             "embeddings and output head of this model share one matrix, which cannot be factorised"

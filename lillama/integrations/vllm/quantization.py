@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lillama.checkpoint import QUANT_METHOD, sentinel, sentinel_pattern
-from lillama.families import FAMILIES, Family, is_speech_matrix
+from lillama.families import FAMILIES, Family
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.experts import LowRankExpertsMethod
 from lillama.integrations.vllm.linear import LowRankLinearMethod
@@ -52,12 +52,6 @@ class LillamaVllmConfig(QuantizationConfig):
         super().__init__()
         checked = LillamaConfig(**values)
         self.ranks = checked.ranks
-        heard = [name for name in self.ranks if is_speech_matrix(name)]
-        if heard:
-            raise ValueError(
-                f"{heard[0]} is of a speech model, which vLLM does not serve with factors; serve "
-                "what `lillama export --format dense` makes of this checkpoint"
-            )
         self.pivot = checked.gauge == "pivot"
         self.sentinel = sentinel(self._family(), self.ranks)[0]
 
