@@ -16,16 +16,16 @@ Importing this package registers the checkpoint format with transformers, so tha
 
 from lillama_kernels import kernels_impl
 
-from lillama.compress.finetune import finetune
+from lillama.checkpoint.export import export
 from lillama.compress.pipeline import compress
-from lillama.compress.plan import plan
+from lillama.compress.plan.plan import plan
+from lillama.compress.train.finetune import finetune
+from lillama.data.sample import sample
 from lillama.errors import InputError, LillamaError, RunError
 from lillama.evaluate import evaluate as eval
-from lillama.export import export
 from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
 from lillama.report import report
-from lillama.sample import sample
 from lillama.version import __version__
 
 __all__ = [

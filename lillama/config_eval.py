@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from lillama.data.datasets import HubText
 from lillama.errors import InputError
-from lillama.hub_text import HubText
 
 __all__ = ["EvalConfig", "Metric"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lillama.config import check_at_least, check_device
+from lillama.data.datasets import HubText
 from lillama.errors import InputError
-from lillama.hub import recorded_model
-from lillama.hub_text import HubText
+from lillama.models.hub import recorded_model
 
 __all__ = ["FinetuneConfig"]
 

@@ -16,30 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import (
+from lillama.checkpoint.format import (
     compression_of,
     read_config,
     read_headers,
     sentinel_names,
     tensor_bytes,
 )
+from lillama.checkpoint.remote import find_model
 from lillama.config_eval import EvalConfig
+from lillama.data.datasets import find_texts
 from lillama.errors import InputError, RunError
 from lillama.evaluate_generations import check_generations
 from lillama.evaluate_speed import measure_speed
 from lillama.evaluate_tasks import check_harness, run_tasks
 from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
-from lillama.families_generic import family_for
-from lillama.hub_checkpoint import find_model
-from lillama.hub_text import find_texts
-from lillama.integrations.mamba import fast_mamba
-from lillama.loading import (
+from lillama.integrations.loading import (
     check_vocabulary,
     choose_device,
     count_params,
     load_model,
     load_tokenizer,
 )
+from lillama.integrations.mamba import fast_mamba
+from lillama.models.detection import family_for
 
 __all__ = ["evaluate", "stored_size"]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lillama.config_eval import Metric
-from lillama.data import evaluation_blocks, read_documents
+from lillama.data.sequences import evaluation_blocks, read_documents
 from lillama.errors import InputError
 
 __all__ = ["ScoredBatch", "ScoredText", "detokenized", "pages_of", "scored_text"]

@@ -14,14 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import compression_of, read_config, read_headers, sentinel_names
-from lillama.compress.allocate import Matrix
-from lillama.compress.targets import find_matrices
+from lillama.checkpoint.format import compression_of, read_config, read_headers, sentinel_names
+from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
-from lillama.families import Family
-from lillama.families_generic import family_for
-from lillama.skeleton import block_of, named_blocks, skeleton
+from lillama.models.detection import family_for
+from lillama.models.families import Family
+from lillama.models.skeleton import block_of, named_blocks, skeleton
 
 __all__ = ["METRIC_NUMBERS", "TRAINED", "Facts", "Layer", "RankedMatrix", "read_facts"]
 

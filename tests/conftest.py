@@ -26,9 +26,9 @@ from transformers import (
 )
 
 import lillama
-from lillama.families import PROJECTIONS
 from lillama.integrations.mamba import fast_mamba
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
+from lillama.models.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear

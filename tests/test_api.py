@@ -13,14 +13,14 @@ from lillama.errors import InputError, LillamaError, RunError
 
 SUBMODULES = [
     "lillama.compress",
-    "lillama.compress.blocks",
-    "lillama.compress.plan",
+    "lillama.compress.teacher.blocks",
+    "lillama.compress.plan.plan",
     "lillama.compress.pipeline",
     "lillama.evaluate",
-    "lillama.export",
+    "lillama.checkpoint.export",
     "lillama.generate",
     "lillama.report",
-    "lillama.cli",
+    "lillama.cli.app",
 ]
 
 

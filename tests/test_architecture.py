@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from lillama import cli
+from lillama.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "lillama_kernels"
@@ -65,7 +65,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "base
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 # What was over the limits when this test was written. Nothing is added here: split it instead.
-LONG = {"tests/test_data.py", "examples/train_teacher.py:main"}
+LONG = {"tests/data/test_sequences.py", "examples/train_teacher.py:main"}
 
 OPTIONS = {
     "compress": "--activation-memory --budget --checkpoint-seconds --device --dtype --events "
@@ -104,7 +104,7 @@ each_file = pytest.mark.parametrize("path", EVERYTHING, ids=name_of)
 
 
 def module_of(path: Path) -> str:
-    """lillama/compress/plan.py -> lillama.compress.plan"""
+    """lillama/compress/plan/plan.py -> lillama.compress.plan.plan"""
     root = KERNELS.parent if KERNELS in path.parents else ROOT
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -140,7 +140,7 @@ def top(module: str) -> str:
 
 
 def part_of(module: str) -> str:
-    """lillama.compress.plan -> compress; the package itself -> ''"""
+    """lillama.compress.plan.plan -> compress; the package itself -> ''"""
     return module.split(".")[1] if "." in module else ""
 
 

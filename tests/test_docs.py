@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import typer
 
-from lillama import cli
+from lillama.cli import app as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -127,8 +127,8 @@ TARGETS = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text("utf-
 
 def problem_of(line: str) -> str | None:
     """What is wrong with a command of ours; None where nothing is, or it is not one of ours."""
-    if "-m lillama.cli " in line:
-        line = "lillama " + line.partition("-m lillama.cli ")[2].rstrip("'")
+    if "-m lillama.cli.app " in line:
+        line = "lillama " + line.partition("-m lillama.cli.app ")[2].rstrip("'")
     words = re.split(r"\s+", line.partition("#")[0].strip())
     if words[0] == "make" and len(words) > 1 and re.fullmatch("[a-z-]+", words[1]):
         return None if words[1] in TARGETS else f"no target {words[1]}"

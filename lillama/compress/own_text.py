@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lillama.compress.memory import held_out_blocks
+from lillama.compress.plan.memory import held_out_blocks
 from lillama.compress.stop import StopRequest
 from lillama.config import CompressConfig, SampleConfig
 from lillama.config_finetune import FinetuneConfig
+from lillama.data.sample import sample, sampled_with
 from lillama.errors import InputError
-from lillama.sample import sample, sampled_with
 
 __all__ = ["own_text_of", "write_own_text"]
 

@@ -10,29 +10,34 @@ from typing import Any
 
 import torch
 
-from lillama.checkpoint import read_config, sentinel
-from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
-from lillama.compress.activations import ActivationMemory
-from lillama.compress.blocks import TeacherBlocks
-from lillama.compress.describe import config_json, model_card, recipe_json
+from lillama.checkpoint.card import config_json, model_card, recipe_json
+from lillama.checkpoint.format import read_config, sentinel
+from lillama.checkpoint.remote import fetch_weights, find_model
+from lillama.checkpoint.writer import CheckpointWriter, check_out, check_space, differences
+from lillama.compress.distributed import Ranks
 from lillama.compress.events import Events
-from lillama.compress.finetune import finetune_blocks
-from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
+from lillama.compress.measure.search import measured_curves, search_ranks
 from lillama.compress.own_text import own_text_of, write_own_text
-from lillama.compress.plan import Plan, make_plan
-from lillama.compress.ranks import Ranks
+from lillama.compress.plan.memory import (
+    held_out_blocks,
+    peak_memory,
+    peak_memory_bytes,
+    resident_bytes,
+)
+from lillama.compress.plan.plan import Plan, make_plan
 from lillama.compress.run import Progress, Run, pieces_of
-from lillama.compress.search import measured_curves, search_ranks
 from lillama.compress.stop import StopRequest
+from lillama.compress.teacher.activations import ActivationMemory
+from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.train.finetune import finetune_blocks
 from lillama.config import CompressConfig
 from lillama.config_finetune import FinetuneConfig
-from lillama.data import TokenBlocks, calibration_blocks
+from lillama.data.datasets import find_texts
+from lillama.data.sequences import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
-from lillama.families_generic import family_for
-from lillama.hub_checkpoint import fetch_weights, find_model
-from lillama.hub_text import find_texts
+from lillama.integrations.loading import check_vocabulary, choose_device, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import check_vocabulary, choose_device, load_tokenizer
+from lillama.models.detection import family_for
 
 __all__ = ["Progress", "compress"]
 
@@ -137,8 +142,8 @@ def compress(
             `<out>.unfinished`, and the same call goes on from there.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         text: calibration file or files (text, or jsonl with "text", "messages" or "conversations"),
-            or datasets of the Hub (`lillama.hub_text`). Without, the model writes its own
-            (`lillama.sample`), to `<out>.sample.jsonl`; it is removed at the end. Preset best
+            or datasets of the Hub (`lillama.data.datasets`). Without, the model writes its own
+            (`lillama.data.sample`), to `<out>.sample.jsonl`; it is removed at the end. Preset best
             takes text given for its last stage and writes its own for the rest.
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,

@@ -12,20 +12,27 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint import dtype_of
-from lillama.checkpoint_writer import CheckpointWriter
-from lillama.compress.activations import ActivationMemory
-from lillama.compress.blocks import TeacherBlocks
-from lillama.compress.calibrate import MomentCollector
-from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
+from lillama.checkpoint.format import dtype_of
+from lillama.checkpoint.shard_file import entries_of
+from lillama.checkpoint.writer import CheckpointWriter
+from lillama.compress.distributed import Ranks
 from lillama.compress.events import Events
-from lillama.compress.memory import peak_memory_bytes
-from lillama.compress.outside import HEAD, REST, Outside
-from lillama.compress.plan import Plan
-from lillama.compress.ranks import Ranks
+from lillama.compress.measure.moments import MomentCollector
+from lillama.compress.plan.memory import peak_memory_bytes
+from lillama.compress.plan.plan import Plan
 from lillama.compress.stop import StopRequest
-from lillama.compress.streams import Streams
-from lillama.compress.student import (
+from lillama.compress.teacher.activations import ActivationMemory
+from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.teacher.hidden_states import Streams
+from lillama.compress.train.distill import (
+    Stream,
+    TrainResult,
+    TrainState,
+    held_out_loss,
+    train_block,
+)
+from lillama.compress.train.outside import HEAD, REST, Outside
+from lillama.compress.train.student import (
     block_entries,
     empty_student,
     fill_student,
@@ -35,8 +42,7 @@ from lillama.compress.student import (
     student_structure,
 )
 from lillama.config import CompressConfig, Loss
-from lillama.data import TokenBlocks
-from lillama.shard_file import entries_of
+from lillama.data.sequences import TokenBlocks
 
 __all__ = ["Progress", "Run", "pieces_of"]
 

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.checkpoint import (
+from lillama.checkpoint.format import (
     FORMAT_VERSION,
     GAUGES,
     QUANT_METHOD,
@@ -31,11 +31,12 @@ from lillama.checkpoint import (
     read_shard_headers,
     sentinel,
 )
+from lillama.checkpoint.pivots import is_permutation, marks_of, wrong_marks
 from lillama.errors import InputError
-from lillama.families import PROJECTIONS, Family
-from lillama.families_generic import family_for
 from lillama.integrations.stacked_experts import factor_conversions
-from lillama.modules.dense_linear import is_transposed
+from lillama.models.dense_linear import is_transposed
+from lillama.models.detection import family_for
+from lillama.models.families import PROJECTIONS, Family
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -43,7 +44,6 @@ from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
-from lillama.pivots import is_permutation, marks_of, wrong_marks
 
 __all__ = [
     "LillamaConfig",

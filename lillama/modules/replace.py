@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lillama.families import PROJECTIONS, Family, family_of
-from lillama.modules.dense_linear import DenseLinear, is_linear, linear_shape
+from lillama.models.dense_linear import DenseLinear, is_linear, linear_shape
+from lillama.models.families import PROJECTIONS, Family, family_of
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import read_config
+from lillama.checkpoint.format import read_config
 from lillama.errors import InputError, RunError
-from lillama.loading import choose_device, load_model, load_tokenizer
+from lillama.integrations.loading import choose_device, load_model, load_tokenizer
 from lillama.serve.attention import AttentionRunner
 from lillama.serve.decode import Chosen, Decoder
 from lillama.serve.mamba import MambaRunner
@@ -61,7 +61,7 @@ class LocalEngine:
         model: local checkpoint folder of a Mamba-1, or of a model type in
             `lillama.serve.attention.MODEL_TYPES`.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: as `lillama.loading.load_model`.
+        dtype: as `lillama.integrations.loading.load_model`.
         max_batch: requests that generate at once, at least 1.
         max_length: tokens of prompt and output together; None is what the model has positions for,
             at most 4096, or 2^20 (Mamba).

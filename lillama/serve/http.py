@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lillama.checkpoint.remote import find_model
 from lillama.config_serve import ServeConfig
 from lillama.errors import InputError
-from lillama.hub_checkpoint import find_model
-from lillama.loading import load_tokenizer
+from lillama.integrations.loading import load_tokenizer
 from lillama.serve.request import Engine
 
 __all__ = ["bind", "make_server", "read_keys", "serve"]

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lillama.config_serve import ServeConfig
-from lillama.hub import model_name
+from lillama.models.hub import model_name
 from lillama.serve.http_answer import Answer, ChatAnswer, CompletionAnswer, sse
 from lillama.serve.http_errors import ApiError, error_body, explain_validation
 from lillama.serve.http_gate import Gate

@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
 from lillama import config
-from lillama.checkpoint import read_config
-from lillama.compress.allocate import removed
-from lillama.compress.factorize import plain_svd
+from lillama.checkpoint.format import read_config
+from lillama.compress.measure.svd import plain_svd
 from lillama.compress.pipeline import COPIED_FILES
-from lillama.compress.targets import find_matrices
-from lillama.families import family_of
+from lillama.compress.plan.allocate import removed
+from lillama.compress.plan.targets import find_matrices
+from lillama.models.families import family_of
+from lillama.models.skeleton import skeleton
 from lillama.modules import LowRankExperts, LowRankLinear
-from lillama.skeleton import skeleton
 
 KINDS = ["mixtral", "mamba"]
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]

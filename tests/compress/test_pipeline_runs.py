@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lillama
-from lillama.compress.blocks import TeacherBlocks
-from lillama.compress.streams import Streams
+from lillama.checkpoint.journal import Journal
+from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.teacher.hidden_states import Streams
 from lillama.errors import InputError, RunError
-from lillama.journal import Journal
 
 KINDS = ["mixtral", "mamba"]
 run_module = sys.modules["lillama.compress.run"]

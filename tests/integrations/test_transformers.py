@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import lillama
-from lillama.checkpoint import read_headers, sentinel_names
-from lillama.families import family_of
+from lillama.checkpoint.format import read_headers, sentinel_names
+from lillama.models.families import family_of
 from lillama.modules import LowRankExperts, LowRankLinear
 
 EXPERTS = "model.layers.0.block_sparse_moe.experts"

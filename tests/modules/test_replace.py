@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.families import FAMILIES
+from lillama.models.families import FAMILIES
 from lillama.modules import LowRankExperts, LowRankLinear, replace_modules
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding

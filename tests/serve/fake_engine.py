@@ -185,8 +185,8 @@ class FakeEngine:
 
 def serve_fake(step_s: float) -> None:
     """The command line with `lillama serve` on a FakeEngine; sys.argv as a user gives it."""
-    from lillama.cli import main
-    from lillama.loading import load_tokenizer
+    from lillama.cli.app import main
+    from lillama.integrations.loading import load_tokenizer
 
     def load_engine(path: Path, *, max_length: int | None, **options: Any) -> FakeEngine:
         assert (options.pop("device"), options.pop("dtype")) == ("auto", "auto")

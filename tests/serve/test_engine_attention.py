@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lillama.errors import InputError
-from lillama.families import FAMILIES
+from lillama.models.families import FAMILIES
 from lillama.modules import LowRankLinear
 from lillama.serve.attention import MODEL_TYPES, AttentionRunner, _gated, _moe
 from lillama.serve.engine import LocalEngine, load_engine

@@ -25,7 +25,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lillama.compress.gauge import pivot_tensors
+from lillama.checkpoint.gauge import pivot_tensors
 from lillama.integrations.transformers import LillamaConfig
 
 if importlib.util.find_spec("vllm") is None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lillama.compress.gauge import pivot_tensors
+from lillama.checkpoint.gauge import pivot_tensors
 from lillama.integrations.transformers import LillamaConfig
 
 with warnings.catch_warnings():

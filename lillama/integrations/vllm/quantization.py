@@ -19,12 +19,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from lillama.checkpoint import QUANT_METHOD, sentinel, sentinel_pattern
-from lillama.families import FAMILIES, Family
+from lillama.checkpoint.format import QUANT_METHOD, sentinel, sentinel_pattern
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.experts import LowRankExpertsMethod
 from lillama.integrations.vllm.linear import LowRankLinearMethod
 from lillama.integrations.vllm.vocabulary import LowRankVocabularyMethod
+from lillama.models.families import FAMILIES, Family
 
 __all__ = ["LillamaVllmConfig"]
 
