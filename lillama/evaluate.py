@@ -24,7 +24,7 @@ from lillama.checkpoint.format import (
     tensor_bytes,
 )
 from lillama.checkpoint.remote import find_model
-from lillama.config_eval import EvalConfig
+from lillama.config import EvalConfig
 from lillama.data.datasets import find_texts
 from lillama.errors import InputError, RunError
 from lillama.evaluate_generations import check_generations
@@ -223,7 +223,7 @@ def evaluate(
         text: file or files (text or jsonl).
         against: the base model's folder; adds its figures and the divergence from it.
         progress: called as progress(stage, done, total); stage "eval" counts tokens.
-        options: the other fields of `lillama.config_eval.EvalConfig`: metric, seq_len, batch_size,
+        options: the other fields of `lillama.config.EvalConfig`: metric, seq_len, batch_size,
             tasks, task_path, limit, generations, speed, dtype, device.
 
     Returns:

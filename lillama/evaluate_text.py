@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lillama.config_eval import Metric
+from lillama.config import Metric
 from lillama.data.sequences import evaluation_blocks, read_documents
 from lillama.errors import InputError
 

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import inspect
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,15 +36,51 @@ def test_api_names_stay_functions_after_importing_submodules():
 
 def test_api_all_lists_every_public_name():
     assert sorted(lillama.__all__) == list(lillama.__all__)
-    public = {
-        name
-        for name, value in vars(lillama).items()
-        if not name.startswith("_")
-        and not inspect.ismodule(value)
-        and not hasattr(value, "compiler_flag")
-    }
-    assert public == set(lillama.__all__) - {"__version__"}
-    assert isinstance(lillama.__version__, str)
+    assert set(lillama.__all__) <= set(dir(lillama))
+    errors = {"InputError", "LillamaError", "RunError"}
+    for name in set(lillama.__all__) - errors - {"__version__"}:
+        assert inspect.isfunction(getattr(lillama, name)), name
+
+
+def _python(code: str) -> str:
+    """What a new interpreter prints."""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def test_import_loads_nothing_heavy():
+    code = """
+        import sys, lillama, lillama.cli
+        print([name for name in ("torch", "transformers", "triton", "numpy") if name in sys.modules])
+    """
+    assert _python(inspect.cleandoc(code)) == "[]"
+
+
+@pytest.mark.parametrize("first", ["import lillama", "import transformers"])
+def test_import_teaches_transformers_the_format_once_it_loads_models(first):
+    code = f"""
+        {first}
+        from transformers import PreTrainedModel
+        import lillama
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        print("lillama" in AUTO_QUANTIZER_MAPPING)
+    """
+    assert _python(inspect.cleandoc(code)) == "True"
+
+
+def test_help_and_version_start_in_half_a_second():
+    """Each the best of three, in CPU time: other tests may run beside this one."""
+    for option in ("--help", "--version"):
+        code = (
+            f"import sys; sys.argv = ['lillama', '{option}']; from lillama.cli import main; main()"
+        )
+        spent = []
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            assert _python(code)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        assert min(spent) < 0.5
 
 
 def test_api_kernels_impl_is_exported_and_checks_its_name():

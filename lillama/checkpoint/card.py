@@ -17,7 +17,7 @@ from lillama.compress.plan.plan import Plan
 from lillama.config import CompressConfig
 from lillama.data.datasets import recorded_texts
 from lillama.data.sequences import TokenBlocks
-from lillama.models.hub import hub_model
+from lillama.models.hub import hub_model, recorded
 from lillama.version import __version__
 
 __all__ = ["card_metadata", "card_text", "config_json", "model_card", "recipe_json"]
@@ -40,7 +40,7 @@ def recipe_json(
         "command": "compress",
         # shards of another format are nothing to go on from
         "format_version": FORMAT_VERSION,
-        "options": options.recorded(),
+        "options": recorded(options),
         "strategy": plan.strategy,
         "gauge": plan.gauge,
         "model_sha256": digest.hexdigest(),

@@ -1,19 +1,26 @@
-"""`lillama eval`: its options and the call. Defaults are in config_eval.py."""
+"""`lillama eval`: its options and the call."""
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lillama.cli.options import BatchSize, DeviceOption, DtypeOption, Json, Model, Revision
+from lillama.cli.options import (
+    BatchSize,
+    DeviceOption,
+    DtypeOption,
+    Json,
+    Model,
+    Revision,
+    at_revision,
+    defaults,
+)
 from lillama.cli.output import print_json, print_rows, progress_bar
-from lillama.config_eval import EvalConfig
-from lillama.models.hub import at_revision
+from lillama.config import EvalConfig
 
 __all__ = ["evaluate"]
 
-_EVAL: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(EvalConfig)}
+_DEFAULTS = defaults(EvalConfig)
 
 Texts = Annotated[
     list[str] | None,
@@ -65,16 +72,16 @@ def evaluate(
     text: Texts = None,
     revision: Revision = None,
     against: Against = None,
-    metric: MetricOption = _EVAL["metric"],
-    seq_len: SeqLen = _EVAL["seq_len"],
+    metric: MetricOption = _DEFAULTS["metric"],
+    seq_len: SeqLen = _DEFAULTS["seq_len"],
     tasks: Tasks = None,
-    task_path: TaskPath = _EVAL["task_path"],
-    limit: Limit = _EVAL["limit"],
-    generations: Generations = _EVAL["generations"],
-    speed: Speed = _EVAL["speed"],
-    batch_size: BatchSize = _EVAL["batch_size"],
-    dtype: DtypeOption = _EVAL["dtype"],
-    device: DeviceOption = _EVAL["device"],
+    task_path: TaskPath = _DEFAULTS["task_path"],
+    limit: Limit = _DEFAULTS["limit"],
+    generations: Generations = _DEFAULTS["generations"],
+    speed: Speed = _DEFAULTS["speed"],
+    batch_size: BatchSize = _DEFAULTS["batch_size"],
+    dtype: DtypeOption = _DEFAULTS["dtype"],
+    device: DeviceOption = _DEFAULTS["device"],
     as_json: Json = False,
 ) -> None:
     """Perplexity on held-out text, tasks, what it writes, how fast; with --against of both."""

@@ -1,8 +1,9 @@
-"""The options of the command line: their types and what --help says of them. Defaults are in
-config.py."""
+"""The options that several commands share: their types and what --help says of them. Defaults are
+in config.py."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,21 +11,13 @@ __all__ = [
     "ActivationMemory",
     "BatchSize",
     "BudgetOption",
-    "CalibrationTexts",
-    "CheckpointSeconds",
     "DeviceOption",
     "DtypeOption",
-    "Epochs",
-    "EventsOption",
-    "FormatOption",
     "GaugeOption",
     "Json",
-    "LearningRate",
-    "LossOption",
     "Model",
     "Out",
     "Overwrite",
-    "OwnTokens",
     "Packing",
     "PresetOption",
     "Reduction",
@@ -33,10 +26,10 @@ __all__ = [
     "SeqLen",
     "StrategyOption",
     "TargetsOption",
-    "Texts",
     "TokensOption",
     "TrainOption",
-    "TrainingTokens",
+    "at_revision",
+    "defaults",
     "names",
 ]
 
@@ -53,30 +46,6 @@ Revision = Annotated[
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)]
 BatchSize = Annotated[int, typer.Option(help="Blocks a forward pass.")]
-Epochs = Annotated[int, typer.Option(help="How often every token is seen.")]
-LearningRate = Annotated[
-    float | None,
-    typer.Option(help="Of AdamW, at its peak; from the model's divergence if left out."),
-]
-Texts = Annotated[
-    list[str],
-    typer.Option(
-        "--text",
-        help="UTF-8 text or jsonl file; wikitext2, c4, slimorca or ultrachat; or a dataset of the "
-        "Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]][#FIELD]; repeat for more.",
-        show_default=False,
-    ),
-]
-CalibrationTexts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text",
-        help="UTF-8 text or jsonl file; wikitext2, c4, slimorca or ultrachat; or a "
-        "dataset of the Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]][#FIELD]; repeat for more. Without "
-        "any the model writes its own.",
-        show_default=False,
-    ),
-]
 Reduction = Annotated[
     float,
     typer.Option(
@@ -112,10 +81,6 @@ GaugeOption = Annotated[
         show_default=False,
     ),
 ]
-FormatOption = Annotated[
-    str,
-    typer.Option(help="dense: factors multiplied out; plain or pivot: the other gauge."),
-]
 TargetsOption = Annotated[
     str | None,
     typer.Option(
@@ -128,19 +93,10 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")
 ]
-LossOption = Annotated[
-    str, typer.Option(help="joint, teacher or student: whose inputs the student block is fed.")
-]
 Packing = Annotated[
     bool, typer.Option(help="Fill blocks with text end to end, or pad one sample a block.")
 ]
 Seed = Annotated[int, typer.Option(help="Chooses the calibration text and its order.")]
-CheckpointSeconds = Annotated[
-    float, typer.Option(help="How often the state inside a block is saved.")
-]
-EventsOption = Annotated[
-    Path | None, typer.Option(help="File to append JSON lines to: losses, blocks, the end.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if lillama wrote it.")]
 TokensOption = Annotated[
     int | None,
@@ -150,8 +106,6 @@ TokensOption = Annotated[
         show_default=False,
     ),
 ]
-OwnTokens = Annotated[int, typer.Option(help="Further tokens, which the base model writes.")]
-TrainingTokens = Annotated[int, typer.Option(help="Training tokens.")]
 TrainOption = Annotated[
     bool, typer.Option(help="Train the factors, or stop at the initialisation.")
 ]
@@ -170,3 +124,15 @@ def names(values: str | None) -> tuple[str, ...] | None:
         if values is None
         else tuple(part.strip() for part in values.split(",") if part.strip())
     )
+
+
+def defaults(config: type) -> dict[str, Any]:
+    """Return a command's defaults, to show them in its help."""
+    return {field.name: field.default for field in dataclasses.fields(config)}
+
+
+def at_revision(model: str, revision: str | None) -> str:
+    """Return MODEL with its --revision; `lillama.models.hub` says what it refuses."""
+    from lillama.models.hub import at_revision as named
+
+    return named(model, revision)

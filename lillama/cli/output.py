@@ -100,8 +100,14 @@ def _flat(rows: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, bool | str) or value is None:
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
+
+
 def print_rows(title: str, rows: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False)
     for key, value in _flat(rows):
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(key, _shown(value) if not isinstance(value, list) else str(value))
     Console().print(table)

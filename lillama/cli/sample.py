@@ -1,19 +1,17 @@
-"""`lillama sample`: its options and the call. Defaults are in config.py."""
+"""`lillama sample`: its options and the call."""
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lillama.cli.options import DeviceOption, Json, Model, Revision, SeqLen
+from lillama.cli.options import DeviceOption, Json, Model, Revision, SeqLen, at_revision, defaults
 from lillama.cli.output import print_json, print_rows, progress_bar
 from lillama.config import SampleConfig
-from lillama.models.hub import at_revision
 
 __all__ = ["sample"]
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(SampleConfig)}
+_DEFAULTS = defaults(SampleConfig)
 File = Annotated[Path, typer.Argument(help="Jsonl file to create.", show_default=False)]
 Tokens = Annotated[int, typer.Option(help="Tokens to write, at least.")]
 Temperature = Annotated[float, typer.Option(help="1 draws what the model holds likely.")]
@@ -25,12 +23,12 @@ def sample(
     model: Model,
     out: File,
     revision: Revision = None,
-    tokens: Tokens = _DEFAULTS["tokens"],  # type: ignore[assignment]
-    seq_len: SeqLen = _DEFAULTS["seq_len"],  # type: ignore[assignment]
-    temperature: Temperature = _DEFAULTS["temperature"],  # type: ignore[assignment]
-    batch_size: Sequences = _DEFAULTS["batch_size"],  # type: ignore[assignment]
-    seed: Seed = _DEFAULTS["seed"],  # type: ignore[assignment]
-    device: DeviceOption = _DEFAULTS["device"],  # type: ignore[assignment]
+    tokens: Tokens = _DEFAULTS["tokens"],
+    seq_len: SeqLen = _DEFAULTS["seq_len"],
+    temperature: Temperature = _DEFAULTS["temperature"],
+    batch_size: Sequences = _DEFAULTS["batch_size"],
+    seed: Seed = _DEFAULTS["seed"],
+    device: DeviceOption = _DEFAULTS["device"],
     as_json: Json = False,
 ) -> None:
     """Let MODEL write calibration text by itself, for --text."""

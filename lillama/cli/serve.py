@@ -1,19 +1,17 @@
-"""`lillama serve`: its options and the call. Defaults are in config.py."""
+"""`lillama serve`: its options and the call."""
 
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from lillama.cli.options import DeviceOption, DtypeOption, Model, Revision
-from lillama.config_serve import ServeConfig
-from lillama.models.hub import at_revision
+from lillama.cli.options import DeviceOption, DtypeOption, Model, Revision, at_revision, defaults
+from lillama.config import ServeConfig
 
 __all__ = ["serve"]
 
-_SERVE: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ServeConfig)}
+_DEFAULTS = defaults(ServeConfig)
 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one.")]
 Port = Annotated[int, typer.Option(help="0 takes one that is free.")]
@@ -43,21 +41,21 @@ MaxChoices = Annotated[int, typer.Option(help="Prompts times n of one request.")
 def serve(
     model: Model,
     revision: Revision = None,
-    host: Host = _SERVE["host"],
-    port: Port = _SERVE["port"],
-    device: DeviceOption = _SERVE["device"],
-    dtype: DtypeOption = _SERVE["dtype"],
-    max_batch: MaxBatch = _SERVE["max_batch"],
-    max_queue: MaxQueue = _SERVE["max_queue"],
-    max_length: MaxLength = _SERVE["max_length"],
-    served_name: ServedName = _SERVE["served_name"],
-    api_key_file: ApiKeyFile = _SERVE["api_key_file"],
-    request_timeout_s: RequestTimeout = _SERVE["request_timeout_s"],
-    client_timeout_s: ClientTimeout = _SERVE["client_timeout_s"],
-    drain_s: Drain = _SERVE["drain_s"],
-    max_body_bytes: MaxBodyBytes = _SERVE["max_body_bytes"],
-    max_connections: MaxConnections = _SERVE["max_connections"],
-    max_choices: MaxChoices = _SERVE["max_choices"],
+    host: Host = _DEFAULTS["host"],
+    port: Port = _DEFAULTS["port"],
+    device: DeviceOption = _DEFAULTS["device"],
+    dtype: DtypeOption = _DEFAULTS["dtype"],
+    max_batch: MaxBatch = _DEFAULTS["max_batch"],
+    max_queue: MaxQueue = _DEFAULTS["max_queue"],
+    max_length: MaxLength = _DEFAULTS["max_length"],
+    served_name: ServedName = _DEFAULTS["served_name"],
+    api_key_file: ApiKeyFile = _DEFAULTS["api_key_file"],
+    request_timeout_s: RequestTimeout = _DEFAULTS["request_timeout_s"],
+    client_timeout_s: ClientTimeout = _DEFAULTS["client_timeout_s"],
+    drain_s: Drain = _DEFAULTS["drain_s"],
+    max_body_bytes: MaxBodyBytes = _DEFAULTS["max_body_bytes"],
+    max_connections: MaxConnections = _DEFAULTS["max_connections"],
+    max_choices: MaxChoices = _DEFAULTS["max_choices"],
 ) -> None:
     """Answer OpenAI's API over HTTP, with a web page at /."""
     from lillama.serve.http import serve as run

@@ -30,8 +30,7 @@ from lillama.compress.stop import StopRequest
 from lillama.compress.teacher.activations import ActivationMemory
 from lillama.compress.teacher.blocks import TeacherBlocks
 from lillama.compress.train.finetune import finetune_blocks
-from lillama.config import CompressConfig
-from lillama.config_finetune import FinetuneConfig
+from lillama.config import CompressConfig, FinetuneConfig
 from lillama.data.datasets import find_texts
 from lillama.data.sequences import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError

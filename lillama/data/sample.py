@@ -15,6 +15,7 @@ from lillama.config import SampleConfig
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.hub import recorded
 
 __all__ = ["sample", "sampled_with"]
 
@@ -58,7 +59,7 @@ def sample(
             for text in _texts(config, tokenizer, device):
                 made: dict[str, Any] = {"text": text}
                 if rows == 0:
-                    made["sampled"] = config.recorded()
+                    made["sampled"] = recorded(config)
                 file.write(json.dumps(made) + "\n")
                 rows += 1
                 done += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

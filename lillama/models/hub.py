@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.errors import InputError, LillamaError, RunError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "is_hub_id",
     "literal",
     "model_name",
+    "recorded",
     "recorded_model",
 ]
 
@@ -75,6 +77,14 @@ def recorded_model(path: Path, name: str = "model") -> dict[str, str]:
         return {name: str(path)}
     revision = "revision" if name == "model" else f"{name}_revision"
     return {name: found.hub_id, revision: found.commit}
+
+
+def recorded(options: CompressConfig | FinetuneConfig | SampleConfig) -> dict[str, Any]:
+    """Return what a recipe says of a command's options, its models by their commits."""
+    values = options.recorded() | recorded_model(options.model)
+    if isinstance(options, FinetuneConfig):
+        values |= recorded_model(options.base, "base")
+    return values
 
 
 def at_revision(model: str, revision: str | None) -> str:

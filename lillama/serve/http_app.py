@@ -17,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.models.hub import model_name
 from lillama.serve.http_answer import Answer, ChatAnswer, CompletionAnswer, sse
 from lillama.serve.http_errors import ApiError, error_body, explain_validation

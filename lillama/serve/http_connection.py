@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.serve.http_errors import ApiError, error_body
 
 __all__ = ["Connection", "Server", "uvicorn_config"]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.serve.http_errors import ApiError, error_body
 from lillama.serve.http_metrics import Metrics
 

@@ -18,11 +18,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file
 
 import lillama
-from lillama.config_finetune import FinetuneConfig
+from lillama.config import FinetuneConfig
 from lillama.data import datasets as hub_text
 from lillama.data.datasets import TEXT_PRESETS, HubText, find_texts
 from lillama.data.sequences import calibration_blocks, evaluation_blocks
 from lillama.errors import InputError, RunError
+from lillama.models.hub import recorded
 from tests.fake_datasets import COMMIT, MOVED, Datasets
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -340,7 +341,7 @@ def test_finetune_records_models_and_texts_with_their_commits(datasets):
     config = FinetuneConfig(
         model=Path("m"), out=Path("o"), base=snapshot, text=find_texts(["ultrachat", "a.txt"])
     )
-    found = config.recorded()
+    found = recorded(config)
     assert (found["base"], found["base_revision"]) == ("org/base", COMMIT)
     assert found["model"] == "m" and "revision" not in found
     assert found["text"] == [f"ultrachat@{COMMIT}", "a.txt"]

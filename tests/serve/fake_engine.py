@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.errors import InputError
 from lillama.serve.request import Busy, Event, Finished, SamplingParams, Token
 

@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
 import lillama.serve.http as http_module  # noqa: E402
 from lillama.cli import app as cli
-from lillama.config_serve import ServeConfig  # noqa: E402
+from lillama.config import ServeConfig  # noqa: E402
 from lillama.errors import InputError  # noqa: E402
 from lillama.serve.http import bind, read_keys, serve  # noqa: E402
 from tests.serve.http_server import Running, read_all, wait_for  # noqa: E402

@@ -27,12 +27,13 @@ from lillama.compress.plan.memory import held_out_blocks
 from lillama.compress.stop import StopRequest
 from lillama.compress.train.distill import learning_rate_at
 from lillama.compress.train.optimizer import WholeOptimizer
-from lillama.config_finetune import FinetuneConfig
+from lillama.config import FinetuneConfig
 from lillama.data.datasets import HubText, find_texts
 from lillama.data.sequences import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.hub import recorded
 from lillama.models.skeleton import named_blocks
 
 __all__ = ["finetune", "finetune_blocks"]
@@ -207,7 +208,7 @@ def finetune(
         base: the dense model it was made from.
         text: training file or files, as for `compress`.
         progress: called as progress(stage, done, total), in tokens.
-        options: the other fields of `lillama.config_finetune.FinetuneConfig`: tokens, own_tokens,
+        options: the other fields of `lillama.config.FinetuneConfig`: tokens, own_tokens,
             seq_len, batch_size, packing, epochs, learning_rate, seed, device, overwrite.
 
     Returns:
@@ -308,8 +309,8 @@ def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, A
             whole = json.loads(made.read_text("utf-8"))
             whole["seconds"] = round(whole["seconds"] + report["seconds"], 2)
             made.write_text(json.dumps({**whole, "finetune": report}, indent=2) + "\n", "utf-8")
-        recorded = {**config.recorded(), **report}
-        (staging / "finetune.json").write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
+        record = {**recorded(config), **report}
+        (staging / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         replaced = config.out.exists()
         if replaced:
             config.out.rename(old)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import lillama
 from lillama.compress.plan.memory import held_out_blocks
 from lillama.compress.train.finetune import _Finetuning, divergence
-from lillama.config_finetune import FinetuneConfig
+from lillama.config import FinetuneConfig
 from lillama.data.sequences import TokenBlocks
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_model
