@@ -348,7 +348,7 @@ def check_decoder(config: Any) -> None:
     """Raises InputError for a model with an encoder: transformers would make its decoder alone,
     whose config, when it was saved, no longer says so but for its class."""
     if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
-        raise InputError(f"{_unknown(config.model_type)}; models with an encoder are not")
+        raise InputError(f"{_unknown(config.model_type)}; models with an encoder cannot be added")
 
 
 def _unknown(model_type: str) -> str:

@@ -271,7 +271,7 @@ def test_a_model_with_an_encoder_is_refused(kind, alone, tmp_path):
         lambda: lillama.generate(tmp_path, "the cat"),
         lambda: family_for(AutoConfig.for_model(**values)),  # as transformers' loading asks
     ):
-        with pytest.raises(InputError, match=f"{wanted}.*; models with an encoder are not$"):
+        with pytest.raises(InputError, match=f"{wanted}.*; models with an encoder cannot be added"):
             refuses()
 
 
