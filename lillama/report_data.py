@@ -146,7 +146,7 @@ def _read_report(out: Path) -> dict[str, Any]:
     file = out / "report.json"
     report = _object_of(_text_of(file, wanted), file, wanted)
     _check_numbers(report, REPORT_NUMBERS, str(file))
-    for name in ("predicted_host_memory_bytes", "predicted_loss_increase", "ranks"):
+    for name in ("predicted_host_memory_bytes", "predicted_loss_increase", "world_size"):
         if report.get(name) is not None:
             _check_numbers(report, (name,), str(file))
     for name, numbers in TRAINED.items():
