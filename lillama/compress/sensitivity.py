@@ -283,8 +283,8 @@ def _of_matrix(
     moment, gradient = collector.pop_both(key, weight, pooled)
     # so many tokens as it has dimensions are made up for an expert that few were routed to
     floor = float(min(matrix.N, matrix.K)) if num_experts > 1 else 0.0
-    # without any gradient (no token came to it or its kind) nothing that it does is known to matter:
-    # no rank costs anything, and its factors are those of white gradients
+    # no token came to it or to its kind: nothing that it does is known to matter, so that no rank
+    # costs anything, and its factors are those of white gradients
     power = pooled.gradient_energy / matrix.N or 1.0
     noisy = damped(weight, gradient, floor, power, recipe.gradient_damping)
     values = spectrum(weight, shrunk(weight, moment, recipe.shrinkage), noisy)
