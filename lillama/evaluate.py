@@ -20,7 +20,6 @@ from lillama.checkpoint import (
     compression_of,
     read_config,
     read_headers,
-    sentinel_names,
     tensor_bytes,
 )
 from lillama.config_eval import EvalConfig
@@ -29,7 +28,6 @@ from lillama.evaluate_generations import check_generations
 from lillama.evaluate_speed import measure_speed
 from lillama.evaluate_tasks import check_harness, run_tasks
 from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
-from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model
 from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
@@ -65,11 +63,8 @@ def stored_size(path: Path) -> tuple[int, int]:
     headers = read_headers(path)
     if compression is None:
         return count_params(config), tensor_bytes(headers)
-    family, ranks = family_for(config), compression["ranks"]
-    gauge = compression.get("gauge", "plain")
-    return count_params(config, ranks, gauge), tensor_bytes(
-        headers, skip=sentinel_names(headers, family, ranks)
-    )
+    params = count_params(config, compression["ranks"], compression.get("gauge", "plain"))
+    return params, tensor_bytes(headers, skip=[compression["sentinel"]])
 
 
 def _token_nll(logits: Tensor, batch: ScoredBatch) -> Tensor:

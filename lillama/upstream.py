@@ -173,15 +173,16 @@ def _entries(piece: str, found: dict[str, Tensor] | None, base: _Base) -> list[E
     return entries
 
 
-def _config_json(base: Path, ranks: dict[str, int], reduction: float) -> dict[str, Any]:
-    values = json.loads((base / "config.json").read_text("utf-8"))
+def _config_json(base: _Base, reduction: float) -> dict[str, Any]:
+    values = json.loads((base.path / "config.json").read_text("utf-8"))
     values["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "ranks": ranks,
+        "ranks": base.ranks,
         "gauge": "plain",
+        "sentinel": sentinel(base.teacher.family, base.ranks)[0],
         "reduction": reduction,
-        "base_model": str(base),
+        "base_model": str(base.path),
         "base_revision": None,
         "recipe": "upstream",
         "tokens": None,
@@ -285,7 +286,7 @@ def _write(
         skipped = sentinel(base.teacher.family, base.ranks)[0]
         report["bytes_after"] = sum(size for name, size in sizes.items() if name != skipped)
         writer.finish(
-            _config_json(path, upstream.ranks, report["reduction"]),
+            _config_json(base, report["reduction"]),
             report=report,
             model_card=_card(path, report),
             copies=[file for name in COPIED_FILES if (file := path / name).is_file()],
