@@ -20,7 +20,6 @@ from lillama.checkpoint.format import (
     compression_of,
     read_config,
     read_headers,
-    sentinel_names,
     tensor_bytes,
 )
 from lillama.checkpoint.remote import find_model
@@ -39,7 +38,6 @@ from lillama.integrations.loading import (
     load_tokenizer,
 )
 from lillama.integrations.mamba import fast_mamba
-from lillama.models.detection import family_for
 
 __all__ = ["evaluate", "stored_size"]
 
@@ -65,11 +63,8 @@ def stored_size(path: Path) -> tuple[int, int]:
     headers = read_headers(path)
     if compression is None:
         return count_params(config), tensor_bytes(headers)
-    family, ranks = family_for(config), compression["ranks"]
-    gauge = compression.get("gauge", "plain")
-    return count_params(config, ranks, gauge), tensor_bytes(
-        headers, skip=sentinel_names(headers, family, ranks)
-    )
+    params = count_params(config, compression["ranks"], compression.get("gauge", "plain"))
+    return params, tensor_bytes(headers, skip=[compression["sentinel"]])
 
 
 def _token_nll(logits: Tensor, batch: ScoredBatch) -> Tensor:

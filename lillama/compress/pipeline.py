@@ -150,7 +150,7 @@ def compress(
             device, activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
-        The report, as in report.json but for `rank_losses` (under torchrun with the "rank" of this
+        The report, as in report.json but for `rank_losses` (under torchrun with the number of this
         process):
         `params_before, params_after, reduction, target_reduction, tokens, seconds,
         peak_memory_bytes, blocks[]` and more.
@@ -186,7 +186,7 @@ def compress(
         if own_text is not None:  # finetune removes what it read
             own_text.unlink(missing_ok=True)
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
-    return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+    return report if ranks.world == 1 else {**report, "process": ranks.rank}
 
 
 def _own_text(
@@ -335,7 +335,7 @@ def _compress(
             "predicted_host_memory_bytes": predicted,
             "predicted_loss_increase": increase,
             "device": str(device),
-            "ranks": ranks.world,
+            "world_size": ranks.world,
             "blocks": rows,
             **({} if (head := run.head_report(writer)) is None else {"head": head}),
         }

@@ -79,8 +79,10 @@ def test_ranks_give_the_bits_of_one(kind, world, options, make_checkpoint, text_
     alone(model, tmp_path / "1", text_file, *options)
     stdout, _ = run(world, model, tmp_path / str(world), text_file, "--json", *options)
     (line,) = stdout.splitlines()
-    assert json.loads(line)["ranks"] == world
-    assert json.loads((tmp_path / "1" / "report.json").read_text())["ranks"] == 1
+    assert json.loads(line)["world_size"] == world
+    report = json.loads((tmp_path / "1" / "report.json").read_text())
+    # "ranks" are those of factors
+    assert report["world_size"] == 1 and "ranks" not in report and report["blocks"][0]["ranks"]
     assert content(tmp_path / "1") == content(tmp_path / str(world))
     if "--targets" in options:
         config = json.loads((tmp_path / "1" / "config.json").read_text())

@@ -216,16 +216,19 @@ def _of_matrix(
     sample_tokens: int,
     recipe: Recipe,
 ) -> MatrixSensitivity:
-    moment, gradient = collector.pop_both(key, matrix.N, matrix.K, pooled)
+    moment, gradient = collector.pop_both(key, weight, pooled)
     # so many tokens as it has dimensions are made up for an expert that few were routed to
     floor = float(min(matrix.N, matrix.K)) if num_experts > 1 else 0.0
-    power = pooled.gradient_energy / matrix.N
+    # no token came to it or to its kind: nothing that it does is known to matter, so that no rank
+    # costs anything, and its factors are those of white gradients
+    power = pooled.gradient_energy / matrix.N or 1.0
     noisy = damped(weight, gradient, floor, power, recipe.gradient_damping)
     values = spectrum(weight, shrunk(weight, moment, recipe.shrinkage), noisy)
     left = values.flip(0).cumsum(0).flip(0)
     # other text than this is routed otherwise: every expert counts for something
     mean = pooled.tokens / num_experts
     used = (1 - recipe.share_floor) * gradient.tokens + recipe.share_floor * mean
+    used = used if pooled.gradient_energy else 0.0
     losses = (left * (used / sample_tokens / 2)).tolist()
     return MatrixSensitivity([losses[rank] for rank in matrix.ranks], noisy.float())
 

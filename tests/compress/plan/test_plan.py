@@ -244,7 +244,8 @@ def test_plan_compressed_model_is_refused(mixtral, tmp_path):
     config = json.loads((mixtral / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "lillama",
-        "format_version": 2,
+        "format_version": 3,
+        "sentinel": "model.layers.0.mlp.experts.down_proj",
         "ranks": {"model.layers.0.block_sparse_moe.experts.0.w1": 8},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
