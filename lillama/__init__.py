@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lillama.errors import InputError, LillamaError, RunError
-from lillama.integrations.on_import import when_imported
+from lillama.integrations.registration import announce
 from lillama.version import __version__
 
 if TYPE_CHECKING:
@@ -84,5 +84,4 @@ def _lazy(module: str, name: str) -> property:
 for _name, _place in _FUNCTIONS.items():
     setattr(_Package, _name, _lazy(*_place))
 sys.modules[__name__].__class__ = _Package
-# not before: the quantizer's classes are made of transformers'
-when_imported("transformers.modeling_utils", "lillama.integrations.transformers", "register")
+announce()

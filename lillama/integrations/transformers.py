@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -371,7 +367,6 @@ def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:
 
 
 def register() -> None:
-    """Tell transformers about the quantizer. Safe to call twice."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LillamaConfig)
-        register_quantizer(QUANT_METHOD)(LillamaQuantizer)
+    """Enter the config and the quantizer with transformers. Safe to call twice."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LillamaConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LillamaQuantizer  # type: ignore[assignment]
