@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.decode_models import ranks_of
-from lillama.checkpoint.format import sentinel
+from lillama.checkpoint.sentinel import sentinel
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.models.detection import family_for
 from lillama.serve.attention import AttentionRunner

@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import (
-    compression_of,
-    read_config,
-    read_headers,
-    tensor_bytes,
-)
+from lillama.checkpoint.compression import compression_of
+from lillama.checkpoint.headers import read_headers, tensor_bytes
 from lillama.checkpoint.remote import find_model
+from lillama.checkpoint.shapes import count_params
 from lillama.config import EvalConfig
 from lillama.data.datasets import find_texts
 from lillama.errors import InputError, RunError
@@ -30,14 +27,9 @@ from lillama.evaluate_generations import check_generations
 from lillama.evaluate_speed import measure_speed
 from lillama.evaluate_tasks import check_harness, run_tasks
 from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
-from lillama.integrations.loading import (
-    check_vocabulary,
-    choose_device,
-    count_params,
-    load_model,
-    load_tokenizer,
-)
+from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import read_config
 
 __all__ = ["evaluate", "stored_size"]
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import compression_of, read_config, read_headers
+from lillama.checkpoint.compression import compression_of
+from lillama.checkpoint.headers import read_headers
 from lillama.compress.plan.allocate import Matrix
 from lillama.compress.plan.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
+from lillama.models.config_json import read_config
 from lillama.models.detection import family_for
 from lillama.models.families import Family
 from lillama.models.skeleton import block_of, named_blocks, skeleton

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lillama.checkpoint.format import QUANT_METHOD, TensorHeader, read_shard_headers
+from lillama.checkpoint.compression import QUANT_METHOD
+from lillama.checkpoint.headers import TensorHeader, read_shard_headers
 from lillama.checkpoint.journal import Journal, locked
 from lillama.checkpoint.shard_file import Entry, file_sha256, write_shard
 from lillama.errors import InputError, RunError

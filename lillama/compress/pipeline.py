@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lillama.checkpoint.card import config_json, model_card, recipe_json
-from lillama.checkpoint.format import read_config, sentinel
 from lillama.checkpoint.remote import fetch_weights, find_model
+from lillama.checkpoint.sentinel import sentinel
 from lillama.checkpoint.writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.distributed import Ranks
 from lillama.compress.events import Events
@@ -31,11 +31,12 @@ from lillama.compress.teacher.activations import ActivationMemory
 from lillama.compress.teacher.blocks import TeacherBlocks
 from lillama.compress.train.finetune import finetune_blocks
 from lillama.config import CompressConfig, FinetuneConfig
-from lillama.data.datasets import find_texts
+from lillama.data.datasets import find_texts, recorded_texts
 from lillama.data.sequences import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import read_config
 from lillama.models.detection import family_for
 
 __all__ = ["Progress", "compress"]
@@ -309,7 +310,15 @@ def _compress(
     blocks = _calibration(config, plan, own_text)
     teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
-    recipe = recipe_json(config, plan, teacher.headers, device, blocks)
+    recipe = recipe_json(
+        config,
+        teacher.headers,
+        device,
+        strategy=plan.strategy,
+        gauge=plan.gauge,
+        data_sha256={"train": blocks[0].sha256, "held_out": blocks[1].sha256},
+        **recorded_texts(config.text),
+    )
     if config.finetune and config.out.is_dir():
         return _finished(config.out, recipe)
     held = resident_bytes()
@@ -372,7 +381,7 @@ def _finish(
     curves = measured_curves(writer)
     copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
     writer.finish(
-        config_json(options, plan),
+        config_json(options, plan.family, plan.ranks, plan.gauge, plan.reduction),
         report=report if curves is None else {**report, "rank_losses": curves},
         model_card=model_card(options, report),
         copies=copies,

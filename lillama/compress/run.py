@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint.format import dtype_of
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.compress.distributed import Ranks
@@ -43,6 +42,7 @@ from lillama.compress.train.student import (
 )
 from lillama.config import CompressConfig, Loss
 from lillama.data.sequences import TokenBlocks
+from lillama.models.config_json import dtype_of
 
 __all__ = ["Progress", "Run", "pieces_of"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import read_config
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import choose_device, load_model, load_tokenizer
+from lillama.models.config_json import read_config
 from lillama.serve.attention import AttentionRunner
 from lillama.serve.decode import Chosen, Decoder
 from lillama.serve.mamba import MambaRunner

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from lillama_kernels import low_rank_linear, low_rank_linears, pivot_low_rank_linear
 from torch import Tensor, nn
 
-from lillama.modules.low_rank_embedding import LowRankEmbedding
-from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_embedding import LowRankEmbedding, PivotLowRankEmbedding
+from lillama.modules.low_rank_linear import LowRankLinear, PivotLowRankLinear
 
 __all__ = [
     "PREFILL_CHUNK",

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama import export
-from lillama.checkpoint.format import read_headers
 from lillama.checkpoint.gauge import LARGEST
+from lillama.checkpoint.headers import read_headers
 from lillama.cli import app as cli
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_tokenizer

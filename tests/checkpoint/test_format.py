@@ -10,21 +10,13 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 import lillama
-from lillama.checkpoint.format import (
-    TensorHeader,
-    check_factors,
-    check_ranks,
-    check_unquantized,
-    compression_of,
-    read_config,
-    read_headers,
-    read_shard_headers,
-    saved_sentinel,
-    sentinel,
-    tensor_bytes,
-)
+from lillama.checkpoint.compression import check_ranks, check_unquantized, compression_of
+from lillama.checkpoint.headers import TensorHeader, read_headers, read_shard_headers, tensor_bytes
+from lillama.checkpoint.sentinel import saved_sentinel, sentinel
+from lillama.checkpoint.shapes import check_factors
 from lillama.errors import InputError
 from lillama.integrations.transformers import LillamaConfig
+from lillama.models.config_json import read_config
 from lillama.models.families import FAMILIES
 
 EXPERTS = "block_sparse_moe.experts"

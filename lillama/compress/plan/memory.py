@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lillama.checkpoint.format import TensorHeader, dtype_of
+from lillama.checkpoint.headers import TensorHeader
 from lillama.compress.measure.sensitivity import batch_rows
 from lillama.compress.measure.svd import moment_side
 from lillama.compress.plan.allocate import Matrix
 from lillama.compress.plan.plan import Plan
 from lillama.config import PlanConfig
+from lillama.models.config_json import dtype_of
 
 __all__ = ["held_out_blocks", "peak_memory", "peak_memory_bytes", "resident_bytes"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import compression_of, dtype_of, read_config
+from lillama.checkpoint.compression import compression_of
 from lillama.checkpoint.remote import find_model
 from lillama.checkpoint.writer import check_out
 from lillama.compress.measure.gradients import without_outliers
@@ -33,6 +33,7 @@ from lillama.data.sequences import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import dtype_of, read_config
 from lillama.models.hub import recorded
 from lillama.models.skeleton import named_blocks
 
