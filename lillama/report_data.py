@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lillama.checkpoint.format import compression_of, read_config, read_headers
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.compress.plan.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError

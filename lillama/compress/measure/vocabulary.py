@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lillama.compress.measure.gradients import GradientCollector, MatrixSensitivity
-from lillama.compress.measure.svd import moment_side, shrunk, spectrum, whitened_svd
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.measure.svd import shrunk, spectrum, whitened_svd
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.config import Recipe
 
 # What blocks' matrices need (`Recipe.shrinkage`, 1.0) doubles what the head and the embeddings lose
