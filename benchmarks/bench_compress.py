@@ -22,7 +22,8 @@ from benchmarks.rows import Variant, Work, compare
 from benchmarks.shapes import COMPRESS_STEPS, CompressStepShape
 from benchmarks.timing import modes_of
 from lillama.compress.teacher.activations import stored
-from lillama.compress.train.distill import Stream, batch_loss
+from lillama.compress.train.block_inputs import BlockInputs
+from lillama.compress.train.distill import batch_loss
 from lillama.modules import LowRankExperts
 
 
@@ -66,7 +67,7 @@ def _block(shape: CompressStepShape, device: torch.device) -> tuple[nn.Module, d
     return block.eval(), {"position_embeddings": rotary, "attention_mask": None}
 
 
-def _ours(block: nn.Module, stream: Stream, device: torch.device) -> Callable[[], None]:
+def _ours(block: nn.Module, stream: BlockInputs, device: torch.device) -> Callable[[], None]:
     parameters = list(block.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     rows = torch.arange(len(stream.target))
@@ -85,7 +86,7 @@ def _ours(block: nn.Module, stream: Stream, device: torch.device) -> Callable[[]
     return step
 
 
-def _published(block: nn.Module, stream: Stream, device: torch.device) -> Callable[[], None]:
+def _published(block: nn.Module, stream: BlockInputs, device: torch.device) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-4)
     rows = torch.arange(len(stream.target))
 
@@ -105,7 +106,7 @@ def _published(block: nn.Module, stream: Stream, device: torch.device) -> Callab
     return step
 
 
-def _same_gradients(shape: CompressStepShape, device: torch.device, stream: Stream) -> None:
+def _same_gradients(shape: CompressStepShape, device: torch.device, stream: BlockInputs) -> None:
     """Both loops descend along the same gradient of the input's norm weight."""
     found = []
     for published in (False, True):
@@ -132,7 +133,9 @@ def bench_compress_step(benchmark, shape, device):
     generator = torch.Generator().manual_seed(2)
     size = (shape.batch, shape.seq_len, shape.hidden_size)
     teacher, student, target = (torch.randn(size, generator=generator) for _ in range(3))
-    stream = Stream(stored(teacher), stored(student), stored(target), None, lambda rows: kwargs)
+    stream = BlockInputs(
+        stored(teacher), stored(student), stored(target), None, lambda rows: kwargs
+    )
     published = copy.deepcopy(block)
     published.mlp.experts = _published_experts(published.mlp.experts)  # type: ignore[union-attr]
     rows = 2 * shape.batch * shape.seq_len

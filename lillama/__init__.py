@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lillama.checkpoint.export import export
     from lillama.compress.pipeline import compress
-    from lillama.compress.plan.plan import plan
+    from lillama.compress.plan.document import plan
     from lillama.compress.train.finetune import finetune
     from lillama.data.sample import sample
     from lillama.evaluate import evaluate as eval
@@ -60,7 +60,7 @@ _FUNCTIONS = {
     "finetune": ("lillama.compress.train.finetune", "finetune"),
     "generate": ("lillama.generate", "generate"),
     "kernels_impl": ("lillama_kernels", "kernels_impl"),
-    "plan": ("lillama.compress.plan.plan", "plan"),
+    "plan": ("lillama.compress.plan.document", "plan"),
     "report": ("lillama.report", "report"),
     "sample": ("lillama.data.sample", "sample"),
 }

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lillama.checkpoint.compression import compression_of
 from lillama.checkpoint.headers import read_headers
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.compress.plan.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError

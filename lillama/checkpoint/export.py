@@ -54,8 +54,8 @@ MARK = ".export"
 
 @dataclass
 class _Source:
-    """What is read. `shapes`: see `stored_shapes`. `transposed`: the matrices that a dense checkpoint
-    holds as [K, N]."""
+    """What is read. `shapes`: see `stored_shapes`. `transposed`: the matrices that a dense
+    checkpoint holds as [K, N]."""
 
     path: Path
     family: Family

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lillama.compress.plan.memory import held_out_blocks
-from lillama.compress.stop import StopRequest
+from lillama.compress.session.stop import StopRequest
 from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
 from lillama.data.sample import sample, sampled_with
+from lillama.data.sequences import held_out_blocks
 from lillama.errors import InputError
 from lillama.models.hub import recorded
 

@@ -33,6 +33,7 @@ __all__ = [
     "TokenBlocks",
     "calibration_blocks",
     "evaluation_blocks",
+    "held_out_blocks",
     "read_documents",
 ]
 
@@ -190,6 +191,12 @@ def _stream(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[lis
             ids += row
             previous, last = document, row[-1]
         yield ids, len(text.encode())
+
+
+def held_out_blocks(tokens: int, seq_len: int) -> int:
+    """Return how many sequences are kept for judging: a fortieth of those to calibrate on, 8 to
+    32."""
+    return min(32, max(8, -(-tokens // seq_len) // 40))
 
 
 def calibration_blocks(

@@ -15,7 +15,7 @@ import lillama
 from lillama.checkpoint.gauge import LARGEST, PivotFactors, rounded, to_pivot
 from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.pivots import is_permutation, permutation_of, pivot_rows
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.errors import InputError
 from lillama.modules.low_rank_linear import PivotLowRankLinear
 from tests.pivot_orders import choose_pivots

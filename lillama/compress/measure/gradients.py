@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lillama.compress.measure.moments import Key, MomentCollector
-from lillama.compress.measure.svd import Moment, moment_side
+from lillama.compress.measure.svd import Moment
+from lillama.compress.plan.matrix import moment_side
 from lillama.models.dense_linear import DenseLinear, linear_weight
 from lillama.models.families import Family
 from lillama.modules.replace import dense_expert

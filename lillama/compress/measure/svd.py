@@ -5,23 +5,22 @@ Mixtral (4096 x 14336) that is an eighth of the numbers and a fortieth of the wo
 side.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lillama.compress.plan.matrix import Side, moment_side
 
 __all__ = [
     "Moment",
     "balanced",
     "damped",
-    "moment_side",
     "plain_svd",
     "shrunk",
     "spectrum",
     "whitened_svd",
 ]
-
-Side = Literal["input", "output"]
 
 
 class Moment(NamedTuple):
@@ -36,11 +35,6 @@ class Moment(NamedTuple):
     gram: Tensor
     tokens: float
     energy: float
-
-
-def moment_side(N: int, K: int) -> Side:
-    """The smaller side of a weight [N, K]: the one whose moments `whitened_svd` needs."""
-    return "input" if K <= N else "output"
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

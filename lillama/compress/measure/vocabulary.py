@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lillama.checkpoint.names import FACTOR_A, FACTOR_B
 from lillama.compress.measure.gradients import GradientCollector, MatrixSensitivity
-from lillama.compress.measure.svd import moment_side, shrunk, spectrum, whitened_svd
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.measure.svd import shrunk, spectrum, whitened_svd
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.config import Recipe
 
 # What blocks' matrices need (`Recipe.shrinkage`, 1.0) doubles what the head and the embeddings lose

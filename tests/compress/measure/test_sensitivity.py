@@ -17,9 +17,9 @@ from lillama.compress.measure.gradients import (
     without_outliers,
 )
 from lillama.compress.measure.sensitivity import OUTLIER, _of_matrix, measure_sensitivity, sample_of
-from lillama.compress.measure.svd import Moment, moment_side, plain_svd, shrunk, whitened_svd
+from lillama.compress.measure.svd import Moment, plain_svd, shrunk, whitened_svd
 from lillama.compress.measure.vocabulary import SHRINKAGE
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.compress.plan.plan import make_plan
 from lillama.compress.teacher.activations import ActivationMemory
 from lillama.compress.teacher.blocks import TeacherBlocks

@@ -8,12 +8,12 @@ from lillama.compress.measure.svd import (
     Moment,
     balanced,
     damped,
-    moment_side,
     plain_svd,
     shrunk,
     spectrum,
     whitened_svd,
 )
+from lillama.compress.plan.matrix import moment_side
 
 SHAPES = [pytest.param(24, 40, id="N24-K40"), pytest.param(40, 24, id="N40-K24")]
 

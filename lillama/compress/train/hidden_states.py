@@ -1,4 +1,4 @@
-"""The teacher's and the student's activations, moved from block to block: what to read, where to
+"""The teacher's and the student's hidden states, moved from block to block: what to read, where to
 write, and what the moments see on the way."""
 
 import math
@@ -13,26 +13,24 @@ from torch import Tensor, nn
 
 from lillama.checkpoint.gauge import plain_tensors
 from lillama.checkpoint.names import factor_shapes
-from lillama.compress.distributed import STUDENT, TEACHER, Ranks
 from lillama.compress.measure.moments import MomentCollector, key_of
-from lillama.compress.plan.plan import Plan
-from lillama.compress.teacher.activations import ActivationMemory, ActivationStore, prefetched
-from lillama.compress.teacher.blocks import TeacherBlocks, block_output
-from lillama.compress.train.distill import Stream
-from lillama.compress.train.head import HeadStream
-from lillama.config import Recipe
+from lillama.compress.session.processes import STUDENT, TEACHER
+from lillama.compress.session.session import REST, Session
+from lillama.compress.teacher.activations import ActivationStore, prefetched
+from lillama.compress.teacher.blocks import block_output
+from lillama.compress.train.block_inputs import BlockInputs, HeadInputs
 from lillama.data.sequences import TokenBlocks
 from lillama.errors import RunError
 
-__all__ = ["Streams"]
+__all__ = ["HiddenStates"]
 
 
 @dataclass
 class _Set:
-    """One set of token blocks and its activations before the current block; `spare` is a store that
+    """One set of sequences and its hidden states before the current block; `spare` is a store that
     nothing needs any more."""
 
-    blocks: TokenBlocks
+    sequences: TokenBlocks
     teacher: ActivationStore
     student: ActivationStore
     target: ActivationStore | None = None
@@ -48,44 +46,33 @@ class _Set:
         return list({id(store): store for store in every if store is not None}.values())
 
 
-class Streams:
-    """The training and the held-out set before the current block, in this order.
+class HiddenStates:
+    """Those of the training and of the held-out sequences before the current block, in this order.
 
     Args:
-        blocks: training and held-out tokens. memory: where streams may live. tick(stage, tokens) is
-            called after every batch that went through a block. with_student: False where nothing is
-        trained on the student's stream, which then is not computed. shard: where the student's
-        embeddings are, if they are factorised.
+        session: of this run. tick(stage, tokens): called after every batch that went through a
+            block. with_student: False where nothing is trained on the student's hidden states,
+            which then are not computed.
 
     Raises:
-        RunError: no room for the streams.
+        RunError: no room for them.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        recipe: Recipe,
-        teacher: TeacherBlocks,
-        blocks: tuple[TokenBlocks, TokenBlocks],
-        memory: ActivationMemory,
-        tick: Callable[[str, int], None],
-        ranks: Ranks,
-        *,
-        with_student: bool,
-        shard: Path,
+        self, session: Session, tick: Callable[[str, int], None], *, with_student: bool
     ) -> None:
-        self.plan, self.recipe, self.teacher = plan, recipe, teacher
-        self.ranks, self.with_student = ranks, with_student
-        self.device, self.memory, self.tick = teacher.device, memory, tick
+        self.plan, self.recipe, self.teacher = session.plan, session.recipe, session.teacher
+        self.processes, self.with_student = session.processes, with_student
+        self.device, self.memory, self.tick = session.device, session.new_memory(), tick
         # a GPU computes a block's products in bf16: storing more digits would not add any
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        if ranks.owns(0):
-            with teacher.embeddings():
-                self.sets = [self._embed(part) for part in blocks]
+        if self.processes.owns(0):
+            with self.teacher.embeddings():
+                self.sets = [self._embed(part) for part in session.sequences]
             if self.diverges_before(0):
-                self._embed_student(shard)
+                self._embed_student(session.writer.file_of(REST))
         else:
-            self.sets = [_Set(part, *[self._new(part)] * 2) for part in blocks]
+            self.sets = [_Set(part, *[self._new(part)] * 2) for part in session.sequences]
 
     def close(self) -> None:
         """Give the memory and the files back."""
@@ -96,15 +83,15 @@ class Streams:
     def rows(self, count: int) -> tuple[Tensor, ...]:
         return torch.arange(count).split(self.recipe.batch_size)
 
-    def _new(self, blocks: TokenBlocks) -> ActivationStore:
-        return self.memory.new((*blocks.shape, self.plan.config.hidden_size), self.dtype)
+    def _new(self, sequences: TokenBlocks) -> ActivationStore:
+        return self.memory.new((*sequences.shape, self.plan.config.hidden_size), self.dtype)
 
-    def _embed(self, blocks: TokenBlocks) -> _Set:
-        store = self._embedded(blocks)
-        return _Set(blocks, store, store)
+    def _embed(self, sequences: TokenBlocks) -> _Set:
+        store = self._embedded(sequences)
+        return _Set(sequences, store, store)
 
     def _embed_student(self, shard: Path) -> None:
-        """Begin the student's stream with its own embeddings, as a user will have them."""
+        """Begin the student's hidden states with its own embeddings, as a user will have them."""
         matrix = self.plan.embedding
         assert matrix is not None
         rank, gauge = self.plan.ranks[matrix.name], self.plan.gauge
@@ -114,43 +101,43 @@ class Streams:
         A, B = (factor.float() for factor in plain_tensors(stored))
         with self.teacher.embeddings((A.to(self.device), B.to(self.device))):
             for data in self.sets:
-                data.student = self._embedded(data.blocks)
+                data.student = self._embedded(data.sequences)
 
-    def _embedded(self, blocks: TokenBlocks) -> ActivationStore:
-        store = self._new(blocks)
+    def _embedded(self, sequences: TokenBlocks) -> ActivationStore:
+        store = self._new(sequences)
         for rows in self.rows(len(store)):
-            mask = None if blocks.mask is None else blocks.mask[rows]
-            store.write(rows, self.teacher.inputs(blocks.input_ids[rows], mask)[0])
+            mask = None if sequences.mask is None else sequences.mask[rows]
+            store.write(rows, self.teacher.inputs(sequences.input_ids[rows], mask)[0])
         store.flush()
         return store
 
-    def of_block(self, index: int) -> list[Stream]:
+    def of_block(self, index: int) -> list[BlockInputs]:
         """What a student block is trained and judged on; after `teacher_pass`."""
         return [
-            Stream(d.teacher, d.student, d.target, d.blocks.mask, self.kwargs_of(d, index))
+            BlockInputs(d.teacher, d.student, d.target, d.sequences.mask, self.kwargs_of(d, index))
             for d in self.sets
             if d.target is not None
         ]
 
-    def of_head(self) -> list[HeadStream]:
+    def of_head(self) -> list[HeadInputs]:
         """What the output head is trained and judged on, behind the last block."""
         behind = len(self.teacher.blocks)
         self.receive_teacher(behind)
         self.receive_student(behind)
-        return [HeadStream(d.teacher, d.student, d.blocks.mask) for d in self.sets]
+        return [HeadInputs(d.teacher, d.student, d.sequences.mask) for d in self.sets]
 
     def kwargs_of(self, data: _Set, index: int) -> Callable[[Tensor], dict[str, Any]]:
         """Keyword arguments of block `index` for given rows; asked once a batch size where nothing
         is padded."""
         cache: dict[int, dict[str, Any]] = {}
-        length = data.blocks.shape[1]
+        length = data.sequences.shape[1]
 
         def kwargs(rows: Tensor) -> dict[str, Any]:
-            if data.blocks.mask is None and len(rows) in cache:
+            if data.sequences.mask is None and len(rows) in cache:
                 return cache[len(rows)]
-            mask = None if data.blocks.mask is None else data.blocks.mask[rows]
+            mask = None if data.sequences.mask is None else data.sequences.mask[rows]
             found = self.teacher.arguments((len(rows), length), mask)[index]
-            if data.blocks.mask is None:
+            if data.sequences.mask is None:
                 cache[len(rows)] = found
             return found
 
@@ -167,7 +154,7 @@ class Streams:
         stage: str,
         moments: MomentCollector | None = None,
     ) -> None:
-        """Run a block over a whole stream; `sink` may be `source`. With `moments`, its hooks see
+        """Run a block over a whole store; `sink` may be `source`. With `moments`, its hooks see
         each batch's mask.
 
         Raises:
@@ -178,7 +165,7 @@ class Streams:
         batches = self.rows(len(source))
         for rows, hidden in prefetched(batches, source.read, source.background):
             if moments is not None:
-                moments.mask = None if data.blocks.mask is None else data.blocks.mask[rows]
+                moments.mask = None if data.sequences.mask is None else data.sequences.mask[rows]
             hidden = hidden.to(self.device, torch.float32)
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
@@ -195,7 +182,7 @@ class Streams:
             )
 
     def teacher_pass(self, block: nn.Module, index: int, collect: bool) -> MomentCollector:
-        """Targets of every stream; moments from the training stream when the init wants them."""
+        """Targets of every set; moments from the training set when the init wants them."""
         prefix = f"{self.teacher.block_paths[index]}."
         names = self.plan.ranks_of_block(index)
         keys = [key_of(self.plan.family, prefix, name) for name in names]
@@ -213,7 +200,7 @@ class Streams:
         )
         stage = f"block {index} teacher"
         for data in self.sets:
-            data.target, data.spare = data.spare or self._new(data.blocks), None
+            data.target, data.spare = data.spare or self._new(data.sequences), None
             if data is self.sets[0]:
                 with moments.attached():
                     self.forward(block, data, data.teacher, data.target, index, stage, moments)
@@ -222,46 +209,46 @@ class Streams:
         return moments
 
     def diverges_before(self, index: int) -> bool:
-        """Whether the student's stream into block `index` is not the teacher's."""
+        """Whether the student's hidden states before block `index` differ from the teacher's."""
         from_start = self.plan.embedding is not None
         return self.with_student and (from_start or index > min(self.plan.blocks, default=index))
 
     def receive_teacher(self, index: int) -> None:
-        """Take the teacher's stream into block `index` from the rank that has it."""
-        if self.ranks.world == 1 or index == 0:
+        """Take the teacher's hidden states before block `index` from the process that has them."""
+        if self.processes.world_size == 1 or index == 0:
             return
-        self.ranks.wait()
+        self.processes.wait()
         for data in self.sets:
             data.teacher, *others = data.stores()
             data.student, data.target = data.teacher, None
             if self.diverges_before(index):
-                data.student = others.pop() if others else self._new(data.blocks)
+                data.student = others.pop() if others else self._new(data.sequences)
             data.spare = others.pop() if others else None
         teachers = [data.teacher for data in self.sets]
-        self.ranks.receive(index, TEACHER, teachers, self.recipe.batch_size)
+        self.processes.receive(index, TEACHER, teachers, self.recipe.batch_size)
 
     def pass_teacher(self, index: int) -> None:
-        """Send the teacher's stream behind block `index` on while the block is trained."""
-        if self.ranks.world > 1:
+        """Send the teacher's hidden states behind block `index` on while the block is trained."""
+        if self.processes.world_size > 1:
             targets = [data.target for data in self.sets if data.target is not None]
-            self.ranks.send_behind(index + 1, TEACHER, targets, self.recipe.batch_size)
+            self.processes.send_behind(index + 1, TEACHER, targets, self.recipe.batch_size)
 
     def receive_student(self, index: int) -> None:
-        """As `receive_teacher`, of the student's stream, which is there later."""
-        if self.ranks.world > 1 and index > 0 and self.diverges_before(index):
+        """As `receive_teacher`, of the student's, which are there later."""
+        if self.processes.world_size > 1 and index > 0 and self.diverges_before(index):
             students = [data.student for data in self.sets]
-            self.ranks.receive(index, STUDENT, students, self.recipe.batch_size)
+            self.processes.receive(index, STUDENT, students, self.recipe.batch_size)
 
     def advance(self, student: nn.Module, index: int) -> None:
-        """Move both streams behind block `index`; the student's takes the place of one that nothing
-        needs any more."""
-        if self.ranks.world > 1:
+        """Move both behind block `index`; the student's take the place of what nothing needs any
+        more."""
+        if self.processes.world_size > 1:
             if self.diverges_before(index + 1):
                 stage = f"block {index} student"
                 for data in self.sets:
                     self.forward(student, data, data.student, data.student, index, stage)
                 students = [data.student for data in self.sets]
-                self.ranks.send(index + 1, STUDENT, students, self.recipe.batch_size)
+                self.processes.send(index + 1, STUDENT, students, self.recipe.batch_size)
             return
         replaced = self.with_student and index in self.plan.blocks
         for data in self.sets:
