@@ -232,9 +232,9 @@ def test_export_takes_over_what_a_kill_left_and_nothing_else(sources, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import importlib, os, signal, sys
 import lillama
-module = sys.modules["lillama.checkpoint.export"]
+module = importlib.import_module("lillama.checkpoint.export")
 write = module.write_shard
 def killed(*args):
     write(*args)
