@@ -25,10 +25,10 @@ from lillama.compress.plan import plan
 from lillama.errors import InputError, LillamaError, RunError
 from lillama.evaluate import evaluate as eval
 from lillama.export import export
-from lillama.generate import generate
 from lillama.integrations.transformers import register as _register
 from lillama.report import report
 from lillama.sample import sample
+from lillama.serve.generate import generate
 from lillama.upstream import import_upstream
 from lillama.version import __version__
 

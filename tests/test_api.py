@@ -29,7 +29,7 @@ SUBMODULES = [
     "lillama.compress.pipeline",
     "lillama.evaluate",
     "lillama.export",
-    "lillama.generate",
+    "lillama.serve.generate",
     "lillama.report",
     "lillama.cli",
 ]

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lillama.serve.request import Event, Finished, SamplingParams, Token
+from lillama.serve.engine.requests import Event, Finished, SamplingParams, Token
 
 WAIT_S = 60.0
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 57)), [3, 250, 40], [9, 9], [60, 61, 62, 63]]

@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 from lillama.checkpoint import read_config
 from lillama.errors import InputError, RunError
 from lillama.loading import choose_device, load_model, load_tokenizer
-from lillama.serve.attention import AttentionRunner
-from lillama.serve.decode import Chosen, Decoder
-from lillama.serve.mamba import MambaRunner
-from lillama.serve.request import Busy, Event, Finished, FinishReason, SamplingParams, Token
-from lillama.serve.runner import PREFILL_CHUNK, Prefilled
-from lillama.serve.text import TextStream
+from lillama.serve.engine.requests import Busy, Event, Finished, FinishReason, SamplingParams, Token
+from lillama.serve.engine.slots import Chosen, Decoder
+from lillama.serve.engine.text import TextStream
+from lillama.serve.models import AttentionRunner, MambaRunner
+from lillama.serve.models.runner import PREFILL_CHUNK, Prefilled
 
-__all__ = ["LocalEngine", "load_engine"]
+__all__ = ["LocalEngine"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +54,11 @@ class _Request:
 
 
 class LocalEngine:
-    """The `Engine` of a checkpoint folder, dense or compressed (see lillama.serve.request).
+    """The `Engine` of a checkpoint folder, dense or compressed (see lillama.serve.engine.requests).
 
     Args:
         model: local checkpoint folder of a Mamba-1, or of a model type in
-            `lillama.serve.attention.MODEL_TYPES`.
+            `lillama.serve.models.attention.MODEL_TYPES`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: as `lillama.loading.load_model`.
         max_batch: requests that generate at once, at least 1.
@@ -325,11 +324,6 @@ class LocalEngine:
         self._live, self._joining = [], None
         for request in left:
             self._finish(request, reason, error)
-
-
-def load_engine(path: str | Path, **options: Any) -> LocalEngine:
-    """The engine of a checkpoint folder, not started; options and errors as `LocalEngine`."""
-    return LocalEngine(path, **options)
 
 
 def _line(error: BaseException) -> str:

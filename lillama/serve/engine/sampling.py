@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lillama.serve.request import SamplingParams
+from lillama.serve.engine.requests import SamplingParams
 
 __all__ = ["MAX_LOGPROBS", "Rows", "Sampled", "Steps", "sample", "steps_of"]
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lillama.serve.request import SamplingParams
-from lillama.serve.runner import Prefilled, Runner
-from lillama.serve.sampling import Rows, Sampled, Steps, sample, steps_of
+from lillama.serve.engine.requests import SamplingParams
+from lillama.serve.engine.sampling import Rows, Sampled, Steps, sample, steps_of
+from lillama.serve.models.runner import Prefilled, Runner
 
 __all__ = ["Chosen", "Decoder", "buckets_of"]
 

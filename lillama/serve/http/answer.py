@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lillama.serve.http_tokens import Tokens
-from lillama.serve.request import Event, Finished, Token
+from lillama.serve.engine.requests import Event, Finished, Token
+from lillama.serve.http.tokens import Tokens
 
 __all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "sse"]
 

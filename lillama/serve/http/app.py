@@ -19,14 +19,14 @@ from starlette.responses import Response
 
 from lillama.config_serve import ServeConfig
 from lillama.hub import model_name
-from lillama.serve.http_answer import Answer, ChatAnswer, CompletionAnswer, sse
-from lillama.serve.http_errors import ApiError, error_body, explain_validation
-from lillama.serve.http_gate import Gate
-from lillama.serve.http_job import Disconnected, EngineStopped, Job
-from lillama.serve.http_metrics import CONTENT_TYPE, Metrics
-from lillama.serve.http_schema import ChatRequest, CompletionRequest, StreamOptions
-from lillama.serve.http_tokens import Tokens
-from lillama.serve.request import Engine, Event
+from lillama.serve.engine.requests import Engine, Event
+from lillama.serve.http.answer import Answer, ChatAnswer, CompletionAnswer, sse
+from lillama.serve.http.errors import ApiError, error_body, explain_validation
+from lillama.serve.http.gate import Gate
+from lillama.serve.http.job import Disconnected, EngineStopped, Job
+from lillama.serve.http.metrics import CONTENT_TYPE, Metrics
+from lillama.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
+from lillama.serve.http.tokens import Tokens
 from lillama.version import __version__
 
 __all__ = ["Service", "create_app", "drain"]
@@ -231,7 +231,7 @@ class EventStream(Response):
 def read_page() -> tuple[bytes, str]:
     """The page, and the Content-Security-Policy that lets run what is written in it and nothing
     else."""
-    page = files("lillama.serve").joinpath("web.html").read_text("utf-8")
+    page = files("lillama.serve.http").joinpath("web.html").read_text("utf-8")
 
     def sources(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lillama.config_serve import ServeConfig
-from lillama.serve.http_errors import ApiError, error_body
+from lillama.serve.http.errors import ApiError, error_body
 
 __all__ = ["Connection", "Server", "uvicorn_config"]
 

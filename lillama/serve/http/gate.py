@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lillama.config_serve import ServeConfig
-from lillama.serve.http_errors import ApiError, error_body
-from lillama.serve.http_metrics import Metrics
+from lillama.serve.http.errors import ApiError, error_body
+from lillama.serve.http.metrics import Metrics
 
 __all__ = ["Gate"]
 

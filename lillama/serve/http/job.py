@@ -13,9 +13,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 from lillama.errors import InputError
-from lillama.serve.http_errors import ApiError
-from lillama.serve.http_metrics import Metrics
-from lillama.serve.request import Busy, Completion, Engine, Event, Finished, SamplingParams, Token
+from lillama.serve.engine.requests import (
+    Busy,
+    Completion,
+    Engine,
+    Event,
+    Finished,
+    SamplingParams,
+    Token,
+)
+from lillama.serve.http.errors import ApiError
+from lillama.serve.http.metrics import Metrics
 
 __all__ = ["Disconnected", "EngineStopped", "Job"]
 

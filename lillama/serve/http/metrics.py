@@ -12,7 +12,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lillama.serve.request import Engine
+from lillama.serve.engine.requests import Engine
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 

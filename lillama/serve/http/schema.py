@@ -14,8 +14,8 @@ from pydantic import (
 )
 
 from lillama.errors import InputError
-from lillama.serve.http_errors import ApiError
-from lillama.serve.request import SamplingParams
+from lillama.serve.engine.requests import SamplingParams
+from lillama.serve.http.errors import ApiError
 
 __all__ = ["IGNORED", "NEUTRAL", "ChatRequest", "CompletionRequest", "Message", "StreamOptions"]
 

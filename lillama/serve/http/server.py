@@ -10,7 +10,8 @@ from lillama.config_serve import ServeConfig
 from lillama.errors import InputError
 from lillama.hub_checkpoint import find_model
 from lillama.loading import load_tokenizer
-from lillama.serve.request import Engine
+from lillama.serve.engine import LocalEngine
+from lillama.serve.engine.requests import Engine
 
 __all__ = ["bind", "make_server", "read_keys", "serve"]
 
@@ -37,13 +38,11 @@ def serve(
             f"serving needs packages that are not installed ({', '.join(missing)}); "
             "pip install 'lillama[serve]'"
         )
-    from lillama.serve.engine import load_engine
-
     keys = read_keys(config.api_key_file)
     # before the model, which takes a while to load
     with bind(config.host, config.port) as listener:
         tokenizer = load_tokenizer(config.model)
-        engine = load_engine(
+        engine = LocalEngine(
             config.model,
             device=config.device,
             dtype=config.dtype,
@@ -65,15 +64,15 @@ def make_server(
     keys: list[str],
     on_ready: Callable[[str], None] | None = None,
 ) -> Any:
-    """A `lillama.serve.http_connection.Server` over a started engine; its run(sockets=[...])
+    """A `lillama.serve.http.connection.Server` over a started engine; its run(sockets=[...])
     returns after a signal, or stop(), and a drain.
 
     Args:
         keys: that open the API; none: everybody may ask.
         on_ready: called with the address once it listens.
     """
-    from lillama.serve.http_app import Service, create_app, drain
-    from lillama.serve.http_connection import Server, uvicorn_config
+    from lillama.serve.http.app import Service, create_app, drain
+    from lillama.serve.http.connection import Server, uvicorn_config
 
     service = Service(engine, tokenizer, config)
     gate = create_app(service, keys)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from lillama.serve.http_errors import ApiError
+from lillama.serve.http.errors import ApiError
 
 __all__ = ["Tokens"]
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lillama.errors import InputError
-from lillama.serve.experts import expand_pivots, experts_cpu
-from lillama.serve.runner import PREFILL_CHUNK, Prefilled, lookup, projection, projections
+from lillama.serve.models.experts import expand_pivots, experts_cpu
+from lillama.serve.models.runner import PREFILL_CHUNK, Prefilled, lookup, projection, projections
 
 __all__ = ["MODEL_TYPES", "AttentionRunner"]
 
@@ -69,8 +69,8 @@ class _At(NamedTuple):
 
 
 class AttentionRunner:
-    """A `Runner` (see lillama.serve.runner) for the models of MODEL_TYPES, every projection dense
-    or factorised in either gauge, tied or factorised embeddings and head.
+    """A `Runner` for the models of MODEL_TYPES, every projection dense or factorised in either
+    gauge, tied or factorised embeddings and head.
 
     Args:
         model: the ...ForCausalLM in eval mode; its weights are laid out anew in place.

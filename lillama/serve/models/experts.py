@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
-from lillama.serve.runner import lay_out
+from lillama.serve.models.runner import lay_out
 
 __all__ = ["Experts", "expand_pivots", "experts_cpu"]
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from lillama.errors import InputError
 from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.serve.runner import PREFILL_CHUNK, Prefilled, lay_out, lookup, projection
+from lillama.serve.models.runner import PREFILL_CHUNK, Prefilled, lay_out, lookup, projection
 
 __all__ = ["MambaRunner"]
 
@@ -68,7 +68,7 @@ class _Rows(NamedTuple):
 
 
 class MambaRunner:
-    """A `Runner` (see lillama.serve.runner) for Mamba-1.
+    """A `Runner` for Mamba-1.
 
     Args:
         model: MambaForCausalLM, dense or with factorised projections, in eval mode.

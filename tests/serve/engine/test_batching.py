@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lillama.serve import attention as attention_module
-from lillama.serve import mamba as mamba_module
-from lillama.serve.engine import LocalEngine, load_engine
-from lillama.serve.request import Event, Finished, SamplingParams, Token
+from lillama.serve.engine import LocalEngine
+from lillama.serve.engine.requests import Event, Finished, SamplingParams, Token
+from lillama.serve.models import attention as attention_module
+from lillama.serve.models import mamba as mamba_module
 from tests.serve.heard import PROMPTS, Heard, greedy, wait_for
 
 
@@ -23,7 +23,7 @@ def make_engine(device):
     def make(path: Path, **options) -> LocalEngine:
         key = (path, *sorted(options.items()))
         if key not in engines:
-            engines[key] = load_engine(path, device=str(device), **options)
+            engines[key] = LocalEngine(path, device=str(device), **options)
             engines[key].start()
         return engines[key]
 

@@ -14,8 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lillama.serve.request import SamplingParams
-from lillama.serve.sampling import Rows, Steps, sample, steps_of
+from lillama.serve.engine.requests import SamplingParams
+from lillama.serve.engine.sampling import Rows, Steps, sample, steps_of
 
 CPU = torch.device("cpu")
 ALL = Steps(penalty=True, draw=True, filters=True, logprobs=True)

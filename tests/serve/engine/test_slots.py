@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lillama.serve.decode import Chosen, Decoder, buckets_of
-from lillama.serve.request import SamplingParams
-from lillama.serve.runner import Prefilled
+from lillama.serve.engine.requests import SamplingParams
+from lillama.serve.engine.slots import Chosen, Decoder, buckets_of
+from lillama.serve.models.runner import Prefilled
 
 VOCAB = 50
 
@@ -122,7 +122,7 @@ def test_decoder_that_cannot_capture_says_so_and_goes_on(fakes, monkeypatch, cap
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
-    with caplog.at_level(logging.WARNING, "lillama.serve.decode"):
+    with caplog.at_level(logging.WARNING, "lillama.serve.engine.slots"):
         assert run(True, PLAN) == run(False, PLAN)
     (record,) = caplog.records
     assert record.getMessage().endswith("slower: operation not permitted when stream is capturing")

@@ -10,7 +10,7 @@ import pytest
 
 from lillama.errors import InputError, RunError
 from lillama.serve.engine import LocalEngine
-from lillama.serve.request import Busy, Event, Finished, SamplingParams
+from lillama.serve.engine.requests import Busy, Event, Finished, SamplingParams
 from tests.serve.heard import WAIT_S, Heard, greedy, wait_for
 
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lillama.serve.text import TextStream
+from lillama.serve.engine.text import TextStream
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """An Engine without a model: deterministic text, ragged timing, failures on request; and a process
 that serves it, for tests that need one of their own and for benchmarks/load.py.
 
-    python -m tests.serve.fake_engine --port 0 [--step-s 0.01] [--max-batch 8] ...
+    python -m tests.serve.http.fake_engine --port 0 [--step-s 0.01] [--max-batch 8] ...
 """
 
 import argparse
@@ -9,7 +9,6 @@ import random
 import sys
 import threading
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 
 from lillama.config_serve import ServeConfig
 from lillama.errors import InputError
-from lillama.serve.request import Busy, Event, Finished, SamplingParams, Token
+from lillama.serve.engine.requests import Busy, Event, Finished, SamplingParams, Token
 
 # Tokens of the tests' tokenizer with a meaning here, as the single characters that they are.
 FAILS, REFUSES, ENDS = "~", "^", "$"
@@ -185,16 +184,15 @@ class FakeEngine:
 
 def serve_fake(step_s: float) -> None:
     """The command line with `lillama serve` on a FakeEngine; sys.argv as a user gives it."""
+    import lillama.serve.http.server as module
     from lillama.cli import main
     from lillama.loading import load_tokenizer
 
-    def load_engine(path: Path, *, max_length: int | None, **options: Any) -> FakeEngine:
+    def fake(path: Path, *, max_length: int | None, **options: Any) -> FakeEngine:
         assert (options.pop("device"), options.pop("dtype")) == ("auto", "auto")
         return FakeEngine(load_tokenizer(path), step_s, max_length=max_length or 512, **options)
 
-    module: Any = types.ModuleType("lillama.serve.engine")
-    module.load_engine = load_engine
-    sys.modules[module.__name__] = module
+    module.LocalEngine = fake  # type: ignore[assignment]
     main()
 
 

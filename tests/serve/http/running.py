@@ -12,7 +12,7 @@ from typing import Any
 
 from lillama.config_serve import ServeConfig
 from lillama.serve.http import bind, make_server
-from tests.serve.fake_engine import CHAT_TEMPLATE, FakeEngine
+from tests.serve.http.fake_engine import CHAT_TEMPLATE, FakeEngine
 
 JSON = {"Content-Type": "application/json"}
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 openai = pytest.importorskip("openai")
 
-from tests.serve.http_server import Running, running  # noqa: E402
+from tests.serve.http.running import Running, running  # noqa: E402
 
 WORDS = " cat sat on the mat while old dogs ran"
 

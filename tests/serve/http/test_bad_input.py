@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-from tests.serve.http_server import JSON, post_bytes, read_all, running, wait_for  # noqa: E402
+from tests.serve.http.running import JSON, post_bytes, read_all, running, wait_for  # noqa: E402
 
 HI = [{"role": "user", "content": "hi"}]
 LIMIT = 4096

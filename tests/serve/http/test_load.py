@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
 from benchmarks.load import Load, percentiles, report, run  # noqa: E402
-from tests.serve.http_server import running  # noqa: E402
+from tests.serve.http.running import running  # noqa: E402
 
 BODY = {"max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
 

@@ -17,15 +17,15 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-import lillama.serve.http as http_module  # noqa: E402
 from lillama import cli  # noqa: E402
 from lillama.config_serve import ServeConfig  # noqa: E402
 from lillama.errors import InputError  # noqa: E402
-from lillama.serve.http import bind, read_keys, serve  # noqa: E402
-from tests.serve.http_server import Running, read_all, wait_for  # noqa: E402
+from lillama.serve.http import bind, serve  # noqa: E402
+from lillama.serve.http.server import read_keys  # noqa: E402
+from tests.serve.http.running import Running, read_all, wait_for  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = "from tests.serve.fake_engine import serve_fake; serve_fake({step_s})"
+ROOT = Path(__file__).parents[3]
+SCRIPT = "from tests.serve.http.fake_engine import serve_fake; serve_fake({step_s})"
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def command(monkeypatch, capsys):
 def test_serve_without_the_extra_says_what_to_install(command, mixtral, monkeypatch):
     find = importlib.util.find_spec
     hidden = lambda name, *rest: None if name == "uvicorn" else find(name, *rest)  # noqa: E731
-    monkeypatch.setattr(http_module.importlib.util, "find_spec", hidden)
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
     code, error = command("serve", str(mixtral))
     assert code == 2 and "pip install 'lillama[serve]'" in error and "(uvicorn)" in error
 

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-from lillama.serve import http_tokens  # noqa: E402
-from tests.serve.http_server import post_bytes, read_all, running, wait_for  # noqa: E402
+from lillama.serve.http import tokens as http_tokens  # noqa: E402
+from tests.serve.http.running import post_bytes, read_all, running, wait_for  # noqa: E402
 
 ASK = json.dumps({"prompt": "a", "max_tokens": 400}).encode()
 STREAM = json.dumps({"prompt": "a", "max_tokens": 400, "stream": True}).encode()

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-from tests.serve.http_server import running, wait_for  # noqa: E402
+from tests.serve.http.running import running, wait_for  # noqa: E402
 from tests.webdriver import (  # noqa: E402
     CHROMEDRIVER,
     CHROMIUM,
@@ -26,7 +26,7 @@ in_a_browser = pytest.mark.skipif(
     not (CHROMIUM and CHROMEDRIVER),
     reason="no Chromium with chromedriver (Debian: apt-get install chromium chromium-driver)",
 )
-PAGE = files("lillama.serve").joinpath("web.html").read_text("utf-8")
+PAGE = files("lillama.serve.http").joinpath("web.html").read_text("utf-8")
 KEY = "a-key-of-twenty-signs"
 # A step takes 20 ms on average, so 60 tokens about a second.
 STEP_S = 0.02

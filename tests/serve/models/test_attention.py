@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from lillama.errors import InputError
 from lillama.families import FAMILIES
 from lillama.modules import LowRankLinear
-from lillama.serve.attention import MODEL_TYPES, AttentionRunner, _gated, _moe
-from lillama.serve.engine import LocalEngine, load_engine
-from lillama.serve.runner import projections
+from lillama.serve.engine import LocalEngine
+from lillama.serve.models.attention import MODEL_TYPES, AttentionRunner, _gated, _moe
+from lillama.serve.models.runner import projections
 from tests.conftest import config_of
 from tests.serve.heard import PROMPTS, Heard, greedy, wait_for
 
@@ -117,7 +117,7 @@ def case(request, make_model, make_low_rank, tokenizer, tmp_path_factory, device
     model = make_low_rank(kind, ranks, **changes) if ranks else make_model(kind, **changes)
     uneven(model).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    engine = load_engine(path, device=str(device), max_batch=3, max_length=64)
+    engine = LocalEngine(path, device=str(device), max_batch=3, max_length=64)
     engine.start()
     reference = loaded(path, device)
     yield Case(engine, [generated(reference, prompt, TOKENS) for prompt in PROMPTS])
@@ -152,10 +152,10 @@ def test_engine_serves_up_to_the_sliding_window(make_checkpoint, device):
     """A request that fills it sees all of its tokens, in the prompt and in the steps."""
     path = make_checkpoint("mistral", sliding_window=48)
     with pytest.raises(InputError, match="sliding_window of 48 and requests may have 49 tokens"):
-        load_engine(path, device=str(device), max_length=49)
+        LocalEngine(path, device=str(device), max_length=49)
     with pytest.raises(InputError, match="may have 512 tokens.*lower max_length to 48"):
-        load_engine(path, device=str(device))
-    engine = load_engine(path, device=str(device), max_length=48)
+        LocalEngine(path, device=str(device))
+    engine = LocalEngine(path, device=str(device), max_length=48)
     engine.start()
     for length in (3, 47):
         prompt, heard = [(7 * i) % 250 + 1 for i in range(length)], Heard()
@@ -170,7 +170,7 @@ def test_every_model_type_is_tested():
 
 
 def test_docs_list_every_family():
-    lines = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8").splitlines()
+    lines = (Path(__file__).parents[3] / "docs" / "serving.md").read_text("utf-8").splitlines()
     start = lines.index("| served | not served |")
     rows = [line.split("|")[1:3] for line in lines[start + 2 : start + 4]]
     served, other = ({name for row in rows for name in row[i].split()} for i in range(2))
@@ -259,7 +259,7 @@ def test_other_families_are_refused_before_weights_are_read(kind, tokenizer, tmp
     config_of(kind, {}).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"does not serve model type '{kind}'; .*: use vLLM"):
-        load_engine(tmp_path, device="cpu")
+        LocalEngine(tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize(

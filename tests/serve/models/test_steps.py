@@ -9,11 +9,11 @@ from lillama_kernels.impl import Impl
 
 from lillama.errors import InputError
 from lillama.loading import load_model
-from lillama.serve import mamba as mamba_module
-from lillama.serve.attention import AttentionRunner
 from lillama.serve.engine import LocalEngine
-from lillama.serve.experts import experts_cpu
-from lillama.serve.mamba import MambaRunner
+from lillama.serve.models import mamba as mamba_module
+from lillama.serve.models.attention import AttentionRunner
+from lillama.serve.models.experts import experts_cpu
+from lillama.serve.models.mamba import MambaRunner
 
 CPU = torch.device("cpu")
 RANKS = {f"backbone.layers.0.mixer.{name}": 8 for name in ("in_proj", "out_proj")}
