@@ -15,16 +15,13 @@ __all__ = ["generate"]
 
 
 def generate(model: str | Path, prompt: str, **options: Any) -> str:
-    """Continue `prompt`. Same as `lillama generate`.
+    """Return the continuation of `prompt`, without it. Same as `lillama generate`.
 
     Args:
         model: local checkpoint folder, or ORG/NAME[@REVISION] of the Hub.
         prompt: text, not empty.
         options: the other fields of `lillama.config.GenerateConfig`: max_new_tokens, temperature
             (0 is greedy), seed, device.
-
-    Returns:
-        The continuation, without the prompt.
 
     Raises:
         InputError: a model or prompt that cannot be used.
@@ -42,9 +39,8 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
             f"prompt ({length} tokens) and --max-new-tokens ({config.max_new_tokens}) exceed the "
             f"model's {limit} positions; shorten one of them"
         )
-    sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
-    if config.temperature > 0:
-        sampling["temperature"] = config.temperature
+    drawn = config.temperature > 0
+    sampling: dict[str, Any] = {"temperature": config.temperature} if drawn else {}
     pad = tokenizer.pad_token_id
     devices = [device] if device.type == "cuda" else []
     generator: Any = loaded
@@ -54,6 +50,7 @@ def generate(model: str | Path, prompt: str, **options: Any) -> str:
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=config.max_new_tokens,
+            do_sample=drawn,
             # a generation_config.json may turn it off, and every token then costs the whole text
             use_cache=True,
             pad_token_id=tokenizer.eos_token_id if pad is None else pad,

@@ -6,16 +6,16 @@ Requests join and leave at any step. Nothing here grows with the number of reque
 """
 
 import logging
-import random
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lillama.checkpoint import read_config
 from lillama.errors import InputError, RunError
@@ -26,49 +26,42 @@ from lillama.serve.engine.text import TextStream
 from lillama.serve.models import AttentionRunner, MambaRunner
 from lillama.serve.models.runner import PREFILL_CHUNK, Prefilled
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "Request"]
 
 logger = logging.getLogger(__name__)
 
-_seeds = random.SystemRandom()
 
+@dataclass(eq=False)
+class Request:
+    """A request in the queue or in the batch."""
 
-class _Request:
-    """A request in the queue or in the batch; what submit returns."""
-
-    def __init__(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        on_event: Callable[[Event], None],
-        text: TextStream,
-    ) -> None:
-        self.prompt, self.params, self.on_event, self.text = prompt, params, on_event, text
-        self.tokens = 0
-        self.cancelled = self.done = self.broken = False
-        self.ids: torch.Tensor | None = None
-        self.prefill: Iterator[Prefilled | None] | None = None
+    prompt: list[int]
+    params: SamplingParams
+    on_event: Callable[[Event], None]
+    text: TextStream
+    tokens: int = 0
+    cancelled: bool = False
+    done: bool = False
+    broken: bool = False
+    ids: torch.Tensor | None = None
+    prefill: Iterator[Prefilled | None] | None = None
 
     def cancel(self) -> None:
+        """Leave at the next step; Finished("cancelled") follows. No effect when done."""
         self.cancelled = True
 
 
 class LocalEngine:
-    """The `Engine` of a checkpoint folder, dense or compressed (see lillama.serve.engine.requests).
+    """Generates for many requests at once on a thread of its own, from a checkpoint folder, dense
+    or compressed.
 
     Args:
-        model: local checkpoint folder of a Mamba-1, or of a model type in
-            `lillama.serve.models.attention.MODEL_TYPES`.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: as `lillama.loading.load_model`.
-        max_batch: requests that generate at once, at least 1.
+        model: of a Mamba-1, or of a model type in `lillama.serve.models.MODEL_TYPES`.
+        device: "auto", "cpu", "cuda" or "cuda:N"; this and dtype as `lillama.loading` takes them.
+        max_batch: requests that generate at once.
         max_length: tokens of prompt and output together; None is what the model has positions for,
-            at most 4096, or 2^20 (Mamba).
+            at most 4096, or 2^20 (Mamba). The attribute is what came of it.
         max_queue: requests that wait at most.
-
-    Attributes:
-        tokenizer: the checkpoint's.
-        max_length: as resolved.
 
     Raises:
         InputError: a folder, device or model that cannot be used.
@@ -94,15 +87,13 @@ class LocalEngine:
         kind = MambaRunner if config.model_type == "mamba" else AttentionRunner
         kind.check(config, max_length)  # before the weights are read
         loaded = load_model(path, choose_device(device), dtype)
-        runner = kind(loaded, max_batch, max_length)
-        self.max_length = runner.max_length
-        self._vocab_size = runner.vocab_size
-        self._eos = _eos_of(loaded)
-        self._decoder = Decoder(runner, max_batch)
+        self._runner = kind(loaded, max_batch, max_length)
+        self.max_length = self._runner.max_length
+        self._eos = _eos_of(loaded.generation_config)
+        self._decoder = Decoder(self._runner, max_batch)
         self._max_batch, self._max_queue = max_batch, max_queue
-        self._waiting: deque[_Request] = deque()
-        self._joining: _Request | None = None
-        self._live: list[_Request] = []
+        self._waiting: deque[Request] = deque()
+        self._live: list[Request] = []
         self._changed = threading.Condition()
         self._stop_at: float | None = None
         self._thread: threading.Thread | None = None
@@ -111,14 +102,15 @@ class LocalEngine:
 
     # What callers use, from any thread
     def start(self) -> None:
-        """Raises RunError when it was started before."""
+        """Start the thread; RunError where it was started before."""
         if self._thread is not None:
             raise RunError("the engine was started before; make a new one")
         self._thread = threading.Thread(target=self._run, name="lillama-engine", daemon=True)
         self._thread.start()
 
     def stop(self, drain_s: float = 0.0) -> None:
-        """As `Engine.stop`; safe to call twice."""
+        """Refuse new requests, work for at most drain_s seconds on what was accepted, cancel the
+        rest, and end the thread. Safe to call twice."""
         with self._changed:
             self._stop_at = time.monotonic() + drain_s
             self._changed.notify_all()
@@ -128,19 +120,22 @@ class LocalEngine:
             self._thread.join()
 
     def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        on_event: Callable[[Event], None],
-    ) -> _Request:
-        """As `Engine.submit`."""
+        self, prompt_ids: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
+    ) -> Request:
+        """Queue a request. on_event is called on the engine's thread with every Token and once,
+        last, with Finished; it must return quickly.
+
+        Raises:
+            Busy: the queue is full or the engine stops.
+            InputError: an empty prompt, unknown ids, or prompt and output longer than max_length.
+        """
         prompt = [int(token_id) for token_id in prompt_ids]
         self._check(prompt, params)
-        request = _Request(prompt, params, on_event, TextStream(self.tokenizer, params.stop))
+        request = Request(prompt, params, on_event, TextStream(self.tokenizer, params.stop))
         with self._changed:
             if self._stop_at is not None:
                 raise Busy("the engine is stopping; send the request elsewhere")
-            if len(self._waiting) >= self._max_queue:
+            if self._num_waiting() >= self._max_queue:
                 raise Busy(f"{self._max_queue} requests wait already; try again later")
             self._waiting.append(request)
             self._totals["requests"] += 1
@@ -150,35 +145,41 @@ class LocalEngine:
     def _check(self, prompt: list[int], params: SamplingParams) -> None:
         if not prompt:
             raise InputError("the prompt is empty; it must hold at least one token")
+        size = self._runner.vocab_size
         for token_id in (min(prompt), max(prompt)):
-            if not 0 <= token_id < self._vocab_size:
-                raise InputError(
-                    f"token {token_id} is not in the model's vocabulary of {self._vocab_size}"
-                )
+            if not 0 <= token_id < size:
+                raise InputError(f"token {token_id} is not in the model's vocabulary of {size}")
         if len(prompt) + params.max_new_tokens > self.max_length:
             raise InputError(
                 f"prompt ({len(prompt)} tokens) and max_new_tokens ({params.max_new_tokens}) "
                 f"exceed the {self.max_length} tokens of a request; shorten one of them"
             )
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it takes no more requests: after stop(), or because its thread has died."""
+        return self._stop_at is not None
+
     def stats(self) -> Mapping[str, float]:
-        """As `Engine.stats`."""
-        joining = self._joining is not None
-        return {
-            "running": len(self._live) + joining,
-            "waiting": len(self._waiting),
-            "max_batch": self._max_batch,
-            **self._totals,
-        }
+        """Count running and waiting requests now, max_batch, and since the start prompt_tokens,
+        generated_tokens, requests, errors and steps."""
+        with self._changed:
+            waiting = self._num_waiting()
+            running = len(self._live) + len(self._waiting) - waiting
+        counts = {"running": running, "waiting": waiting, "max_batch": self._max_batch}
+        return counts | self._totals
+
+    def _num_waiting(self) -> int:
+        """Count the queue without its first request where that is being computed."""
+        return sum(request.prefill is None for request in self._waiting)
 
     # The thread
     @torch.inference_mode()
     def _run(self) -> None:
         error = None
         try:
-            device = self._decoder.runner.device
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # of this thread: captures and kernels go there
+            if self._runner.device.type == "cuda":
+                torch.cuda.set_device(self._runner.device)  # captures and kernels go there
             while self._wait():
                 self._drop_cancelled()
                 self._admit()
@@ -193,9 +194,9 @@ class LocalEngine:
         self._end_all("error" if error else "cancelled", error)
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when it is time to end."""
+        """Wait until there is something to do; False when it is time to end."""
         with self._changed:
-            while not (self._live or self._joining or self._waiting):
+            while not (self._live or self._waiting):
                 if self._stop_at is not None:
                     return False
                 self._changed.wait()
@@ -206,47 +207,38 @@ class LocalEngine:
             dropped = [request for request in self._waiting if request.cancelled]
             for request in dropped:
                 self._waiting.remove(request)
-        if self._joining is not None and self._joining.cancelled:
-            dropped.append(self._joining)
-            self._joining = None
-        dropped += [request for request in self._live if request.cancelled]
-        for request in dropped:
+        for request in (*dropped, *(one for one in self._live if one.cancelled)):
             self._finish(request, "cancelled")
         self._compact()
 
     def _admit(self) -> None:
         """Compute prompts, at most a chunk's worth of tokens before the next step."""
         budget = PREFILL_CHUNK
-        while budget > 0 and len(self._live) < self._max_batch:
-            if self._joining is None:
-                with self._changed:
-                    if not self._waiting:
-                        return
-                    self._joining = self._waiting.popleft()
-            request = self._joining
+        while budget > 0 and self._waiting and len(self._live) < self._max_batch:
+            request = self._waiting[0]  # where it stays until it is live, or failed
             try:
                 budget -= self._prefill(request)
             except Exception as error:
                 logger.warning("a prompt failed: %s", _line(error))
-                self._joining = None
+                with self._changed:
+                    if request in self._waiting:
+                        self._waiting.remove(request)
                 self._finish(request, "error", _line(error))
 
-    def _prefill(self, request: _Request) -> int:
-        """One chunk; after the last the request is live. Returns the chunk's tokens."""
-        runner = self._decoder.runner
-        if request.prefill is None:
-            request.ids = torch.tensor(request.prompt, device=runner.device)
-            request.prefill = runner.prefill(request.ids)
+    def _prefill(self, request: Request) -> int:
+        """Compute one chunk; after the last the request is live. Returns the chunk's tokens."""
+        if request.ids is None or request.prefill is None:
+            request.ids = torch.tensor(request.prompt, device=self._runner.device)
+            request.prefill = self._runner.prefill(request.ids)
         prefilled = next(request.prefill)
         if prefilled is None:
             return PREFILL_CHUNK
-        assert request.ids is not None
         params = request.params
-        seed = _seeds.getrandbits(63) if params.seed is None else params.seed
-        slot = len(self._live)
-        chosen = self._decoder.begin(slot, request.ids, prefilled, params, seed)
-        request.ids = request.prefill = self._joining = None
-        self._live.append(request)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        chosen = self._decoder.begin(len(self._live), request.ids, prefilled, params, seed)
+        with self._changed:
+            self._live.append(self._waiting.popleft())
+            request.ids = request.prefill = None
         self._totals["prompt_tokens"] += len(request.prompt)
         self._accept(request, chosen)
         self._compact()
@@ -271,15 +263,15 @@ class LocalEngine:
         for slot in reversed(range(len(self._live))):
             if self._live[slot].done:
                 if self._live[slot].broken:
-                    self._decoder.runner.clear(slot)
+                    self._runner.clear(slot)
                 last = self._live.pop()
                 if slot < len(self._live):
                     self._decoder.move(len(self._live), slot)
                     self._live[slot] = last
 
     # One request
-    def _accept(self, request: _Request, chosen: Chosen) -> None:
-        """Its next token, or its end. What fails here is this request's alone."""
+    def _accept(self, request: Request, chosen: Chosen) -> None:
+        """Tell a request its next token, or its end. What fails here is this request's alone."""
         try:
             if chosen.token_id < 0:
                 request.broken = True
@@ -300,7 +292,7 @@ class LocalEngine:
             logger.warning("a request failed: %s", _line(error))
             self._finish(request, "error", _line(error))
 
-    def _finish(self, request: _Request, reason: FinishReason, error: str | None = None) -> None:
+    def _finish(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """Tell a request that it is done, once."""
         if request.done:
             return
@@ -312,30 +304,28 @@ class LocalEngine:
                 text, stopped = request.text.finish()
                 reason = "stop" if stopped and reason == "length" else reason
             self._totals["errors"] += reason == "error"
-            lengths = len(request.prompt), request.tokens
-            request.on_event(Finished(reason, text, *lengths, error))
+            request.on_event(Finished(reason, text, len(request.prompt), request.tokens, error))
         except Exception:
             logger.exception("a request's listener failed")
 
     def _end_all(self, reason: FinishReason, error: str | None) -> None:
         with self._changed:
-            left = [*self._live, *([self._joining] if self._joining else []), *self._waiting]
+            left = [*self._live, *self._waiting]
             self._waiting.clear()
-        self._live, self._joining = [], None
+            self._live.clear()
         for request in left:
             self._finish(request, reason, error)
 
 
 def _line(error: BaseException) -> str:
-    """An exception as one line."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    """Return an exception as one line."""
+    first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _eos_of(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a text, as generate() takes them."""
-    config: Any = model.generation_config
-    found = None if config is None else config.eos_token_id
+def _eos_of(generation: Any) -> frozenset[int]:
+    """Return the tokens that end a text, as generate() takes them."""
+    found = getattr(generation, "eos_token_id", None)
     if found is None:
         return frozenset()
     return frozenset(found if isinstance(found, list | tuple) else [found])

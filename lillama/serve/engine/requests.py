@@ -1,22 +1,12 @@
-"""What a client asks of an engine and what it hears back. The engine and the HTTP server know each
-other only through these."""
+"""What a client asks of an engine and hears back."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from lillama.errors import InputError, LillamaError
 
-__all__ = [
-    "Busy",
-    "Completion",
-    "Engine",
-    "Event",
-    "Finished",
-    "SamplingParams",
-    "Token",
-]
+__all__ = ["Busy", "Event", "FinishReason", "Finished", "SamplingParams", "Token"]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -27,34 +17,26 @@ class Busy(LillamaError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. Steps run in the order of the fields, as in transformers' generate.
-
-    Attributes:
-        max_new_tokens: at most so many tokens, at least 1.
-        repetition_penalty: logits of tokens in the prompt or output are divided by it where
-            positive and multiplied where negative; 1 is off.
-        temperature: 0 is greedy, and then the filters below have no effect.
-        top_k: only the k likeliest tokens; 0 is off.
-        top_p: only the smallest set of likeliest tokens whose probabilities sum to at least it; 1
-            is off.
-        min_p: only tokens at least so likely relative to the likeliest; 0 is off.
-        seed: of this request alone: the same seed gives the same tokens whatever else is in the
-            batch. None draws one.
-        stop: strings that end the text; they are not part of it.
-        logprobs: log-probabilities (of the model's own distribution, before the steps above) of
-            the chosen token and of so many likeliest ones; None leaves them out.
-        ignore_eos: go on after the end-of-text token; for benchmarks.
-    """
+    """How tokens are chosen. Steps run in the order of the fields, as in transformers' generate."""
 
     max_new_tokens: int = 128
+    # logits of tokens in prompt or output are divided by it where positive, else multiplied; 1: off
     repetition_penalty: float = 1.0
+    # 0 is greedy, and then the filters below have no effect
     temperature: float = 0.0
+    # only the k likeliest tokens; 0: off
     top_k: int = 0
+    # only the smallest set of likeliest tokens whose probabilities sum to at least it; 1: off
     top_p: float = 1.0
+    # only tokens at least so likely relative to the likeliest; 0: off
     min_p: float = 0.0
+    # the same seed gives the same tokens whatever else is in the batch; None draws one
     seed: int | None = None
+    # strings that end the text and are not part of it
     stop: tuple[str, ...] = ()
+    # log-probabilities, of the model's own distribution, of the chosen token and the n likeliest
     logprobs: int | None = None
+    # go on after the end-of-text token
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
@@ -76,89 +58,25 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token.
-
-    Attributes:
-        token_id: its id.
-        text: what it adds to the text; empty while a character is incomplete or while the text
-            could be the beginning of a stop string.
-        logprob: its log-probability, when asked for.
-        top_logprobs: the likeliest (token id, log-probability), likeliest first, when asked for.
-    """
+    """One generated token. text is what it adds: empty while a character is incomplete, or while
+    the text could be the beginning of a stop string."""
 
     token_id: int
     text: str
     logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token id, logprob), likeliest first
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of a request.
-
-    Attributes:
-        reason: "stop" (end-of-text token or stop string), "length", "cancelled", or "error".
-        text: text that was held back and is now known to be part of the output.
-        prompt_tokens: length of the prompt.
-        completion_tokens: tokens generated, the end-of-text token not counted.
-        error: one line, for reason "error".
-    """
+    """The last event of a request. text was held back and is now known to be part of the output;
+    the end-of-text token is not counted."""
 
     reason: FinishReason
     text: str
     prompt_tokens: int
     completion_tokens: int
-    error: str | None = None
+    error: str | None = None  # one line
 
 
 Event = Token | Finished
-
-
-class Completion(Protocol):
-    """A request in the queue or in the batch."""
-
-    def cancel(self) -> None:
-        """Leave the batch at the next step; Finished("cancelled") follows. No effect when done."""
-        ...
-
-
-class Engine(Protocol):
-    """Generates for many requests at once on a thread of its own.
-
-    Attributes:
-        max_length: tokens of prompt and output together at most.
-    """
-
-    max_length: int
-
-    def start(self) -> None: ...
-
-    def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse new requests, work for at most drain_s seconds on what was accepted, cancel the
-        rest, and end the thread."""
-        ...
-
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        on_event: Callable[[Event], None],
-    ) -> Completion:
-        """Queue a request. Thread-safe.
-
-        Args:
-            prompt_ids: at least one token.
-            params: how to generate.
-            on_event: called on the engine's thread with every Token and once, last, with Finished;
-                must return quickly.
-
-        Raises:
-            Busy: the queue is full or the engine stops.
-            InputError: an empty prompt, unknown ids, or prompt and output longer than max_length.
-        """
-        ...
-
-    def stats(self) -> Mapping[str, float]:
-        """running, waiting (requests now), max_batch, prompt_tokens, generated_tokens, requests,
-        errors, steps (totals since the start)."""
-        ...

@@ -7,7 +7,7 @@ may replay the draw. Shapes are fixed: B rows, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lillama.serve.engine.requests import SamplingParams
 
-__all__ = ["MAX_LOGPROBS", "Rows", "Sampled", "Steps", "sample", "steps_of"]
+__all__ = ["Rows", "Sampled", "Steps", "sample", "steps_of"]
 
 MAX_LOGPROBS = 20  # what SamplingParams allows
 
@@ -34,19 +34,18 @@ class Steps(NamedTuple):
     logprobs: bool = False
 
 
-def steps_of(params: Iterable[SamplingParams]) -> Steps:
-    """The steps that at least one of these requests needs."""
-    given = list(params)
-    drawn = [p for p in given if p.temperature > 0]
+def steps_of(params: Sequence[SamplingParams]) -> Steps:
+    """Return the steps that at least one of these requests needs."""
+    drawn = [p for p in params if p.temperature > 0]
     return Steps(
-        penalty=any(p.repetition_penalty != 1 for p in given),
+        penalty=any(p.repetition_penalty != 1 for p in params),
         draw=bool(drawn),
         filters=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
-        logprobs=any(p.logprobs is not None for p in given),
+        logprobs=any(p.logprobs is not None for p in params),
     )
 
 
-class Rows:
+class Rows(NamedTuple):
     """How each slot samples, on the device.
 
     numbers [B, 4] fp32: temperature, top_p, min_p, repetition penalty. counters [B, 3] int64: seed,
@@ -54,20 +53,18 @@ class Rows:
     penalty is not 1.
     """
 
-    def __init__(self, numbers: Tensor, counters: Tensor, seen: Tensor) -> None:
-        self.numbers, self.counters, self.seen = numbers, counters, seen
+    numbers: Tensor
+    counters: Tensor
+    seen: Tensor
 
     @classmethod
     def empty(cls, slots: int, vocab_size: int, device: torch.device) -> "Rows":
-        """Greedy rows."""
         numbers = torch.tensor([0.0, 1.0, 0.0, 1.0], device=device).repeat(slots, 1)
         counters = torch.zeros(slots, 3, dtype=torch.int64, device=device)
         return cls(numbers, counters, torch.zeros(slots, vocab_size, dtype=torch.bool).to(device))
 
     def part(self, start: int, stop: int) -> "Rows":
-        """Views of these rows."""
-        part = slice(start, stop)
-        return Rows(self.numbers[part], self.counters[part], self.seen[part])
+        return Rows(*(tensor[start:stop] for tensor in self))
 
     def write(self, slot: int, params: SamplingParams, prompt: Tensor, seed: int) -> None:
         """Begin a request in a slot; prompt [T] int64 on the device."""
@@ -80,7 +77,7 @@ class Rows:
             self.seen[slot].index_fill_(0, prompt, True)
 
     def move(self, source: int, target: int) -> None:
-        for tensor in (self.numbers, self.counters, self.seen):
+        for tensor in self:
             tensor[target] = tensor[source]
 
 
@@ -95,34 +92,25 @@ class Sampled(NamedTuple):
 
 
 def sample(logits: Tensor, rows: Rows, steps: Steps) -> Sampled:
-    """Choose one token a row and count it in `rows`, without gradients.
-
-    Args:
-        logits: [B, V], any floating dtype; computed in fp32.
-        rows: of B slots; `counters` and `seen` are updated in place.
-        steps: at least what the rows need. More gives the same tokens, slower.
-    """
-    raw = logits.float()
-    scores = _penalised(raw, rows) if steps.penalty else raw
+    """Choose one token a row of logits [B, V], computed in fp32, and count it in rows.counters and
+    rows.seen, in place. steps: at least what the rows need; more gives the same tokens, slower."""
+    scores = raw = logits.float()
+    if steps.penalty:
+        penalty = rows.numbers[:, 3:]
+        changed = torch.where(raw > 0, raw / penalty, raw * penalty)
+        scores = torch.where(rows.seen, changed, raw)
     best, ids = scores.max(dim=-1)
-    healthy = best.isfinite()
     if steps.draw:
         ids = _drawn(scores - best[:, None], rows, steps.filters)
         rows.counters[:, 1] += 1
     if steps.penalty:
         rows.seen.scatter_(1, ids[:, None], True)
-    found = torch.where(healthy, ids, -1)
+    found = torch.where(best.isfinite(), ids, -1)
     if not steps.logprobs:
         return Sampled(found)
     logprobs = torch.log_softmax(raw, dim=-1)
     top = logprobs.topk(min(MAX_LOGPROBS, logprobs.shape[1]), dim=-1)
     return Sampled(found, logprobs.gather(1, ids[:, None])[:, 0], top.indices, top.values)
-
-
-def _penalised(scores: Tensor, rows: Rows) -> Tensor:
-    penalty = rows.numbers[:, 3:]
-    changed = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return torch.where(rows.seen, changed, scores)
 
 
 def _drawn(scores: Tensor, rows: Rows, filters: bool) -> Tensor:

@@ -6,6 +6,7 @@ one read of ids. The eager step is the same function.
 
 import logging
 from collections.abc import Sequence
+from operator import ge
 from typing import Any, NamedTuple
 
 import torch
@@ -38,27 +39,14 @@ class Chosen(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class _Size(NamedTuple):
-    """What a captured step was captured for."""
-
-    batch: int
-    shape: int
-    steps: Steps
-
-
 def buckets_of(slots: int) -> list[int]:
-    """1, 2, 4, ... and slots: the batch sizes that steps run at."""
+    """Return 1, 2, 4, ... and slots: the batch sizes that steps run at."""
     return sorted({slots, *(2**i for i in range(slots.bit_length()) if 2**i < slots)})
 
 
 class Decoder:
-    """A runner's slots with their sampling. Live requests must be in the first ones.
-
-    Args:
-        runner: of the model.
-        slots: as many as the runner has.
-        capture: capture steps in CUDA graphs; None is on a GPU only.
-    """
+    """A runner's slots, all of them, with their sampling. Live requests must be in the first ones.
+    capture: steps in CUDA graphs; None is on a GPU only."""
 
     def __init__(self, runner: Runner, slots: int, capture: bool | None = None) -> None:
         self.runner = runner
@@ -67,8 +55,8 @@ class Decoder:
         self._rows = Rows.empty(slots, runner.vocab_size, runner.device)
         self._parts = {size: self._rows.part(0, size) for size in self._buckets}
         self._capture = runner.device.type == "cuda" if capture is None else capture
-        self._graphs: dict[_Size, tuple[Any, Sampled]] = {}
-        self._seen: set[_Size] = set()
+        # by the size that a step was met, and captured, for: batch, shape, steps
+        self._graphs: dict[tuple[int, int, Steps], Any] = {}
         self._pool: Any = None
 
     def begin(
@@ -88,74 +76,57 @@ class Decoder:
         self._ids[target] = self._ids[source]
 
     def step(self, live: Sequence[SamplingParams]) -> list[Chosen]:
-        """One token for each of the first len(live) slots, which sample like that."""
+        """Choose one token for each of the first len(live) slots, which sample like that."""
         batch = next(size for size in self._buckets if size >= len(live))
-        steps = _covering(steps_of(live)) if self._capture else steps_of(live)
-        size = _Size(batch, self.runner.shape_of(len(live)), steps)
-        sampled = self._replayed(size) if self._capture else self._step(size)
+        shape, steps = self.runner.shape_of(len(live)), steps_of(live)
+        if self._capture:
+            steps = next(more for more in _CAPTURED if all(map(ge, more, steps)))
+            sampled = self._replayed(batch, shape, steps)
+        else:
+            sampled = self._step(batch, shape, steps)
         self.runner.advance(len(live))
         return _read(sampled, live)
 
-    def _step(self, size: _Size) -> Sampled:
-        ids = self._ids[: size.batch]
-        logits = self.runner.step(ids, size.shape)
-        sampled = sample(logits, self._parts[size.batch], size.steps)
+    def _step(self, batch: int, shape: int, steps: Steps) -> Sampled:
+        ids = self._ids[:batch]
+        sampled = sample(self.runner.step(ids, shape), self._parts[batch], steps)
         ids.copy_(sampled.ids.clamp(min=0))
         return sampled
 
-    def _replayed(self, size: _Size) -> Sampled:
-        """The first step of a size runs eagerly, which compiles its kernels; the second is
-        captured, which computes nothing; that one and all later ones are replays."""
-        if size not in self._seen:
-            self._seen.add(size)
-            return self._step(size)
+    def _replayed(self, *size: Any) -> Sampled:
+        """Run the first step of a size eagerly, which compiles its kernels; capture the second,
+        which computes nothing; replay that one and all later ones."""
         if size not in self._graphs:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+            self._graphs[size] = None
+            return self._step(*size)
+        if self._graphs[size] is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    sampled = self._step(size)
+                    sampled = self._step(*size)
             except RuntimeError as error:
                 logger.warning(
                     "a decode step cannot be captured in a CUDA graph and runs eagerly, slower: %s",
                     str(error).strip().splitlines()[0],
                 )
                 self._capture = False
-                return self._step(size)
+                return self._step(*size)
             self._graphs[size] = graph, sampled
         graph, sampled = self._graphs[size]
         graph.replay()
         return sampled
 
 
-def _covering(steps: Steps) -> Steps:
-    """The first captured steps that do all of these."""
-    return next(
-        more
-        for more in _CAPTURED
-        if all(has >= needs for has, needs in zip(more, steps, strict=True))
-    )
-
-
 def _read(sampled: Sampled, live: Sequence[SamplingParams]) -> list[Chosen]:
-    """To the host: the one time that it waits for the device."""
-    ids = sampled.ids.tolist()
-    if sampled.logprobs is None or sampled.top_ids is None or sampled.top_logprobs is None:
-        return [Chosen(token_id) for token_id, _ in zip(ids, live, strict=False)]
-    rows = zip(
-        ids,
-        sampled.logprobs.tolist(),
-        sampled.top_ids.tolist(),
-        sampled.top_logprobs.tolist(),
-        live,
-        strict=False,  # a bucket has more rows than are live
-    )
+    """Bring what was chosen to the host: the one time that it waits for the device."""
+    ids, *scores = (part.tolist() for part in sampled if part is not None)
     chosen = []
-    for token_id, logprob, top_ids, top_logprobs, params in rows:
+    for row, params in enumerate(live):  # a bucket has more rows than are live
         if params.logprobs is None:
-            chosen.append(Chosen(token_id))
+            chosen.append(Chosen(ids[row]))
             continue
-        top = tuple(zip(top_ids, top_logprobs, strict=True))[: params.logprobs]
-        chosen.append(Chosen(token_id, logprob, top))
+        logprobs, top_ids, top_logprobs = scores
+        top = tuple(zip(top_ids[row], top_logprobs[row], strict=True))[: params.logprobs]
+        chosen.append(Chosen(ids[row], logprobs[row], top))
     return chosen

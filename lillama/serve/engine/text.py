@@ -12,22 +12,13 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextStream:
-    """The text of one request.
+    """The text of one request, up to the first of the strings in `stop`; stopped: it was found.
 
-    The joined pieces are tokenizer.decode(all ids, skip_special_tokens=True) up to the first stop
-    string. (With byte fallback, a byte that belongs to no character makes that call spoil whole
-    characters next to it; here they were given out and stay.)
-
-    Only the ids since the last cut are decoded again for each token. A cut is where the text so far
-    is whole and not empty: decoders treat the first token specially (they drop its leading space),
-    so there must be text before the next one.
-
-    Args:
-        tokenizer: of the model.
-        stop: strings that end the text.
-
-    Attributes:
-        stopped: one of them was found.
+    The joined pieces are tokenizer.decode(all ids, skip_special_tokens=True). (With byte fallback,
+    a byte that belongs to no character makes that call spoil whole characters next to it; here they
+    were given out and stay.) Only the ids since the last cut are decoded again for each token. A
+    cut is where the text so far is whole and not empty: decoders drop the first token's leading
+    space, so there must be text before the next one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
@@ -42,7 +33,7 @@ class TextStream:
         self._held = ""  # whole characters that might begin a stop string
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """The text that one more token adds, maybe empty, and whether a stop string ends it."""
+        """Return the text that one more token adds, and whether a stop string ends it."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         if text.endswith(_INCOMPLETE) and self._among_bytes(token_id):
@@ -55,8 +46,7 @@ class TextStream:
         return self._filtered(piece)
 
     def finish(self) -> tuple[str, bool]:
-        """What was held back and is text after all, and whether a stop string ends it. The last
-        call."""
+        """Return what was held back and is text after all, and whether a stop string ends it."""
         text, stopped = self._filtered(self._new(self._decode(self._ids)))
         text, self._held = text + self._held, ""
         return text, stopped
@@ -65,14 +55,11 @@ class TextStream:
         # cleaning up would take back a space that was given out
         if self._backend is not None:  # the same, 9x faster
             return str(self._backend.decode(ids, skip_special_tokens=True))
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(self._tokenizer.decode(ids, **options))
 
     def _new(self, text: str) -> str:
-        """What `text`, of all ids, adds to what was given out of it."""
+        """Return what `text`, of all ids, adds to what was given out of it."""
         if text.startswith(self._shown):
             return text[len(self._shown) :]
         if self._shown.startswith(text):
@@ -81,12 +68,10 @@ class TextStream:
         return self._decode(self._ids[self._cut :])
 
     def _among_bytes(self, token_id: int) -> bool:
-        """Whether a token is one byte of a character, as <0xE2> in a vocabulary with byte
+        """Tell whether a token is one byte of a character, as <0xE2> in a vocabulary with byte
         fallback, or is not shown at all: special tokens do not end a run of bytes."""
-        name = self._tokenizer.convert_ids_to_tokens(token_id)
-        if isinstance(name, str) and _BYTE_TOKEN.fullmatch(name):
-            return True
-        return not self._decode([token_id])
+        name = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return bool(_BYTE_TOKEN.fullmatch(name)) or not self._decode([token_id])
 
     def _advance(self, text: str) -> None:
         """Forget the ids before the last cut, and cut here if what stays has text of its own."""
@@ -105,12 +90,11 @@ class TextStream:
             self._held, self.stopped = "", True
             return text[: min(found)], True
         keep = max(_overlap(text, stop) for stop in self._stop)
-        at = len(text) - keep
-        self._held = text[at:]
-        return text[:at], False
+        shown = text[: len(text) - keep]
+        self._held = text[len(shown) :]
+        return shown, False
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest beginning of `stop`, not all of it, that `text` ends with."""
-    longest = min(len(stop) - 1, len(text))
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+    """Return the length of the longest beginning of `stop`, not all of it, that ends `text`."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,29 +1,28 @@
-"""The routes: OpenAI's completions and chat completions over any Engine."""
+"""The routes: OpenAI's completions and chat completions over the engine."""
 
 import asyncio
 import base64
 import hashlib
-import json
 import logging
 import re
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from lillama.config_serve import ServeConfig
 from lillama.hub import model_name
-from lillama.serve.engine.requests import Engine, Event
-from lillama.serve.http.answer import Answer, ChatAnswer, CompletionAnswer, sse
-from lillama.serve.http.errors import ApiError, error_body, explain_validation
+from lillama.serve.engine import LocalEngine
+from lillama.serve.engine.requests import Event
+from lillama.serve.http.answer import Answer, ChatAnswer, sse
+from lillama.serve.http.errors import ApiError, error_response, explain_validation
 from lillama.serve.http.gate import Gate
-from lillama.serve.http.job import Disconnected, EngineStopped, Job
+from lillama.serve.http.job import Disconnected, Job
 from lillama.serve.http.metrics import CONTENT_TYPE, Metrics
 from lillama.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from lillama.serve.http.tokens import Tokens
@@ -39,54 +38,28 @@ logger = logging.getLogger(__name__)
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 4096
 
-
-class JsonResponse(Response):
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _error_response(error: ApiError) -> Response:
-    return Response(error_body(error), error.status, error.headers, "application/json")
-
-
-@dataclass
-class _Inputs:
-    """For each prompt its token ids, and how long its answers may get."""
-
-    prompts: list[list[int]] = field(default_factory=list)
-    limits: list[int] = field(default_factory=list)
+# For each prompt its token ids, and how long its answers may get
+Inputs = list[tuple[list[int], int]]
+Events = list[tuple[int, Event]]
 
 
 class Service:
-    """What the routes share.
+    """What the routes share: a started engine, a tokenizer of transformers, limits and names."""
 
-    Args:
-        engine: started.
-        tokenizer: of transformers.
-        config: limits and names.
-    """
-
-    def __init__(self, engine: Engine, tokenizer: Any, config: ServeConfig) -> None:
-        self.engine = engine
-        self.tokens = Tokens(tokenizer)
-        self.config = config
-        self.metrics = Metrics(engine)
+    def __init__(self, engine: LocalEngine, tokenizer: Any, config: ServeConfig) -> None:
+        self.engine, self.config = engine, config
+        self.tokens, self.metrics = Tokens(tokenizer), Metrics(engine)
         self.name = config.served_name or model_name(config.model)
         self.created = int(time.time())
-        self.engine_stopped = False
 
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.name:
-            message = f"the model {name!r} does not exist here; this server has {self.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
-    def check_choices(self, choices: int) -> None:
+    def check(self, model: str | None, choices: int) -> None:
+        if model is not None and model != self.name:
+            message = f"the model {model!r} does not exist here; this server has {self.name!r}"
+            raise ApiError(404, message, "model_not_found", "model")
         limit = self.config.max_choices
         if choices > limit:
             message = f"n times the number of prompts is {choices}; at most {limit} are allowed"
-            raise ApiError(400, message, param="n", code="invalid_value")
+            raise ApiError(400, message, "invalid_value", "n")
 
     def max_new_tokens(self, prompt_tokens: int, asked: int | None, param: str, usual: int) -> int:
         """Raises ApiError where prompt and answer do not fit in the model."""
@@ -94,69 +67,56 @@ class Service:
         left = limit - prompt_tokens
         wanted = min(usual, left) if asked is None else asked
         if left < 1 or wanted > left:
-            raise ApiError(
-                400,
+            message = (
                 f"this model's maximum context length is {limit} tokens; the {param} has "
                 f"{prompt_tokens} and {'some' if asked is None else asked} were asked for on top; "
-                "shorten one of them",
-                param=param,
-                code="context_length_exceeded",
+                "shorten one of them"
             )
+            raise ApiError(400, message, "context_length_exceeded", param)
         return wanted
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        self.check_model(body.model)
-        self.check_choices(len(body.prompt) * body.n)
-        return await self._run(body, self._completion_inputs(body), CompletionAnswer, request)
+        self.check(body.model, len(body.prompt) * body.n)
+        return await self._run(body, self._completion_inputs(body), Answer, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        self.check_model(body.model)
-        self.check_choices(body.n)
+        self.check(body.model, body.n)
         return await self._run(body, self._chat_inputs(body), ChatAnswer, request)
 
-    async def _completion_inputs(self, body: CompletionRequest) -> _Inputs:
-        inputs = _Inputs()
+    async def _completion_inputs(self, body: CompletionRequest) -> Inputs:
+        inputs = []
         for prompt in body.prompt:
             ids = await self.tokens.encode(prompt) if isinstance(prompt, str) else prompt
-            inputs.prompts.append(ids)
-            inputs.limits.append(
-                self.max_new_tokens(len(ids), body.max_tokens, "prompt", COMPLETION_TOKENS)
-            )
+            limit = self.max_new_tokens(len(ids), body.max_tokens, "prompt", COMPLETION_TOKENS)
+            inputs.append((ids, limit))
         return inputs
 
+    async def _chat_inputs(self, body: ChatRequest) -> Inputs:
+        ids = await self.tokens.encode_chat([message.plain() for message in body.messages])
+        return [(ids, self.max_new_tokens(len(ids), body.limit, "messages", CHAT_TOKENS))]
+
     async def _echo(self, body: CompletionRequest) -> list[str]:
-        """For each choice the prompt to begin it with."""
+        """Return for each choice the prompt to begin it with."""
         texts = [
             prompt if isinstance(prompt, str) else await self.tokens.decode(prompt)
             for prompt in body.prompt
         ]
         return [text for text in texts for _ in range(body.n)]
 
-    async def _chat_inputs(self, body: ChatRequest) -> _Inputs:
-        ids = await self.tokens.encode_chat([message.plain() for message in body.messages])
-        limit = self.max_new_tokens(len(ids), body.limit, "messages", CHAT_TOKENS)
-        return _Inputs([ids], [limit])
-
     async def _run(
         self,
         body: CompletionRequest | ChatRequest,
-        preparation: Coroutine[Any, Any, _Inputs],
+        preparation: Coroutine[Any, Any, Inputs],
         kind: type[Answer],
         request: Request,
     ) -> Response:
         job = Job(self.engine, self.metrics, request.receive, self.config.request_timeout_s)
         try:
             inputs = await job.guard(preparation)
-            asked = [
-                (ids, body.params(limit, choice))
-                for ids, limit in zip(inputs.prompts, inputs.limits, strict=True)
-                for choice in range(body.n)
-            ]
+            asked = [(ids, body.params(limit, i)) for ids, limit in inputs for i in range(body.n)]
             names = None if body.num_logprobs is None else self.tokens
-            prompt_tokens = sum(map(len, inputs.prompts))
-            answer = kind(self.name, len(asked), prompt_tokens, names)
+            answer = kind(self.name, len(asked), sum(len(ids) for ids, _ in inputs), names)
             job.submit(asked)
-            self.engine_stopped = False
             if isinstance(body, CompletionRequest) and body.echo:
                 # not before: now the engine has checked the ids
                 answer.echo = await job.guard(self._echo(body))
@@ -164,73 +124,64 @@ class Service:
             if body.stream:
                 # the first events come before the status: a failure until then has its own
                 first = await anext(events)
-                return EventStream(job, answer, first, events, body.stream_options)
+                return EventStream(job, _chunks(answer, first, events, body.stream_options))
             async for batch in events:
                 await answer.add(batch)
-            whole = await answer.whole()
-        except EngineStopped:
-            self.engine_stopped = True
-            raise ApiError(503, "the engine has stopped", code="engine_stopped") from None
         except BaseException:
             job.close()
             raise
         job.close()
-        return JsonResponse(whole)
+        return JSONResponse(answer.whole())
+
+
+async def _chunks(
+    answer: Answer, first: Events, rest: AsyncIterator[Events], options: StreamOptions | None
+) -> AsyncIterator[bytes]:
+    options = options or StreamOptions()
+    always = options.continuous_usage_stats
+    usage = always if always or options.include_usage else None
+    for choice in await answer.add(first):
+        yield answer.chunk([choice], usage)
+    async for batch in rest:
+        for choice in await answer.add(batch):
+            yield answer.chunk([choice], usage)
+    if options.include_usage:
+        yield answer.chunk([], True)
+    yield b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """A job's events as server-sent events."""
+    """A job's events as server-sent events; an error after they have begun is the last one."""
 
-    def __init__(
-        self,
-        job: Job,
-        answer: Answer,
-        first: list[tuple[int, Event]],
-        events: AsyncIterator[list[tuple[int, Event]]],
-        options: StreamOptions | None,
-    ) -> None:
-        super().__init__(media_type="text/event-stream")
+    media_type = "text/event-stream"
+
+    def __init__(self, job: Job, chunks: AsyncIterator[bytes]) -> None:
+        # x-accel-buffering: nginx would collect the whole answer
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.headers["cache-control"] = "no-store"
-        self.headers["x-accel-buffering"] = "no"  # nginx would collect the whole answer
-        self.job = job
-        self.answer = answer
-        self.first = first
-        self.events = events
-        self.options = options or StreamOptions()
+        self.job, self.chunks = job, chunks
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def write(body: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for body in self._chunks():
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                async for body in self.chunks:
+                    await write(body)
             except ApiError as error:
-                body = sse(error.document())
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+                await write(sse(error.document()))
+            await write(b"", False)
         except Disconnected:
             pass
         finally:
             self.job.close()
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        usage = None
-        if self.options.include_usage or self.options.continuous_usage_stats:
-            usage = self.options.continuous_usage_stats
-        for choice in await self.answer.add(self.first):
-            yield self.answer.chunk([choice], usage)
-        async for batch in self.events:
-            for choice in await self.answer.add(batch):
-                yield self.answer.chunk([choice], usage)
-        if self.options.include_usage:
-            yield self.answer.chunk([], True)
-        yield b"data: [DONE]\n\n"
 
-
-def read_page() -> tuple[bytes, str]:
-    """The page, and the Content-Security-Policy that lets run what is written in it and nothing
-    else."""
+def read_page() -> tuple[bytes, dict[str, str]]:
+    """Return the page, and headers whose Content-Security-Policy lets run what is written in it and
+    nothing else."""
     page = files("lillama.serve.http").joinpath("web.html").read_text("utf-8")
 
     def sources(tag: str) -> str:
@@ -243,49 +194,38 @@ def read_page() -> tuple[bytes, str]:
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return page.encode(), policy
+    return page.encode(), {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
 
 
-def _answer_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def refuse(request: Request, error: Any) -> Response:
-        return _error_response(error)
-
-    @app.exception_handler(Exception)
-    async def hide(request: Request, error: Any) -> Response:
-        # raised again by starlette once this is sent, and logged by the gate
-        return _error_response(ApiError(500, "internal error", code="internal_error"))
-
-    @app.exception_handler(Disconnected)
-    async def forget(request: Request, error: Any) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, Disconnected):
         return Response(status_code=499)  # nobody sees it
-
-    @app.exception_handler(RequestValidationError)
-    async def refuse_body(request: Request, error: Any) -> Response:
-        return _error_response(explain_validation(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def refuse_route(request: Request, error: Any) -> Response:
+    if isinstance(error, RequestValidationError):
+        return error_response(explain_validation(error.errors()))
+    if isinstance(error, HTTPException):
         path = f"{request.method} {request.url.path}"
         message = str(error.detail) if error.status_code == 400 else f"no route for {path[:100]}"
-        return _error_response(ApiError(error.status_code, message, headers=error.headers))
+        return error_response(ApiError(error.status_code, message), **(error.headers or {}))
+    if isinstance(error, ApiError):
+        return error_response(error)
+    # raised again by starlette once this is sent, and logged by the gate
+    return error_response(ApiError(500, "internal error", "internal_error"))
 
 
 def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
-    """The ASGI application, its Gate outside."""
-    app = FastAPI(title="lillama", version=__version__, docs_url=None, redoc_url=None)
-    _answer_errors(app)
+    """Return the ASGI application, its Gate outside."""
+    kinds = (ApiError, Disconnected, RequestValidationError, HTTPException, Exception)
+    named: Any = {"title": "lillama", "version": __version__, "docs_url": None, "redoc_url": None}
+    app = FastAPI(exception_handlers=dict.fromkeys(kinds, answer_error), **named)
     gate = Gate(app, service.config, service.metrics, api_keys)
-    page, policy = read_page()
-    engine = service.engine
-
-    @app.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await service.completions(body, request)
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        return await service.chat(body, request)
+    page, page_headers = read_page()
+    app.post("/v1/completions")(service.completions)
+    app.post("/v1/chat/completions")(service.chat)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -295,15 +235,15 @@ def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
             "object": "model",
             "created": service.created,
             "owned_by": "lillama",
-            "max_model_len": engine.max_length,
+            "max_model_len": service.engine.max_length,
             "has_chat_template": service.tokens.has_chat_template,
         }
-        return JsonResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": [card]})
 
     @app.get("/health")
     async def health() -> Response:
-        state = "draining" if gate.draining else "stopped" if service.engine_stopped else "ok"
-        return JsonResponse({"status": state}, 200 if state == "ok" else 503)
+        state = "draining" if gate.draining else "stopped" if service.engine.stopped else "ok"
+        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -311,27 +251,22 @@ def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
 
     @app.get("/", include_in_schema=False)
     async def web() -> Response:
-        headers = {
-            "content-security-policy": policy,
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-            "cache-control": "no-cache",
-        }
-        return Response(page, headers=headers, media_type="text/html")
+        return Response(page, headers=page_headers, media_type="text/html")
 
     return gate
 
 
 async def drain(gate: Gate, service: Service) -> None:
     """Refuse what is new, let what was accepted go on for at most --drain-s, end the engine."""
+
+    async def wait(seconds: float) -> None:
+        deadline_s = time.monotonic() + seconds
+        while gate.active and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+
     gate.draining = True
     logger.info("draining: %d requests", gate.active)
-    deadline_s = time.monotonic() + service.config.drain_s
-    while gate.active and time.monotonic() < deadline_s:
-        await asyncio.sleep(0.02)
+    await wait(service.config.drain_s)
     await asyncio.to_thread(service.engine.stop, 0.0)
-    # what was cut off still gets its error
-    deadline_s = time.monotonic() + 1
-    while gate.active and time.monotonic() < deadline_s:
-        await asyncio.sleep(0.02)
+    await wait(1)  # what was cut off still gets its error
     service.tokens.close()

@@ -5,6 +5,7 @@ import asyncio
 import functools
 import logging
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -12,21 +13,11 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lillama.config_serve import ServeConfig
-from lillama.serve.http.errors import ApiError, error_body
+from lillama.serve.http.errors import ApiError, error_response
 
-__all__ = ["Connection", "Server", "uvicorn_config"]
+__all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
-
-
-def _raw_answer(error: ApiError, reason: str) -> bytes:
-    body = error_body(error)
-    head = (
-        f"HTTP/1.1 {error.status} {reason}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(body)}\r\nconnection: close\r\n"
-    )
-    head += "".join(f"{key}: {value}\r\n" for key, value in error.headers.items())
-    return head.encode("ascii") + b"\r\n" + body
 
 
 class Connection(H11Protocol):
@@ -34,50 +25,31 @@ class Connection(H11Protocol):
 
     uvicorn waits without end for a header that trickles in and for a client that does not read.
     Here a header must be complete `client_timeout_s` after its first byte (or after the connection
-    was made), and what was sent must leave this process within as long.
-
-    Args:
-        config, server_state, app_state, _loop: uvicorn's.
-        client_timeout_s: the limit of both.
-        max_connections: one more is answered 503 and closed.
-        on_refused: called then.
+    was made), and what was sent must leave this process within as long. A connection beyond
+    `max_connections` is answered 503 and closed, and `on_refused` is called.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        client_timeout_s: float,
-        max_connections: int,
-        on_refused: Callable[[], None],
-        **kwargs: Any,
+        self, *args: Any, limits: ServeConfig, on_refused: Callable[[], None], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.client_timeout_s = client_timeout_s
-        self.max_connections = max_connections
-        self.on_refused = on_refused
-        self.header_timer: asyncio.TimerHandle | None = None
-        self.write_timer: asyncio.TimerHandle | None = None
+        self.limits, self.on_refused = limits, on_refused
+        self.timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         # pause_writing is called as soon as the kernel takes no more
         transport.set_write_buffer_limits(high=0)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.limits.max_connections:
             self.on_refused()
-            error = ApiError(
-                503,
-                "too many connections",
-                code="too_many_connections",
-                headers={"retry-after": "1"},
-            )
-            transport.write(_raw_answer(error, "Service Unavailable"))
-            transport.close()
-            return
-        self._expect_header()
+            later = {"retry-after": "1"}
+            self._refuse(ApiError(503, "too many connections", "too_many_connections", None, later))
+        else:
+            self._start("header", self._header_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_header_timer()
-        self._stop_write_timer()
+        self._stop("header")
+        self._stop("write")
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -85,93 +57,81 @@ class Connection(H11Protocol):
             return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_header_timer()
-        elif self.header_timer is None and not self.transport.is_closing():
-            self._expect_header()
+            self._stop("header")
+        elif "header" not in self.timers and not self.transport.is_closing():
+            self._start("header", self._header_is_late)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stop_write_timer()
-        self.write_timer = self.loop.call_later(self.client_timeout_s, self._abort)
+        self._start("write", self._reader_is_late)
 
     def resume_writing(self) -> None:
-        self._stop_write_timer()
+        self._stop("write")
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        self.transport.write(
-            _raw_answer(
-                ApiError(400, "not a valid HTTP request", code="invalid_http"), "Bad Request"
-            )
-        )
-        self.transport.close()
+        self._refuse(ApiError(400, "not a valid HTTP request", "invalid_http"))
 
-    def _expect_header(self) -> None:
-        self.header_timer = self.loop.call_later(self.client_timeout_s, self._header_is_late)
+    def _start(self, timer: str, late: Callable[[], None]) -> None:
+        self._stop(timer)
+        self.timers[timer] = self.loop.call_later(self.limits.client_timeout_s, late)
+
+    def _stop(self, timer: str) -> None:
+        if timer in self.timers:
+            self.timers.pop(timer).cancel()
 
     def _header_is_late(self) -> None:
-        self.header_timer = None
+        self._stop("header")
         if self.transport.is_closing():
             return
-        if self.conn.trailing_data[0]:  # a browser opens connections that it may never use
-            seconds = f"{self.client_timeout_s:g}"
-            error = ApiError(
-                408, f"the header did not arrive within {seconds} s", code="header_timeout"
-            )
-            self.transport.write(_raw_answer(error, "Request Timeout"))
-        self.transport.close()
+        if self.conn.trailing_data[0]:
+            text = f"the header did not arrive within {self.limits.client_timeout_s:g} s"
+            self._refuse(ApiError(408, text, "header_timeout"))
+        else:  # a browser opens connections that it may never use
+            self.transport.close()
 
-    def _abort(self) -> None:
-        logger.info("a client took in nothing for %g s; closed", self.client_timeout_s)
+    def _reader_is_late(self) -> None:
+        logger.info("a client took in nothing for %g s; closed", self.limits.client_timeout_s)
         self.transport.abort()
 
-    def _stop_header_timer(self) -> None:
-        if self.header_timer is not None:
-            self.header_timer.cancel()
-            self.header_timer = None
-
-    def _stop_write_timer(self) -> None:
-        if self.write_timer is not None:
-            self.write_timer.cancel()
-            self.write_timer = None
-
-
-def uvicorn_config(app: Any, config: ServeConfig, on_refused: Callable[[], None]) -> uvicorn.Config:
-    connection: Any = functools.partial(
-        Connection,
-        client_timeout_s=config.client_timeout_s,
-        max_connections=config.max_connections,
-        on_refused=on_refused,
-    )
-    return uvicorn.Config(
-        app,
-        http=connection,
-        ws="none",
-        loop="asyncio",
-        lifespan="off",
-        log_config=None,
-        log_level="error",  # what clients send wrong would otherwise fill the log
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=config.client_timeout_s,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=3,
-    )
+    def _refuse(self, error: ApiError) -> None:
+        """Answer without a request, and close."""
+        response = error_response(error, connection="close")
+        lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode("ascii")]
+        lines += [b"%s: %s" % header for header in response.raw_headers]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
+        self.transport.close()
 
 
 class Server(uvicorn.Server):
     """Stops in two steps: the first signal begins `drain`, during which it still answers, and it
-    ends when that returns; a second signal ends it at once."""
+    ends when that returns; a second signal ends it at once. on_ready is called with the address
+    once it listens."""
 
     def __init__(
         self,
-        config: uvicorn.Config,
+        app: Any,
+        limits: ServeConfig,
+        on_refused: Callable[[], None],
         drain: Callable[[], Awaitable[None]],
-        on_ready: Callable[[str], None] | None = None,
+        on_ready: Callable[[str], None] | None,
     ) -> None:
+        connection: Any = functools.partial(Connection, limits=limits, on_refused=on_refused)
+        config = uvicorn.Config(
+            app,
+            http=connection,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            log_level="error",  # what clients send wrong would otherwise fill the log
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=limits.client_timeout_s,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=3,
+        )
         super().__init__(config)
-        self._drain = drain
-        self._on_ready = on_ready
+        self._drain, self._on_ready = drain, on_ready
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -188,7 +148,7 @@ class Server(uvicorn.Server):
         self.stop()
 
     def stop(self) -> None:
-        """What a signal does. Thread-safe."""
+        """Do what a signal does, from any thread."""
         if self._loop is None:
             self.should_exit = True
         else:

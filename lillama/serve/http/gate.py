@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lillama.config_serve import ServeConfig
-from lillama.serve.http.errors import ApiError, error_body
+from lillama.serve.http.errors import ApiError, error_response
 from lillama.serve.http.metrics import Metrics
 
 __all__ = ["Gate"]
@@ -23,47 +23,32 @@ ROUTES += ("/v1/completions", "/v1/chat/completions")
 
 
 def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 class Gate:
-    """ASGI middleware.
-
-    Args:
-        app: takes requests whose body is here in full.
-        config: the limits.
-        metrics: are told of every answer.
-        api_keys: any of them opens every route; none: no key is asked for.
-
-    Attributes:
-        draining: True refuses new generations with 503.
-        active: POST requests between their header and the end of their answer.
-    """
+    """ASGI middleware; `app` gets requests whose body is here in full. Any of api_keys opens every
+    route; none: no key is asked for."""
 
     def __init__(
         self, app: Any, config: ServeConfig, metrics: Metrics, api_keys: Sequence[str]
     ) -> None:
-        self.app = app
-        self.config = config
-        self.metrics = metrics
+        self.app, self.config, self.metrics = app, config, metrics
         self.api_keys = [key.encode() for key in api_keys]
         # a page of the web whose name was made to point here could otherwise ask in the name of
         # whoever looks at it (DNS rebinding)
         self.local_only = is_loopback(config.host) and not api_keys
-        self.draining = False
-        self.active = 0
+        self.draining = False  # True refuses new generations with 503
+        self.active = 0  # POST requests between their header and the end of their answer
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
         begin_s = time.perf_counter()
-        status = 499
-        complete = False
+        status, complete = 499, False
         posts = scope["method"] == "POST"
         self.active += posts
 
@@ -75,14 +60,18 @@ class Gate:
                 complete = not message.get("more_body", False)
             await send(message)
 
+        async def refuse(error: ApiError) -> None:
+            # the body may be unread: the connection is of no further use
+            await error_response(error, connection="close")(scope, receive, note)
+
         try:
             await self._pass(scope, receive, note)
         except ApiError as error:
-            await _refuse(note, error)
+            await refuse(error)
         except Exception:
             logger.exception("%s %r", scope["method"], scope["path"])
             if status == 499:
-                await _refuse(note, ApiError(500, "internal error", code="internal_error"))
+                await refuse(ApiError(500, "internal error", "internal_error"))
             elif not complete:
                 raise  # half an answer is out: uvicorn closes the connection
         finally:
@@ -95,96 +84,66 @@ class Gate:
 
     async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
         headers = {key.lower(): value for key, value in scope["headers"]}
-        self._check_host(headers)
-        if scope["path"] not in OPEN_ROUTES:
+        if self.local_only:
+            self._check_host(headers)
+        if self.api_keys and scope["path"] not in OPEN_ROUTES:
             self._check_key(headers)
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         if self.draining:
-            raise ApiError(
-                503, "the server is shutting down", code="draining", headers={"retry-after": "5"}
-            )
+            later = {"retry-after": "5"}
+            raise ApiError(503, "the server is shutting down", "draining", headers=later)
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         # a page of another site can send a body of any type but this one
         if kind != b"application/json":
-            raise ApiError(415, "send Content-Type: application/json", code="unsupported_type")
+            raise ApiError(415, "send Content-Type: application/json", "unsupported_type")
         body = await self._body(headers, receive)
         if body is None:
             return
-        told = False
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive_again() -> Any:
-            nonlocal told
-            if told:
-                return await receive()
-            told = True
-            return {"type": "http.request", "body": body, "more_body": False}
+            return whole.pop() if whole else await receive()
 
         await self.app(scope, receive_again, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        if not self.local_only:
-            return
         host = headers.get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
         if not is_loopback(name.strip("[]").lower()):
-            raise ApiError(
-                403,
-                f"this server answers to localhost only, not to {name[:80]!r}; "
-                "start it with --api-key-file or another --host",
-                code="wrong_host",
-            )
+            message = f"this server answers to localhost only, not to {name[:80]!r}; start it with "
+            raise ApiError(403, message + "--api-key-file or another --host", "wrong_host")
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        if not self.api_keys:
-            return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         given = given.strip() if scheme.lower() == b"bearer" else b""
         # every key is compared, whether or not one has matched
-        matches = [hmac.compare_digest(given, key) for key in self.api_keys]
-        if not any(matches):
+        if not any([hmac.compare_digest(given, key) for key in self.api_keys]):
             message = "wrong API key" if given else "no API key; send Authorization: Bearer KEY"
-            raise ApiError(
-                401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"}
-            )
+            asks = {"www-authenticate": "Bearer"}
+            raise ApiError(401, message, "invalid_api_key", headers=asks)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
-        """None when the client left."""
+        """Return the body; None when the client left."""
         limit = self.config.max_body_bytes
-        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="body_too_large")
+        too_large = ApiError(413, f"the body is larger than {limit:,} bytes", "body_too_large")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
             raise too_large
-        parts: list[bytes] = []
-        size = 0
+        body = bytearray()
+        seconds = self.config.client_timeout_s
         try:
-            async with asyncio.timeout(self.config.client_timeout_s):
+            async with asyncio.timeout(seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
+                    body += message.get("body", b"")
+                    if len(body) > limit:
                         raise too_large
                     if not message.get("more_body", False):
-                        return b"".join(parts)
+                        return bytes(body)
         except TimeoutError:
-            seconds = self.config.client_timeout_s
-            message = f"the body did not arrive within {seconds:g} s"
-            raise ApiError(408, message, code="body_timeout") from None
-
-
-async def _refuse(send: Any, error: ApiError) -> None:
-    """The body may be unread: the connection is of no further use."""
-    body = error_body(error)
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **error.headers,
-    }
-    raw = [(key.encode(), value.encode()) for key, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
+            text = f"the body did not arrive within {seconds:g} s"
+            raise ApiError(408, text, "body_timeout") from None

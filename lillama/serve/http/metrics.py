@@ -1,18 +1,14 @@
 """What GET /metrics shows, in Prometheus's text format."""
 
 from collections.abc import Iterator
+from functools import partial
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from lillama.serve.engine.requests import Engine
+from lillama.serve.engine import LocalEngine
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -34,63 +30,46 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100,
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
-class _EngineStats(Collector):
-    """Asks the engine when it is asked."""
+class Metrics(Collector):
+    """The server's own counts, beside the engine's, which is asked each time, and the process's
+    (memory, open files)."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: LocalEngine) -> None:
         self.engine = engine
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self.engine.stats()
-        for name, text in GAUGES.items():
-            yield GaugeMetricFamily(f"lillama_{name}", text, value=stats[name])
-        for name, text in COUNTERS.items():
-            yield CounterMetricFamily(f"lillama_{name}", text, value=stats[name])
-
-
-class Metrics:
-    """The server's own counts, beside the engine's and the process's (memory, open files)."""
-
-    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineStats(engine))
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)
-        self.answers = Counter(
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry, buckets=SECONDS)
+        self.answers = counter(
             "lillama_http_requests",
             "HTTP requests by route and status; 499: the client left before an answer began",
             ("route", "status"),
-            registry=self.registry,
         )
-        self.seconds = Histogram(
+        self.seconds = histogram(
             "lillama_http_request_seconds",
             "from a request's header to the end of its answer",
             ("route",),
-            buckets=SECONDS,
-            registry=self.registry,
         )
-        self.finished = Counter(
-            "lillama_choices",
-            "generations by how they ended",
-            ("reason",),
-            registry=self.registry,
-        )
-        self.first_token_s = Histogram(
+        self.finished = counter("lillama_choices", "generations by how they ended", ("reason",))
+        self.first_token_s = histogram(
             "lillama_time_to_first_token_seconds",
             "from the request to the first token, time in the queue included",
-            buckets=SECONDS,
-            registry=self.registry,
         )
-        self.per_token_s = Histogram(
+        self.per_token_s = histogram(
             "lillama_time_per_output_token_seconds",
             "mean of a generation's tokens after its first",
             buckets=TOKEN_SECONDS,
-            registry=self.registry,
         )
-        self.refused_connections = Counter(
-            "lillama_refused_connections",
-            "connections beyond --max-connections",
-            registry=self.registry,
+        self.refused_connections = counter(
+            "lillama_refused_connections", "connections beyond --max-connections"
         )
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self.engine.stats()
+        for family, texts in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for name, text in texts.items():
+                yield family(f"lillama_{name}", text, value=stats[name])
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     WithJsonSchema,
@@ -27,57 +26,30 @@ IGNORED = frozenset(
 
 # Known, not done here, and they would change the text: refused unless they say "off".
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
+    **dict.fromkeys(("audio", "prediction", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
+    **dict.fromkeys(("function_call", "tool_choice"), ("none", "auto")),
+    **dict.fromkeys(("functions", "tools"), ([],)),
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
     # of vLLM
-    "bad_words": ([],),
-    "guided_json": (),
+    **dict.fromkeys(("bad_words", "stop_token_ids"), ([],)),
+    **dict.fromkeys(("guided_json", "prompt_logprobs", "structured_outputs"), ()),
     "min_tokens": (0,),
-    "prompt_logprobs": (),
-    "stop_token_ids": ([],),
-    "structured_outputs": (),
     "use_beam_search": (False,),
 }
 
-TokenIds = list[int]
+# Fields that SamplingParams has under the same name
+SAME = ("repetition_penalty", "temperature", "top_p", "min_p", "ignore_eos")
 
 
 def _is_one_of(value: Any, choices: tuple[Any, ...]) -> bool:
     # False == 0 in Python, not in JSON
-    return any(value == choice and type(value) is not bool for choice in choices) or (
-        value is False and any(choice is False for choice in choices)
-    )
-
-
-def _prompts(value: Any) -> list[str | TokenIds]:
-    """A prompt or a list of prompts -> a list. By hand: a union of lists would report every item
-    of a long list."""
-    wanted = "must be a string, token ids, or a list of strings or of token ids"
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{wanted}, and not empty")
-    if all(type(item) is int for item in value):
-        value = [value]
-    for item in value:
-        ids = isinstance(item, list) and item and all(type(part) is int for part in item)
-        if not (isinstance(item, str) or ids):
-            raise ValueError(wanted)
-    return value
+    return any(value == c and isinstance(value, bool) == isinstance(c, bool) for c in choices)
 
 
 def _encodable(text: str) -> str:
@@ -88,27 +60,42 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(part) is int for part in value)
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """Turn a prompt or a list of prompts into a list. By hand: a union of lists would report every
+    item of a long list."""
+    wanted = "must be a string, token ids, or a list of strings or of token ids"
+    prompts = [value] if isinstance(value, str) or _are_ids(value) else value
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(f"{wanted}, and not empty")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _encodable(prompt)
+        elif not _are_ids(prompt):
+            raise ValueError(wanted)
+    return prompts
+
+
+_STRING = {"type": "string"}
+_STRINGS = {"type": "array", "items": _STRING}
+_IDS = {"type": "array", "items": {"type": "integer"}}
+_PROMPTS = {"anyOf": [_STRING, _IDS, _STRINGS, {"type": "array", "items": _IDS}]}
+
 Text = Annotated[str, AfterValidator(_encodable)]
-Prompts = Annotated[
-    list[str | TokenIds],
-    PlainValidator(_prompts),
-    AfterValidator(lambda found: [_encodable(p) if isinstance(p, str) else p for p in found]),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "integer"}},
-                {"type": "array", "items": {"type": "string"}},
-                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-            ]
-        }
-    ),
-]
+Prompts = Annotated[list[str | list[int]], PlainValidator(_prompts), WithJsonSchema(_PROMPTS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+NumLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", hide_input_in_errors=True)
+def _refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, code, param)
+
+
+class _Strict(BaseModel, strict=True, extra="forbid", hide_input_in_errors=True):
+    pass
 
 
 class StreamOptions(_Strict):
@@ -145,49 +132,39 @@ class _Request(_Strict):
             # null is how typed clients say "not given"
             if value is None or name in IGNORED:
                 continue
-            if name in NEUTRAL and name not in cls.model_fields:
-                if not _is_one_of(value, NEUTRAL[name]):
-                    message = f"{name} is not supported by this server; leave it out"
-                    raise ApiError(400, message, param=name, code="unsupported_field")
-                continue
-            kept[name] = value
+            if name not in NEUTRAL or name in cls.model_fields:
+                kept[name] = value
+            elif not _is_one_of(value, NEUTRAL[name]):
+                message = f"{name} is not supported by this server; leave it out"
+                raise _refuse(name, message, "unsupported_field")
         return kept
 
     @model_validator(mode="after")
-    def _stream_options_need_stream(self) -> "_Request":
+    def _what_goes_together(self) -> "_Request":
         if self.stream_options is not None and not self.stream:
             message = "stream_options is allowed only where stream is true"
-            raise ApiError(400, message, param="stream_options", code="invalid_value")
+            raise _refuse("stream_options", message)
         return self
 
     @property
-    def num_logprobs(self) -> int | None:
-        raise NotImplementedError
+    def num_logprobs(self) -> int | None: ...
 
     def params(self, max_new_tokens: int, choice: int) -> SamplingParams:
-        """Of the choice-th of n answers to one prompt: a seed gives each another text.
-
-        Raises:
-            ApiError: a value out of range.
-        """
+        """Return those of the choice-th of n answers to one prompt: a seed gives each another text.
+        ApiError where a value is out of range."""
         try:
             return SamplingParams(
                 max_new_tokens=max_new_tokens,
-                repetition_penalty=self.repetition_penalty,
-                temperature=self.temperature,
                 top_k=max(self.top_k, 0),
-                top_p=self.top_p,
-                min_p=self.min_p,
                 seed=None if self.seed is None else self.seed + choice,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop),
                 logprobs=self.num_logprobs,
-                ignore_eos=self.ignore_eos,
+                **{name: getattr(self, name) for name in SAME},
             )
         except InputError as error:
             name = str(error).partition(" ")[0]
             param = "max_tokens" if name == "max_new_tokens" else name
-            message = str(error).replace(name, param, 1)
-            raise ApiError(400, message, param=param, code="invalid_value") from error
+            raise _refuse(param, str(error).replace(name, param, 1)) from error
 
 
 class CompletionRequest(_Request):
@@ -195,13 +172,13 @@ class CompletionRequest(_Request):
 
     prompt: Prompts
     echo: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: NumLogprobs | None = None
 
     @model_validator(mode="after")
     def _echo_has_no_logprobs(self) -> "CompletionRequest":
         if self.echo and self.logprobs is not None:
             message = "echo together with logprobs is not supported by this server"
-            raise ApiError(400, message, param="logprobs", code="unsupported_field")
+            raise _refuse("logprobs", message, "unsupported_field")
         return self
 
     @property
@@ -224,7 +201,7 @@ class Message(_Strict):
     name: Text | None = None
 
     def plain(self) -> dict[str, str]:
-        """What a chat template takes."""
+        """Return what a chat template takes."""
         content = self.content
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
@@ -237,17 +214,16 @@ class ChatRequest(_Request):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: NumLogprobs | None = None
 
     @model_validator(mode="after")
     def _one_limit_and_logprobs(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             message = "top_logprobs is allowed only where logprobs is true"
-            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
-        limits = (self.max_tokens, self.max_completion_tokens)
-        if None not in limits and limits[0] != limits[1]:
+            raise _refuse("top_logprobs", message)
+        if None not in (self.max_tokens, self.limit) and self.max_tokens != self.limit:
             message = "max_tokens and max_completion_tokens differ; give one of them"
-            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+            raise _refuse("max_tokens", message)
         return self
 
     @property

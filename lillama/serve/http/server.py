@@ -1,4 +1,4 @@
-"""An HTTP server for one model: OpenAI's API, metrics and a web page. Needs lillama[serve]."""
+"""The server of one model: the call, its API keys and its address."""
 
 import importlib.util
 import socket
@@ -11,7 +11,6 @@ from lillama.errors import InputError
 from lillama.hub_checkpoint import find_model
 from lillama.loading import load_tokenizer
 from lillama.serve.engine import LocalEngine
-from lillama.serve.engine.requests import Engine
 
 __all__ = ["bind", "make_server", "read_keys", "serve"]
 
@@ -42,14 +41,8 @@ def serve(
     # before the model, which takes a while to load
     with bind(config.host, config.port) as listener:
         tokenizer = load_tokenizer(config.model)
-        engine = LocalEngine(
-            config.model,
-            device=config.device,
-            dtype=config.dtype,
-            max_batch=config.max_batch,
-            max_length=config.max_length,
-            max_queue=config.max_queue,
-        )
+        names = ("device", "dtype", "max_batch", "max_length", "max_queue")
+        engine = LocalEngine(config.model, **{name: getattr(config, name) for name in names})
         engine.start()
         try:
             make_server(engine, tokenizer, config, keys, on_ready).run(sockets=[listener])
@@ -58,30 +51,27 @@ def serve(
 
 
 def make_server(
-    engine: Engine,
+    engine: LocalEngine,
     tokenizer: Any,
     config: ServeConfig,
     keys: list[str],
     on_ready: Callable[[str], None] | None = None,
 ) -> Any:
-    """A `lillama.serve.http.connection.Server` over a started engine; its run(sockets=[...])
-    returns after a signal, or stop(), and a drain.
-
-    Args:
-        keys: that open the API; none: everybody may ask.
-        on_ready: called with the address once it listens.
-    """
+    """Return a `lillama.serve.http.connection.Server` over a started engine; its run(sockets=[...])
+    calls on_ready with the address, and returns after a signal, or stop(), and a drain. Without
+    keys everybody may ask."""
+    # not before: fastapi and uvicorn are an extra
     from lillama.serve.http.app import Service, create_app, drain
-    from lillama.serve.http.connection import Server, uvicorn_config
+    from lillama.serve.http.connection import Server
 
     service = Service(engine, tokenizer, config)
     gate = create_app(service, keys)
-    settings = uvicorn_config(gate, config, service.metrics.refused_connections.inc)
-    return Server(settings, lambda: drain(gate, service), on_ready)
+    refused = service.metrics.refused_connections
+    return Server(gate, config, refused.inc, lambda: drain(gate, service), on_ready)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; InputError where that fails."""
+    """Return a socket bound to the address; InputError where that fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -102,7 +92,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def read_keys(path: Path | None) -> list[str]:
-    """One key a line, empty lines left out. Raises InputError where there is none."""
+    """Return one key a line, empty lines left out; InputError where there is none."""
     if path is None:
         return []
     try:
@@ -112,10 +102,9 @@ def read_keys(path: Path | None) -> list[str]:
     keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise InputError(f"--api-key-file {path} holds no key; write one a line")
-    for key in keys:
-        if len(key) < 16 or not key.isprintable() or " " in key:
-            raise InputError(
-                f"--api-key-file {path} has a key that is no good: 16 or more printable "
-                "characters without spaces are wanted (openssl rand -hex 32 makes one)"
-            )
+    if any(len(key) < 16 or not key.isprintable() or " " in key for key in keys):
+        raise InputError(
+            f"--api-key-file {path} has a key that is no good: 16 or more printable "
+            "characters without spaces are wanted (openssl rand -hex 32 makes one)"
+        )
     return keys

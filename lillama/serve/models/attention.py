@@ -8,18 +8,18 @@ b rows of a step, T tokens, H hidden_size, q heads of queries, h heads of keys, 
 positions that a step looks at.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lillama.errors import InputError
 from lillama.serve.models.experts import expand_pivots, experts_cpu
-from lillama.serve.models.runner import PREFILL_CHUNK, Prefilled, lookup, projection, projections
+from lillama.serve.models.runner import Function, Prefilled, Runner, lookup, projection, projections
 
 __all__ = ["MODEL_TYPES", "AttentionRunner"]
 
@@ -36,26 +36,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_causal": (True,),
-    "clip_qkv": (None,),
-    "attention_chunk_size": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
+    **dict.fromkeys(("clip_qkv", "attention_chunk_size"), (None,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (None,)),
 }
-
-Function = Callable[[Tensor], Tensor]
-
-
-class _Layer(NamedTuple):
-    """A block as a step reads it. qkv: [b, H] -> [b, (q + 2 h) d]; head_norm: of the queries and
-    keys [b, q + h, d]; mlp: [b, H] -> [b, H]."""
-
-    input_norm: Tensor
-    post_norm: Tensor
-    eps: float
-    qkv: Function
-    head_norm: Function | None
-    out: Function
-    mlp: Function
 
 
 class _At(NamedTuple):
@@ -68,18 +51,10 @@ class _At(NamedTuple):
     sin: Tensor
 
 
-class AttentionRunner:
+class AttentionRunner(Runner):
     """A `Runner` for the models of MODEL_TYPES, every projection dense or factorised in either
-    gauge, tied or factorised embeddings and head.
-
-    Args:
-        model: the ...ForCausalLM in eval mode; its weights are laid out anew in place.
-        slots: requests at once.
-        max_length: tokens of prompt and output; None is what the model has positions for, at most
-            4096.
-
-    Raises:
-        InputError: as `check`.
+    gauge, tied or factorised embeddings and head. The model, in eval mode, is laid out anew in
+    place; max_length None is what it has positions for, at most 4096. Raises as `check`.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int | None) -> None:
@@ -90,40 +65,40 @@ class AttentionRunner:
         self._model: Any = model
         self.device = model.device
         self.vocab_size = head.weight.shape[0]
-        attention = base.layers[0].self_attn
-        self._head_dim, self._scaling = attention.head_dim, attention.scaling
-        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._embed = lookup(base.embed_tokens)
         self._head = projection(head, self.device)
         self._norm, self._eps = base.norm.weight, base.norm.variance_epsilon
-        self._layers = [self._layer(block) for block in base.layers]
-        places = torch.arange(self.max_length, device=self.device)
-        like = base.norm.weight
-        self._cos, self._sin = _rotations(base.rotary_emb, like, places)
-        self._places = places
-        # one layer: keys, then values, [slots, 2 h, max_length, d]
-        size = (slots, 2 * self._kv_heads, self.max_length, self._head_dim)
-        self._kv = [torch.zeros(size, dtype=like.dtype, device=self.device) for _ in self._layers]
+        self._places = torch.arange(self.max_length, device=self.device)
+        with torch.no_grad():
+            cos, sin = base.rotary_emb(self._norm, self._places[None])  # in the norm's dtype
+        # sin's first half negated: x cos + roll(x) sin turns x as transformers' rotate_half does
+        self._cos, half = cos[0], sin.shape[-1] // 2
+        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._blocks = [_Block(block, heads, kv_heads, self.device) for block in base.layers]
+        # one block: keys, then values, [slots, 2 h, max_length, d]
+        size = (slots, 2 * kv_heads, self.max_length, base.layers[0].self_attn.head_dim)
+        self._kv = [self._norm.new_zeros(size) for _ in self._blocks]
         self._lengths = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self._known = [0] * slots  # the same on the host
 
     @staticmethod
     def check(config: Any, max_length: int | None) -> int:
-        """max_length, resolved, if the model of this config can be served exactly.
-
-        Raises:
-            InputError: another model type, a sliding window shorter than a request may be, other
-                position embeddings or activations, or more tokens than positions.
-        """
-        _check(config)
+        """Return max_length, resolved, if the model of this config can be served exactly; raise
+        InputError for another model type, a sliding window shorter than a request may be, other
+        position embeddings or activations, or more tokens than positions."""
+        for refusal in _refusals(config):
+            raise InputError(f"{refusal}: use vLLM")
         positions = config.max_position_embeddings
         if max_length is not None and max_length > positions:
             raise InputError(
                 f"max_length is {max_length}, the model has {positions} positions; lower it"
             )
         length = min(DEFAULT_MAX_LENGTH, positions) if max_length is None else max_length
-        window = _window(config)
-        if window is not None and window < length:
+        window = getattr(config, "sliding_window", None)
+        # a config that does not tell layers apart means all of them
+        kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+        if window is not None and window < length and "sliding_attention" in kinds:
             raise InputError(
                 f"the model has a sliding_window of {window} and requests may have {length} "
                 "tokens; the engine serves attention to all tokens only: lower max_length to "
@@ -131,40 +106,16 @@ class AttentionRunner:
             )
         return length
 
-    def _layer(self, block: Any) -> _Layer:
-        attention = block.self_attn
-        return _Layer(
-            input_norm=block.input_layernorm.weight,
-            post_norm=block.post_attention_layernorm.weight,
-            eps=block.input_layernorm.variance_epsilon,
-            qkv=projections([attention.q_proj, attention.k_proj, attention.v_proj], self.device),
-            head_norm=_head_norm(attention, self._heads, self._kv_heads),
-            out=projection(attention.o_proj, self.device),
-            mlp=(_moe if hasattr(block.mlp, "experts") else _gated)(block.mlp, self.device),
-        )
-
-    # Prompts
-    def prefill(self, prompt: Tensor) -> Iterator[Prefilled | None]:
-        cache = DynamicCache(config=self._model.config)
-        logits = prompt.new_empty(0)
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            if start:
-                yield None
-            logits = self._model(
-                input_ids=prompt[None, start : start + PREFILL_CHUNK],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits
-        layers: list[Any] = list(cache.layers)
-        yield Prefilled(logits[:, -1], [(layer.keys, layer.values) for layer in layers])
+    def chunk(self, ids: Tensor, state: Any) -> Prefilled:
+        cache = DynamicCache(config=self._model.config) if state is None else state
+        given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        return Prefilled(self._model(input_ids=ids[None], **given).logits[:, -1], cache)
 
     def place(self, slot: int, state: Any) -> None:
-        length = state[0][0].shape[2]
-        for kv, (keys, values) in zip(self._kv, state, strict=True):
-            kv[slot, : self._kv_heads, :length] = keys[0]
-            kv[slot, self._kv_heads :, :length] = values[0]
-        self._lengths[slot] = self._known[slot] = length
+        for kv, layer in zip(self._kv, state.layers, strict=True):
+            length = layer.keys.shape[2]
+            kv[slot, :, :length] = torch.cat([layer.keys[0], layer.values[0]])
+            self._lengths[slot] = self._known[slot] = length
 
     def move(self, source: int, target: int) -> None:
         length = self._known[source]
@@ -177,7 +128,6 @@ class AttentionRunner:
         for kv in self._kv:
             kv[slot] = 0
 
-    # Steps
     def shape_of(self, live: int) -> int:
         width = max(self._known[:live]) + 1
         if self.device.type == "cpu":
@@ -195,30 +145,46 @@ class AttentionRunner:
         cos, sin = self._cos[position][:, None], self._sin[position][:, None]
         at = _At(place, self._places[:shape] <= place, cos, sin)
         x = self._embed(ids)
-        for layer, kv in zip(self._layers, self._kv, strict=True):
-            x = x + self._attention(layer, _normed(x, layer.input_norm, layer.eps), kv, at)
-            x = x + layer.mlp(_normed(x, layer.post_norm, layer.eps))
+        for block, kv in zip(self._blocks, self._kv, strict=True):
+            x = x + block.attention(_normed(x, block.input_norm, block.eps), kv, at)
+            x = x + block.mlp(_normed(x, block.post_norm, block.eps))
         self._lengths[: len(ids)] += 1
         return self._head(_normed(x, self._norm, self._eps))
 
-    def _attention(self, layer: _Layer, x: Tensor, kv: Tensor, at: _At) -> Tensor:
+
+class _Block:
+    """A block as a step reads it: attention and mlp, each [b, H] -> [b, H] after a norm."""
+
+    def __init__(self, block: Any, heads: int, kv_heads: int, device: torch.device) -> None:
+        given = block.self_attn
+        self._heads, self._kv_heads, self._size = heads, kv_heads, given.head_dim
+        self._scaling = given.scaling
+        self.input_norm = block.input_layernorm.weight
+        self.post_norm = block.post_attention_layernorm.weight
+        self.eps = block.input_layernorm.variance_epsilon
+        self._qkv = projections([given.q_proj, given.k_proj, given.v_proj], device)
+        self._head_norm = _head_norm(given, heads, kv_heads)
+        self._out = projection(given.o_proj, device)
+        self.mlp = (_moe if hasattr(block.mlp, "experts") else _gated)(block.mlp, device)
+
+    def attention(self, x: Tensor, kv: Tensor, at: _At) -> Tensor:
         """x [b, H] -> [b, H]; kv of all slots gets the rows' keys and values."""
-        b, h, size = len(x), self._kv_heads, self._head_dim
-        heads = layer.qkv(x).view(b, -1, size)
-        turned = heads[:, : self._heads + h]
-        if layer.head_norm is not None:
-            turned = layer.head_norm(turned)
+        b, q, h, size = len(x), self._heads, self._kv_heads, self._size
+        heads = self._qkv(x).view(b, -1, size)  # [b, q + 2 h, d]
+        turned = heads[:, : q + h]
+        if self._head_norm is not None:
+            turned = self._head_norm(turned)
         turned = torch.addcmul(turned * at.cos, turned.roll(size // 2, -1), at.sin)
-        new = torch.cat([turned[:, self._heads :], heads[:, self._heads + h :]], dim=1)[:, :, None]
+        new = torch.cat([turned[:, q:], heads[:, q + h :]], dim=1)[:, :, None]
         rows = kv[:b]
         rows.scatter_(2, at.place.expand(new.shape), new)
         seen = rows[:, :, : at.mask.shape[-1]]
         # the queries of one key head side by side, as if they were tokens
-        queries = turned[:, : self._heads].reshape(b, h, -1, size)
+        queries = turned[:, :q].reshape(b, h, -1, size)
         y = F.scaled_dot_product_attention(
             queries, seen[:, :h], seen[:, h:], attn_mask=at.mask, scale=self._scaling
         )
-        return layer.out(y.reshape(b, -1))
+        return self._out(y.reshape(b, -1))
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -226,8 +192,8 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _head_norm(attention: Any, heads: int, kv_heads: int) -> Function | None:
-    """q_norm and k_norm on [b, q + h, d], where a model has them: over every head, as in Qwen3, or
-    over all of a token's queries and all of its keys, as in OLMoE."""
+    """Return q_norm and k_norm on [b, q + h, d], where a model has them: over every head, as in
+    Qwen3, or over all of a token's queries and all of its keys, as in OLMoE."""
     if not hasattr(attention, "q_norm"):
         return None
     q, k, size = attention.q_norm.weight, attention.k_norm.weight, attention.head_dim
@@ -244,7 +210,7 @@ def _head_norm(attention: Any, heads: int, kv_heads: int) -> Function | None:
 
 
 def _gated(mlp: Any, device: torch.device) -> Function:
-    """down(silu(gate(x)) * up(x))."""
+    """Return down(silu(gate(x)) * up(x))."""
     both = projections([mlp.gate_proj, mlp.up_proj], device)
     down = projection(mlp.down_proj, device)
 
@@ -256,7 +222,7 @@ def _gated(mlp: Any, device: torch.device) -> Function:
 
 
 def _moe(mlp: Any, device: torch.device) -> Function:
-    """The experts that the router's softmax ranks first, weighted with it."""
+    """Return the experts that the router's softmax ranks first, weighted with it."""
     router, top_k = mlp.gate.weight, mlp.gate.top_k
     # Mixtral always scales the weights to a sum of 1, and leaves them in fp32
     scaled, rounded = getattr(mlp.gate, "norm_topk_prob", True), hasattr(mlp.gate, "norm_topk_prob")
@@ -274,54 +240,23 @@ def _moe(mlp: Any, device: torch.device) -> Function:
     return run
 
 
-def _rotations(rotary: nn.Module, like: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [max_length, d] in the dtype of `like`, sin's first half negated: with it,
-    x cos + roll(x) sin turns x as transformers' rotate_half does."""
-    with torch.no_grad():
-        cos, sin = rotary(like, places[None])
-    half = sin.shape[-1] // 2
-    return cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
-
-
-def _window(config: Any) -> int | None:
-    """The sliding window of at least one block, in tokens."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    return window if kinds is None or "sliding_attention" in kinds else None
-
-
-def _check(config: Any) -> None:
-    """Refuses what a step does not compute, whatever the length."""
-    name = config.model_type
-    if name not in MODEL_TYPES:
-        raise InputError(
-            f"the engine does not serve model type {name!r}; it serves mamba, "
-            f"{', '.join(MODEL_TYPES)}: use vLLM"
-        )
-    rope = config.rope_parameters
-    kind, share = rope["rope_type"], rope.get("partial_rotary_factor")
-    if kind not in ROPE_TYPES:
-        raise InputError(
-            f"the model's rope_type is {kind!r}; the engine serves {', '.join(ROPE_TYPES)}: "
-            "use vLLM"
-        )
-    if share not in (None, 1):
-        raise InputError(
-            f"the model's partial_rotary_factor is {share}; the engine turns whole heads: use vLLM"
-        )
+def _refusals(config: Any) -> Iterator[str]:
+    """Yield what a step does not compute, whatever the length."""
+    if config.model_type not in MODEL_TYPES:
+        served = ", ".join(("mamba", *MODEL_TYPES))
+        yield f"the engine does not serve model type {config.model_type!r}; it serves {served}"
+    rope, ours = config.rope_parameters, "; the engine serves "
+    if rope["rope_type"] not in ROPE_TYPES:
+        yield f"the model's rope_type is {rope['rope_type']!r}{ours}{', '.join(ROPE_TYPES)}"
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        share = rope["partial_rotary_factor"]
+        yield f"the model's partial_rotary_factor is {share}; the engine turns whole heads"
     for key, plain in PLAIN.items():
         value = getattr(config, key, plain[0])
         if value not in plain:
-            raise InputError(
-                f"the model's {key} is {value!r}; the engine serves {name} with "
-                f"{' or '.join(repr(good) for good in plain)} only: use vLLM"
-            )
-    other = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if other:
-        raise InputError(
-            f"the model has layers of {', '.join(sorted(other))}; the engine serves attention to "
-            "all tokens only: use vLLM"
-        )
+            only = f"{config.model_type} with {' or '.join(map(repr, plain))} only"
+            yield f"the model's {key} is {value!r}{ours}{only}"
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        names = ", ".join(sorted(other))
+        yield f"the model has layers of {names}{ours}attention to all tokens only"

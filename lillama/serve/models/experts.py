@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
-from lillama.serve.models.runner import lay_out
+from lillama.serve.models.runner import Function, lay_out
 
 __all__ = ["Experts", "expand_pivots", "experts_cpu"]
 
@@ -23,12 +23,12 @@ Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def experts_cpu(experts: Any) -> Experts:
-    """What a module of gated experts with silu computes, dense (transformers') or factorised."""
-    inner, downs = _gated(experts)
+    """Return what a module of gated experts with silu computes, dense or factorised."""
+    each = _low_rank(experts) if isinstance(experts, LowRankExperts) else _dense(experts)
 
     def one(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         parts = [
-            downs[expert](inner(x, expert)) * weight
+            each[expert](x) * weight
             for expert, weight in zip(index[0].tolist(), weights[0].to(x.dtype), strict=True)
         ]
         return sum(parts[1:], parts[0])
@@ -43,17 +43,36 @@ def experts_cpu(experts: Any) -> Experts:
         # in the experts' order, so that a row's sum does not depend on the others
         for expert in sorted(places):
             rows, ks = torch.tensor(places[expert]).unbind(1)
-            y = downs[expert](inner(x[rows], expert))
-            out.index_add_(0, rows, y * weights[rows, ks, None])
+            out.index_add_(0, rows, each[expert](x[rows]) * weights[rows, ks, None])
         return out
 
     return lambda x, index, weights: (one if len(x) == 1 else several)(x, index, weights)
 
 
+def _low_rank(experts: LowRankExperts) -> list[Function]:
+    for parameter in experts.parameters():
+        lay_out(parameter)
+
+    def one(gate: Function, up: Function, down: Function, x: Tensor) -> Tensor:
+        return down(F.silu(gate(x)) * up(x))
+
+    factors = (matrix.by_expert() for matrix in experts.factors())
+    return [partial(one, *matrices) for matrices in zip(*factors, strict=True)]
+
+
+def _dense(experts: Any) -> list[Function]:
+    def one(gate_up: Tensor, down: Tensor, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
+
+    weights = zip(experts.gate_up_proj.data, experts.down_proj.data, strict=True)
+    return [partial(one, *matrices) for matrices in weights]
+
+
 def expand_pivots(mlp: Any) -> nn.Module:
-    """The module of experts; one in the pivot gauge is exchanged for one with plain factors. On a
-    GPU its operation has no Triton kernel and cannot be captured in a CUDA graph; on a CPU putting
-    outputs in their order costs a tenth of a small Mixtral's step."""
+    """Return the module of experts; one in the pivot gauge is exchanged for one with plain factors.
+    On a GPU its operation has no Triton kernel and cannot be captured in a CUDA graph; on a CPU
+    putting outputs in their order costs a tenth of a small Mixtral's step."""
     if isinstance(mlp.experts, PivotLowRankExperts):
         _say_expanded()
         mlp.experts = mlp.experts.plain()
@@ -62,30 +81,8 @@ def expand_pivots(mlp: Any) -> nn.Module:
 
 @cache
 def _say_expanded() -> None:
-    """Once a process, however many blocks there are."""
+    """Say it once a process, however many blocks there are."""
     logger.info(
         "experts in the pivot gauge are held as plain factors: R^2 numbers more for each matrix of "
         "rank R than the checkpoint has"
     )
-
-
-def _gated(
-    experts: Any,
-) -> tuple[Callable[[Tensor, int], Tensor], list[Callable[[Tensor], Tensor]]]:
-    """silu(gate(x)) * up(x) of one expert, and every expert's down."""
-    if isinstance(experts, LowRankExperts):
-        for parameter in experts.parameters():
-            lay_out(parameter)
-        gates, ups, downs = (factors.by_expert() for factors in experts.factors())
-
-        def low_rank(x: Tensor, expert: int) -> Tensor:
-            return F.silu(gates[expert](x)) * ups[expert](x)
-
-        return low_rank, downs
-    both = experts.gate_up_proj.data.unbind(0)
-
-    def dense(x: Tensor, expert: int) -> Tensor:
-        gate, up = F.linear(x, both[expert]).chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    return dense, [partial(F.linear, weight=weight) for weight in experts.down_proj.data]

@@ -7,7 +7,6 @@ b rows of a step, T tokens, H hidden_size, D channels, S state size, W width of 
 """
 
 import math
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,35 +25,13 @@ from transformers import PreTrainedModel
 
 from lillama.errors import InputError
 from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.serve.models.runner import PREFILL_CHUNK, Prefilled, lay_out, lookup, projection
+from lillama.serve.models.runner import Prefilled, Runner, lay_out, lookup, projection
 
 __all__ = ["MambaRunner"]
 
 # The state does not grow with the text; this only keeps a request from running for ever.
 NO_LIMIT = 2**20
 LOG2_E = math.log2(math.e)
-
-
-class _Layer(NamedTuple):
-    """A block's weights as a step reads them; rate [D, S] fp32 is -exp(A_log)."""
-
-    norm: Tensor
-    eps: float
-    into: Callable[[Tensor], Tensor]
-    conv: Tensor  # [D, W]
-    conv_bias: Tensor | None
-    x_proj: Callable[[Tensor], Tensor]
-    sizes: list[int]  # of dt, B and C in x_proj's output
-    dt: Tensor  # [D, P]
-    dt_bias: Tensor
-    rate: Tensor
-    skip: Tensor
-    out: Callable[[Tensor], Tensor]
-    # for the CPU's step: [W, D] and [S, D], channels side by side
-    taps: Tensor
-    log2_rate: Tensor
-    # for the fused step on a GPU; None where in_proj or out_proj is not low-rank
-    fused: MixerWeights | None
 
 
 class _Rows(NamedTuple):
@@ -67,17 +44,9 @@ class _Rows(NamedTuple):
     ssm_last: Tensor
 
 
-class MambaRunner:
-    """A `Runner` for Mamba-1.
-
-    Args:
-        model: MambaForCausalLM, dense or with factorised projections, in eval mode.
-        slots: requests at once.
-        max_length: tokens of prompt and output; None is 2^20, for the state does not grow.
-
-    Raises:
-        InputError: a Mamba of another make.
-    """
+class MambaRunner(Runner):
+    """A `Runner` for Mamba-1, dense or with factorised projections, in eval mode; max_length None
+    is 2^20, for the state does not grow. Raises as `check`."""
 
     def __init__(self, model: PreTrainedModel, slots: int, max_length: int | None) -> None:
         config: Any = model.config
@@ -93,47 +62,38 @@ class MambaRunner:
         self._head = projection(head, self.device)
         self._norm_f = backbone.norm_f.weight.to(self._stream)
         self._eps = backbone.norm_f.variance_epsilon
-        self._layers = [_layer(block, self.device) for block in backbone.layers]
+        self._mixers = [_Mixer(block, self.device) for block in backbone.layers]
         mixer = backbone.layers[0].mixer
         channels, width = mixer.intermediate_size, mixer.conv_kernel_size
-        self._conv = self._state(slots, channels, width - 1, self._dtype)
-        self._ssm = self._state(slots, channels, mixer.ssm_state_size, torch.float32)
+        self._conv = self._zeros(slots, channels, width - 1, self._dtype)
+        self._ssm = self._zeros(slots, channels, mixer.ssm_state_size, torch.float32)
         self._rows: dict[int, list[_Rows]] = {}
 
     @staticmethod
     def check(config: Any, max_length: int | None) -> int:
-        """max_length, resolved.
-
-        Raises:
-            InputError: an activation other than silu.
-        """
+        """Return max_length, resolved; raise InputError for an activation other than silu."""
         if config.hidden_act not in ("silu", "swish"):
-            raise InputError(
-                f"the model's hidden_act is {config.hidden_act!r}; the engine serves Mamba with "
-                "silu only"
-            )
+            act = f"the model's hidden_act is {config.hidden_act!r}"
+            raise InputError(f"{act}; the engine serves Mamba with silu only")
         return NO_LIMIT if max_length is None else max_length
 
-    def _state(self, slots: int, channels: int, size: int, dtype: torch.dtype) -> Tensor:
-        """Zeros [L, slots, D, size]. On a CPU channels lie side by side: sums over S or W then run
-        over whole vectors, 2x to 6x faster; the GPU's kernels want size side by side."""
-        count = len(self._layers)
+    def _zeros(self, slots: int, channels: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Return zeros [L, slots, D, size]. On a CPU channels lie side by side: sums over S or W
+        then run over whole vectors, 2x to 6x faster; the GPU's kernels want size side by side."""
+        count = len(self._mixers)
         if self.device.type == "cpu":
             return torch.zeros(count, slots, size, channels, dtype=dtype).transpose(2, 3)
         return torch.zeros(count, slots, channels, size, dtype=dtype, device=self.device)
 
-    # Prompts
-    def prefill(self, prompt: Tensor) -> Iterator[Prefilled | None]:
-        states: list[tuple[Tensor, Tensor] | None] = [None] * len(self._layers)
-        x = self._norm_f[None]
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            if start:
-                yield None
-            x = self._embed(prompt[None, start : start + PREFILL_CHUNK]).to(self._stream)
-            for index, layer in enumerate(self._layers):
-                y, states[index] = _mixer_chunk(layer, x.to(self._dtype), states[index])
-                x = x + y
-        yield Prefilled(self._logits(x[:, -1]), states)
+    def chunk(self, ids: Tensor, state: Any) -> Prefilled:
+        states = state or [None] * len(self._mixers)
+        x = self._embed(ids[None]).to(self._stream)
+        after = []
+        for mixer, before in zip(self._mixers, states, strict=True):
+            y, reached = mixer.chunk(x.to(self._dtype), before)
+            x = x + y
+            after.append(reached)
+        return Prefilled(self._logits(x[:, -1]), after)
 
     def place(self, slot: int, state: Any) -> None:
         for index, (conv, ssm) in enumerate(state):
@@ -144,140 +104,108 @@ class MambaRunner:
         self._conv[:, target] = self._conv[:, source]
         self._ssm[:, target] = self._ssm[:, source]
 
-    def clear(self, slot: int) -> None:
-        pass  # place() replaces all of it
-
-    # Steps
-    def shape_of(self, live: int) -> int:
-        return 0
-
-    def advance(self, live: int) -> None:
-        pass
-
     def step(self, ids: Tensor, shape: int) -> Tensor:
         batch = len(ids)
         if batch not in self._rows:
-            self._rows[batch] = self._views(batch)
-        mixer = _mixer_step_cpu if self.device.type == "cpu" else _mixer_step
+            self._rows[batch] = [
+                _Rows(conv, ssm, conv.mT, ssm.mT)
+                for conv, ssm in zip(self._conv[:, :batch], self._ssm[:, :batch], strict=True)
+            ]
+        on_cpu = self.device.type == "cpu"
         x = self._embed(ids).to(self._stream)
-        for layer, rows in zip(self._layers, self._rows[batch], strict=True):
-            x = x + mixer(layer, x.to(self._dtype), rows)
+        for mixer, rows in zip(self._mixers, self._rows[batch], strict=True):
+            x = x + (mixer.step_cpu if on_cpu else mixer.step)(x.to(self._dtype), rows)
         return self._logits(x)
 
-    def _views(self, batch: int) -> list[_Rows]:
-        views = []
-        for conv, ssm in zip(self._conv[:, :batch], self._ssm[:, :batch], strict=True):
-            views.append(_Rows(conv, ssm, conv.transpose(1, 2), ssm.transpose(1, 2)))
-        return views
-
     def _logits(self, x: Tensor) -> Tensor:
-        """x [b, H] -> [b, V]."""
         x = F.rms_norm(x, x.shape[-1:], self._norm_f, self._eps)
         return self._head(x.to(self._head_dtype))
 
 
-def _layer(block: Any, device: torch.device) -> _Layer:
-    mixer = block.mixer
-    conv, dt = mixer.conv1d, mixer.dt_proj
-    taps = conv.weight.squeeze(1)
-    rate = -torch.exp(mixer.A_log.float())
-    size = mixer.ssm_state_size
-    fused = None
-    into, out = mixer.in_proj, mixer.out_proj
-    low_rank = isinstance(into, LowRankLinear) and isinstance(out, LowRankLinear)
-    if low_rank and isinstance(mixer.x_proj, (nn.Linear, LowRankLinear)):
-        # a low-rank x_proj is multiplied out: it is small, and the step stays one operation
-        fused = MixerWeights(
-            in_A=into.lr_A, in_B=into.lr_B, in_bias=into.bias, conv=taps, conv_bias=conv.bias,
-            x_proj=mixer.x_proj.weight.detach(), dt=dt.weight, dt_bias=dt.bias, A_log=mixer.A_log,
-            D=mixer.D, out_A=out.lr_A, out_B=out.lr_B, out_bias=out.bias,
+class _Mixer:
+    """A block, as a chunk and a step read it: conv [D, W], dt [D, P], rate [D, S] fp32."""
+
+    def __init__(self, block: Any, device: torch.device) -> None:
+        mixer = block.mixer
+        self.norm, self.eps = block.norm.weight, block.norm.variance_epsilon
+        self.fused = _fused(mixer)
+        self.into = projection(mixer.in_proj, device)
+        self.conv, self.conv_bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+        self.x_proj = projection(mixer.x_proj, device)
+        # of dt, B and C in x_proj's output
+        self.sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
+        self.dt, self.dt_bias = lay_out(mixer.dt_proj.weight), mixer.dt_proj.bias
+        self.rate, self.skip = -torch.exp(mixer.A_log.float()), mixer.D
+        self.out = projection(mixer.out_proj, device)
+        # for the CPU's step: [W, D] and [S, D], channels side by side
+        self.taps = self.conv.t().contiguous()
+        self.log2_rate = (self.rate * LOG2_E).t().contiguous()
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+
+    def chunk(
+        self, x: Tensor, state: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [1, T, H] after the tokens in state (conv [1, D, W-1], ssm [1, D, S]; None: the first)
+        -> y [1, T, H] and the state after them."""
+        u, z = self.into(self._normed(x)).mT.chunk(2, dim=1)
+        past = self.conv.shape[1] - 1
+        before, last = (u.new_zeros(1, u.shape[1], past), None) if state is None else state
+        conv = torch.cat([before, u[..., -past:]], dim=2)[..., -past:] if past else before
+        u = causal_conv1d(u, self.conv, self.conv_bias, "silu", initial_state=before)
+        dt, B, C = self.x_proj(u.mT).split(self.sizes, dim=-1)
+        y, last = selective_scan(
+            u, self.dt @ dt.mT, self.rate, B.mT, C.mT, self.skip.float(), z,
+            delta_bias=self.dt_bias.float(), delta_softplus=True, initial_state=last,
         )  # fmt: skip
-    return _Layer(
-        norm=block.norm.weight,
-        eps=block.norm.variance_epsilon,
-        into=projection(into, device),
-        conv=taps,
-        conv_bias=conv.bias,
-        x_proj=projection(mixer.x_proj, device),
-        sizes=[mixer.time_step_rank, size, size],
-        dt=lay_out(dt.weight),
-        dt_bias=dt.bias,
-        rate=rate,
-        skip=mixer.D,
-        out=projection(out, device),
-        taps=taps.t().contiguous(),
-        log2_rate=(rate * LOG2_E).t().contiguous(),
-        fused=fused,
-    )
+        return self.out(y.mT), (conv, last)
+
+    def step(self, x: Tensor, rows: _Rows) -> Tensor:
+        """Step one token x [b, H] -> [b, H] by our kernels: one fused operation where it runs, else
+        one each for the convolution and the scan."""
+        x = self._normed(x)
+        if self.fused is not None and mamba_mixer_step_runs_triton(x, self.fused):
+            return mamba_mixer_step(x, rows.conv, rows.ssm, self.fused)
+        u, z = self.into(x).chunk(2, dim=-1)
+        u = causal_conv1d_update(u[..., None], rows.conv, self.conv, self.conv_bias, "silu")
+        u = u[..., 0]
+        dt, B, C = self.x_proj(u).split(self.sizes, dim=-1)
+        y = selective_state_update(
+            rows.ssm, u, F.linear(dt, self.dt), self.rate, B, C, self.skip, z,
+            dt_bias=self.dt_bias, dt_softplus=True,
+        )  # fmt: skip
+        return self.out(y)
+
+    def step_cpu(self, x: Tensor, rows: _Rows) -> Tensor:
+        """Do what `step` does, in as few of PyTorch's calls as it takes, in the dtype of x."""
+        u, z = self.into(self._normed(x)).chunk(2, dim=-1)
+        window = torch.cat([rows.conv_last, u[:, None]], dim=1)  # [b, W, D]
+        rows.conv_last.copy_(window[:, 1:])
+        u = (window * self.taps).sum(1)
+        if self.conv_bias is not None:
+            u += self.conv_bias
+        u = F.silu(u)
+        dt, B, C = self.x_proj(u).split_with_sizes(self.sizes, dim=-1)
+        step = F.softplus(F.linear(dt, self.dt, self.dt_bias).float())  # [b, D]
+        state = rows.ssm_last  # [b, S, D]
+        state.mul_((step[:, None] * self.log2_rate).exp2_())
+        state.addcmul_((step * u)[:, None], B[..., None])
+        y = torch.bmm(C[:, None].float(), state)[:, 0].addcmul_(u, self.skip)
+        return self.out((y * F.silu(z)).to(x.dtype))
 
 
-def _normed(layer: _Layer, x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], layer.norm, layer.eps)
-
-
-def _mixer_chunk(
-    layer: _Layer, x: Tensor, state: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """x [1, T, H] after the tokens in state (conv [1, D, W-1], ssm [1, D, S]; None: the first) ->
-    y [1, T, H] and the state after them."""
-    u, z = layer.into(_normed(layer, x)).transpose(1, 2).chunk(2, dim=1)
-    past = layer.conv.shape[1] - 1
-    before, last = (u.new_zeros(1, u.shape[1], past), None) if state is None else state
-    conv = torch.cat([before, u[..., -past:]], dim=2)[..., -past:] if past else before
-    u = causal_conv1d(u, layer.conv, layer.conv_bias, "silu", initial_state=before)
-    dt, B, C = layer.x_proj(u.transpose(1, 2)).split(layer.sizes, dim=-1)
-    y, last = selective_scan(
-        u,
-        layer.dt @ dt.transpose(1, 2),
-        layer.rate,
-        B.transpose(1, 2),
-        C.transpose(1, 2),
-        layer.skip.float(),
-        z,
-        delta_bias=layer.dt_bias.float(),
-        delta_softplus=True,
-        initial_state=last,
-    )
-    return layer.out(y.transpose(1, 2)), (conv, last)
-
-
-def _mixer_step(layer: _Layer, x: Tensor, rows: _Rows) -> Tensor:
-    """One token x [b, H] -> [b, H] by our kernels: one fused operation where it runs, else one
-    each for the convolution and the scan."""
-    x = _normed(layer, x)
-    if layer.fused is not None and mamba_mixer_step_runs_triton(x, layer.fused):
-        return mamba_mixer_step(x, rows.conv, rows.ssm, layer.fused)
-    u, z = layer.into(x).chunk(2, dim=-1)
-    u = causal_conv1d_update(u[..., None], rows.conv, layer.conv, layer.conv_bias, "silu")[..., 0]
-    dt, B, C = layer.x_proj(u).split(layer.sizes, dim=-1)
-    y = selective_state_update(
-        rows.ssm,
-        u,
-        F.linear(dt, layer.dt),
-        layer.rate,
-        B,
-        C,
-        layer.skip,
-        z,
-        dt_bias=layer.dt_bias,
-        dt_softplus=True,
-    )
-    return layer.out(y)
-
-
-def _mixer_step_cpu(layer: _Layer, x: Tensor, rows: _Rows) -> Tensor:
-    """`_mixer_step` in as few of PyTorch's calls as it takes, in the dtype of x."""
-    u, z = layer.into(_normed(layer, x)).chunk(2, dim=-1)
-    window = torch.cat([rows.conv_last, u[:, None]], dim=1)  # [b, W, D]
-    rows.conv_last.copy_(window[:, 1:])
-    u = (window * layer.taps).sum(1)
-    if layer.conv_bias is not None:
-        u += layer.conv_bias
-    u = F.silu(u)
-    dt, B, C = layer.x_proj(u).split_with_sizes(layer.sizes, dim=-1)
-    step = F.softplus(F.linear(dt, layer.dt, layer.dt_bias).float())  # [b, D]
-    state = rows.ssm_last  # [b, S, D]
-    state.mul_((step[:, None] * layer.log2_rate).exp2_())
-    state.addcmul_((step * u)[:, None], B[..., None])
-    y = torch.bmm(C[:, None].float(), state)[:, 0].addcmul_(u, layer.skip)
-    return layer.out((y * F.silu(z)).to(x.dtype))
+def _fused(mixer: Any) -> MixerWeights | None:
+    """Return the weights of the GPU's fused step; None where in_proj or out_proj has no factors."""
+    into, x_proj, out = mixer.in_proj, mixer.x_proj, mixer.out_proj
+    if not (isinstance(into, LowRankLinear) and isinstance(out, LowRankLinear)):
+        return None
+    if not isinstance(x_proj, nn.Linear | LowRankLinear):
+        return None
+    # a low-rank x_proj is multiplied out: it is small, and the step stays one operation
+    return MixerWeights(
+        in_A=into.lr_A, in_B=into.lr_B, in_bias=into.bias, conv=mixer.conv1d.weight.squeeze(1),
+        conv_bias=mixer.conv1d.bias, x_proj=x_proj.weight.detach(), dt=mixer.dt_proj.weight,
+        dt_bias=mixer.dt_proj.bias, A_log=mixer.A_log, D=mixer.D, out_A=out.lr_A, out_B=out.lr_B,
+        out_bias=out.bias,
+    )  # fmt: skip

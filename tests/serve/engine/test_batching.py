@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lillama.serve.engine import LocalEngine
 from lillama.serve.engine.requests import Event, Finished, SamplingParams, Token
-from lillama.serve.models import attention as attention_module
-from lillama.serve.models import mamba as mamba_module
+from lillama.serve.models import runner as runner_module
 from tests.serve.heard import PROMPTS, Heard, greedy, wait_for
 
 
@@ -120,8 +119,7 @@ def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make
 def test_engine_prompt_in_chunks_equals_generate(
     kind, checkpoints, make_engine, wanted, monkeypatch
 ):
-    for module in (attention_module, mamba_module):
-        monkeypatch.setattr(module, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(runner_module, "PREFILL_CHUNK", 7)
     engine = make_engine(checkpoints[kind])
     for length in (1, 6, 7, 8, 15, 30):
         prompt = [(3 * i) % 250 + 1 for i in range(length)]

@@ -74,7 +74,7 @@ class FakeEngine:
         self.totals = dict.fromkeys(
             ("prompt_tokens", "generated_tokens", "requests", "errors", "steps"), 0
         )
-        self.stopping = False
+        self.stopped = False
         self.paused = False
         self.deadline_s = 0.0
         self.thread = threading.Thread(target=self.loop, daemon=True)
@@ -84,7 +84,7 @@ class FakeEngine:
 
     def stop(self, drain_s: float = 0.0) -> None:
         with self.work:
-            self.stopping = True
+            self.stopped = True
             self.deadline_s = time.monotonic() + drain_s
             self.work.notify_all()
         self.thread.join()
@@ -103,7 +103,7 @@ class FakeEngine:
             raise InputError("too long")
         completion = FakeCompletion(list(prompt_ids), params, on_event)
         with self.work:
-            if self.stopping:
+            if self.stopped:
                 raise Busy("the engine is stopping")
             if len(self.waiting) >= self.max_queue:
                 raise Busy(f"the queue is full: {self.max_queue} requests wait")
@@ -122,10 +122,10 @@ class FakeEngine:
     def loop(self) -> None:
         while True:
             with self.work:
-                while not self.stopping and (self.paused or not (self.waiting or self.running)):
+                while not self.stopped and (self.paused or not (self.waiting or self.running)):
                     self.work.wait(0.01 if self.paused else None)
-                expired = self.stopping and time.monotonic() >= self.deadline_s
-                if self.stopping and (expired or not (self.waiting or self.running)):
+                expired = self.stopped and time.monotonic() >= self.deadline_s
+                if self.stopped and (expired or not (self.waiting or self.running)):
                     left = [*self.running, *self.waiting]
                     self.running, self.waiting = [], deque()
                     break

@@ -191,7 +191,7 @@ def test_a_client_that_does_not_read_is_cut_off(tokenizer):
         body = {"prompt": "a" * 500_000, "max_tokens": 1, "echo": True, "n": 16}
         connection.sendall(post_bytes(json.dumps(body).encode()))
         states = wide.server.server_state.connections
-        wait_for(lambda: any(state.write_timer for state in states), "a full buffer", 30)
+        wait_for(lambda: any("write" in state.timers for state in states), "a full buffer", 30)
         wait_for(lambda: not states, "the end of the connection", SLOW_S + 2)
         connection.close()
         assert wide.complete(prompt="a")[0] == 200

@@ -54,7 +54,7 @@ def test_mamba_steps_agree_with_those_of_a_gpu(ranks, impl, make_low_rank, make_
 
     count = 1 if impl == "triton" else 4
     wanted = steps(made(), count)
-    monkeypatch.setattr(mamba_module, "_mixer_step_cpu", mamba_module._mixer_step)
+    monkeypatch.setattr(mamba_module._Mixer, "step_cpu", mamba_module._Mixer.step)
     fused: list[Any] = []
 
     def recorded(*arguments: Any) -> torch.Tensor:
