@@ -1,5 +1,4 @@
-"""The engine: generate()'s own greedy tokens whoever else is in the batch, requests that join,
-leave, fail and are cancelled, and memory that does not grow."""
+"""The engine: prompts in chunks, seeds, text, and requests that fail, stop and are cancelled."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from lillama.serve.engine import LocalEngine
 from lillama.serve.engine.requests import Event, Finished, SamplingParams, Token
 from lillama.serve.models import runner as runner_module
-from tests.serve.heard import PROMPTS, Heard, greedy, wait_for
+from tests.serve.heard import Heard, generated, greedy, reference, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -32,90 +31,22 @@ def make_engine(device):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(mamba, mixtral, make_low_rank, tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """By name: dense, and with factors in either gauge. Do not change the folders."""
-    ranks = {"backbone.layers.0.mixer.in_proj": 8, "backbone.layers.1.mixer.in_proj": 16}
-    ranks |= {f"backbone.layers.{i}.mixer.out_proj": 8 for i in range(2)}
-    experts = {
-        f"model.layers.{i}.block_sparse_moe.experts.{e}.{w}": 8
-        for i, e, w in ((0, 0, "w1"), (0, 0, "w3"), (0, 2, "w2"), (1, 1, "w1"), (1, 1, "w2"))
-    }
-    paths = {"mamba": mamba, "mixtral": mixtral}
-    untied = {"tie_word_embeddings": False}
-    for name, changed, options in (
-        ("mamba-low-rank", ranks, {}),
-        ("mamba-x-proj", ranks | {"backbone.layers.0.mixer.x_proj": 8}, {}),
-        ("mamba-pivot", ranks, {"gauge": "pivot"}),
-        ("mixtral-low-rank", experts, {}),
-        ("mamba-vocabulary", ranks | {"backbone.embeddings": 8, "lm_head": 12}, untied),
-        ("mixtral-vocabulary", experts | {"model.embed_tokens": 8, "lm_head": 12}, untied),
-        ("mamba-vocabulary-pivot", {"backbone.embeddings": 8, "lm_head": 12},
-         untied | {"gauge": "pivot"}),
-    ):  # fmt: skip
-        paths[name] = tmp_path_factory.mktemp(name)
-        make_low_rank(name.partition("-")[0], changed, **options).save_pretrained(paths[name])
-        tokenizer.save_pretrained(paths[name])
-    return paths
+def checkpoints(mamba, mixtral) -> dict[str, Path]:
+    return {"mamba": mamba, "mixtral": mixtral}
 
 
-KINDS = ["mamba", "mamba-low-rank", "mamba-x-proj", "mamba-pivot", "mixtral", "mixtral-low-rank"]
-# embeddings and head as factors too
-KINDS += ["mamba-vocabulary", "mixtral-vocabulary", "mamba-vocabulary-pivot"]
-FAMILIES = ["mamba", "mixtral"]
+both_kinds = pytest.mark.parametrize("kind", ["mamba", "mixtral"])
 
 
 @pytest.fixture(scope="module")
 def wanted(checkpoints, device):
     """wanted(kind, prompt, n) -> the ids that transformers' generate() adds."""
-    models: dict[str, Any] = {}
-
-    def generate(kind: str, prompt: list[int], count: int) -> list[int]:
-        if kind not in models:
-            model = AutoModelForCausalLM.from_pretrained(checkpoints[kind])
-            models[kind] = model.to(device).eval()
-            model.generation_config.eos_token_id = None  # go on after it
-        ids = torch.tensor([prompt], device=device)
-        out = models[kind].generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-            use_cache=True,
-        )
-        return out[0, len(prompt) :].tolist()
-
-    return generate
+    models = {kind: reference(path, device) for kind, path in checkpoints.items()}
+    return lambda kind, prompt, count: generated(models[kind], prompt, count)
 
 
-# Tokens
-@pytest.mark.parametrize("kind", KINDS)
-def test_engine_greedy_equals_generate(kind, checkpoints, make_engine, wanted):
-    engine = make_engine(checkpoints[kind])
-    for prompt in PROMPTS:
-        heard = Heard()
-        engine.submit(prompt, greedy(12), heard)
-        assert heard.finished().reason == "length"
-        assert heard.ids == wanted(kind, prompt, 12)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_engine_tokens_do_not_depend_on_joins_and_leaves(kind, checkpoints, make_engine, wanted):
-    """More requests than slots, of different lengths, some arriving while others run."""
-    engine = make_engine(checkpoints[kind], max_batch=3)
-    heard = []
-    for index in range(12):
-        heard.append((index, Heard()))
-        prompt, count = PROMPTS[index % len(PROMPTS)], 3 + 5 * (index % 4)
-        engine.submit(prompt, greedy(count), heard[-1][1])
-        if index % 3 == 2:
-            wait_for(lambda: heard[-1][1].ids)
-    for index, one in heard:
-        one.finished()
-        assert one.ids == wanted(kind, PROMPTS[index % len(PROMPTS)], 3 + 5 * (index % 4)), index
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
+# Tokens; those of every model are in models/test_tokens.py
+@both_kinds
 def test_engine_prompt_in_chunks_equals_generate(
     kind, checkpoints, make_engine, wanted, monkeypatch
 ):
@@ -290,7 +221,7 @@ def test_engine_failing_prompt_ends_its_request_alone(mamba, make_engine, wanted
     assert heard[0].ids == heard[2].ids == wanted("mamba", [5], 9)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@both_kinds
 def test_engine_broken_logits_end_their_request_alone(kind, checkpoints, make_engine, wanted):
     """And nothing of them reaches the next request in the slot."""
     engine = make_engine(checkpoints[kind], max_batch=2)

@@ -57,8 +57,9 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize(
+    ("name", "temperature"), [*((name, 1.0) for name in FILTERS), ("all", 0.5), ("top_p", 2.0)]
+)
 def test_sample_frequencies_are_those_of_transformers(name, temperature):
     """Support equal, and Pearson's statistic within five deviations of its mean."""
     vocab, draws, prompt = 40, 20_000, [3, 4, 4, 7]
@@ -85,7 +86,7 @@ def test_sample_frequencies_are_those_of_transformers(name, temperature):
 
 def test_sample_successive_draws_of_one_seed_have_the_right_frequencies():
     """The noise of (seed, step) must not repeat or lean from step to step."""
-    draws, vocab = 5000, 4
+    draws, vocab = 2000, 4
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     rows = rows_of([SamplingParams(temperature=1.0, seed=77)], vocab)
     ids = torch.cat([sample(logits, rows, Steps(draw=True)).ids for _ in range(draws)])

@@ -53,9 +53,9 @@ class FakeGraph:
     captures = 0
 
     def replay(self) -> None:
-        for size, (graph, sampled) in self.decoder._graphs.items():
-            if graph is self:
-                for old, new in zip(sampled, self.decoder._step(size), strict=True):
+        for size, captured in self.decoder._graphs.items():
+            if captured is not None and captured[0] is self:
+                for old, new in zip(captured[1], self.decoder._step(*size), strict=True):
                     if old is not None:
                         old.copy_(new)
 

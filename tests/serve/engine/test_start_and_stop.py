@@ -94,6 +94,7 @@ def test_engine_counts(mamba, device):
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_engine_memory_does_not_grow(mamba, device):
     """Thousands of requests of every kind leave nothing behind."""
     engine = LocalEngine(mamba, device=str(device), max_batch=8, max_queue=10_000)

@@ -284,7 +284,7 @@ def test_what_is_no_http(server, raw):
     with server.connect() as connection:
         connection.sendall(raw)
         answer = read_all(connection)
-    assert b" 400 " in answer.split(b"\r\n")[0] and b'"code": "invalid_http"' in answer
+    assert b" 400 " in answer.split(b"\r\n")[0] and b'"code":"invalid_http"' in answer
 
 
 def test_other_names_of_this_machine_are_refused(server):

@@ -4,17 +4,20 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-from lillama.serve.http import tokens as http_tokens  # noqa: E402
+from lillama.serve.http.tokens import LONG_TEXT  # noqa: E402
 from tests.serve.http.running import post_bytes, read_all, running, wait_for  # noqa: E402
 
 ASK = json.dumps({"prompt": "a", "max_tokens": 400}).encode()
 STREAM = json.dumps({"prompt": "a", "max_tokens": 400, "stream": True}).encode()
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SLOW_S = 0.4
 
 
@@ -130,40 +133,51 @@ def trickle(connection: socket.socket, data: bytes) -> tuple[bytes, float]:
     return answer, time.monotonic() - begin_s
 
 
-def test_a_header_that_trickles_in_is_cut_off(server):
-    with server.connect() as connection:
-        answer, seconds = trickle(connection, post_bytes(ASK))
+def slow_header(connection: socket.socket) -> None:
+    answer, seconds = trickle(connection, post_bytes(ASK))
     assert b" 408 " in answer.split(b"\r\n")[0] and b"header_timeout" in answer
     assert seconds < SLOW_S + 1
 
 
-def test_a_body_that_trickles_in_is_cut_off(server):
-    with server.connect() as connection:
-        whole = post_bytes(ASK)
-        connection.sendall(whole[: -len(ASK)])
-        answer, seconds = trickle(connection, ASK)
+def slow_body(connection: socket.socket) -> None:
+    connection.sendall(post_bytes(ASK)[: -len(ASK)])
+    answer, seconds = trickle(connection, ASK)
     assert b" 408 " in answer.split(b"\r\n")[0] and b"body_timeout" in answer
     assert b"connection: close" in answer and seconds < SLOW_S + 1
 
 
-def test_the_second_header_of_a_connection_is_timed_too(server):
-    with server.connect() as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        health = b""
-        while b'"ok"' not in health:
-            health += connection.recv(65536)
-        answer, seconds = trickle(connection, post_bytes(ASK))
-    assert b" 408 " in answer.split(b"\r\n")[0] and seconds < SLOW_S + 1
+def slow_second_header(connection: socket.socket) -> None:
+    connection.sendall(GET)
+    health = b""
+    while b'"ok"' not in health:
+        health += connection.recv(65536)
+    slow_header(connection)
 
 
-@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
-def test_an_idle_connection_is_closed(server, first):
-    with server.connect() as connection:
-        begin_s = time.monotonic()
-        connection.sendall(first)
-        answer = read_all(connection)
-        assert time.monotonic() - begin_s < SLOW_S + 1
+def idle(connection: socket.socket, first: bytes = b"") -> None:
+    begin_s = time.monotonic()
+    connection.sendall(first)
+    answer = read_all(connection)
+    assert time.monotonic() - begin_s < SLOW_S + 1
     assert bool(answer) == bool(first) and b" 408 " not in answer
+
+
+def idle_after_an_answer(connection: socket.socket) -> None:
+    idle(connection, GET)
+
+
+def test_slow_clients_are_cut_off(server):
+    """All at once: each takes as long as a client may."""
+
+    def visit(behave: Callable[[socket.socket], None]) -> None:
+        with server.connect() as connection:
+            behave(connection)
+
+    kinds = (slow_header, slow_body, slow_second_header, idle, idle_after_an_answer)
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        visits = [pool.submit(visit, behave) for behave in kinds]
+    for done in visits:
+        done.result()
 
 
 def test_connections_beyond_the_limit_are_refused(tokenizer):
@@ -212,33 +226,37 @@ def test_a_request_has_a_time_limit(tokenizer):
         assert hasty.metric('lillama_choices_total{reason="timeout"}') == 2
 
 
-def test_long_texts_hold_up_neither_short_ones_nor_the_end(tokenizer, monkeypatch):
-    """Tokenizing a long text takes 1.5 s here; meanwhile others are answered, and who asked for
-    it may leave or run out of time."""
-    encode = http_tokens._encode
-    taken = []
+def test_long_texts_hold_up_neither_short_ones_nor_the_end(tokenizer):
+    """While a long text is tokenized others are answered, and who asked for it may leave or run
+    out of time; what nobody waits for any more is not tokenized."""
+    free, taken = threading.Event(), []
 
-    def slow(tokenizer, text, special):
-        if len(text) > http_tokens.LONG_TEXT:
-            taken.append(len(text))
-            time.sleep(1.5)
-        return encode(tokenizer, text, special)
+    class Slow(type(tokenizer)):
+        def __call__(self, text, **options):
+            if len(text) > LONG_TEXT:
+                taken.append(text[0])
+                assert free.wait(20)
+            return super().__call__(text, **options)
 
-    monkeypatch.setattr(http_tokens, "_encode", slow)
-    with running(deepcopy(tokenizer), request_timeout_s=1) as hasty:
-        long = json.dumps({"prompt": "a" * 60_000}).encode()
-        first, second = hasty.connect(), hasty.connect()
-        first.sendall(post_bytes(long))
-        wait_for(lambda: taken, "a long text")
-        second.sendall(post_bytes(long))
-        begin_s = time.monotonic()
-        assert hasty.complete(prompt="a")[0] == 200
-        assert time.monotonic() - begin_s < 0.9
-        second.close()  # before its turn
-        assert b" 504 " in first.recv(65536)
-        first.close()
-        time.sleep(1.5)
-        assert len(taken) == 1, "nobody wanted it any more"
+    slow = deepcopy(tokenizer)
+    slow.__class__ = Slow
+    with running(slow, request_timeout_s=0.5, max_length=2**20) as hasty:
+
+        def ask(letter: str) -> socket.socket:
+            connection = hasty.connect()
+            connection.sendall(post_bytes(json.dumps({"prompt": letter * 60_000}).encode()))
+            return connection
+
+        with ask("a") as first:
+            wait_for(lambda: taken, "a long text")
+            with ask("b"):
+                wait_for(lambda: len(hasty.server.server_state.tasks) == 2, "a second one")
+            assert hasty.complete(prompt="a")[0] == 200
+            assert b" 504 " in first.recv(65536)
+        free.set()
+        with ask("c") as last:
+            assert b" 200 " in last.recv(65536)
+        assert taken == ["a", "c"]
 
 
 def test_an_error_that_nobody_expected_is_a_500(tokenizer, monkeypatch):
@@ -268,6 +286,7 @@ def test_an_engine_that_died_is_told_from_a_full_queue(tokenizer):
     with running(deepcopy(tokenizer)) as dead:
         assert dead.request("GET", "/health")[0] == 200
         dead.engine.stop()
+        assert dead.request("GET", "/health")[0] == 503
         status, document = dead.complete(prompt="a")
         assert (status, document["error"]["code"]) == (503, "engine_stopped")
         status, _, document = dead.request("GET", "/health")

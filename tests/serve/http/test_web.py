@@ -22,10 +22,16 @@ from tests.webdriver import (  # noqa: E402
     Browser,
 )
 
-in_a_browser = pytest.mark.skipif(
+needs_chromium = pytest.mark.skipif(
     not (CHROMIUM and CHROMEDRIVER),
     reason="no Chromium with chromedriver (Debian: apt-get install chromium chromium-driver)",
 )
+
+
+def in_a_browser(test):
+    return pytest.mark.full(needs_chromium(test))
+
+
 PAGE = files("lillama.serve.http").joinpath("web.html").read_text("utf-8")
 KEY = "a-key-of-twenty-signs"
 # A step takes 20 ms on average, so 60 tokens about a second.

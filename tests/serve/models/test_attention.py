@@ -1,15 +1,10 @@
-"""Models with attention behind the engine, dense and factorised: generate()'s own greedy tokens,
-alone and among others, its parts beside transformers' modules, and what is refused. Mixtral's
-tokens are in test_engine.py."""
+"""The parts of an attention model's step beside transformers' modules, and what is refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from lillama.errors import InputError
 from lillama.families import FAMILIES
@@ -18,155 +13,9 @@ from lillama.serve.engine import LocalEngine
 from lillama.serve.models.attention import MODEL_TYPES, AttentionRunner, _gated, _moe
 from lillama.serve.models.runner import projections
 from tests.conftest import config_of
-from tests.serve.heard import PROMPTS, Heard, greedy, wait_for
+from tests.serve.heard import uneven
 
-TOKENS = 18
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-def ranks_of(*names: str, layer: int, inside: str = "self_attn") -> dict[str, int]:
-    """No two of them alike, so that none can be taken for another."""
-    return {f"model.layers.{layer}.{inside}.{name}": 8 + i for i, name in enumerate(names)}
-
-
-def both(layer: int) -> dict[str, int]:
-    return ranks_of(*ATTENTION, layer=layer) | ranks_of(*MLP, layer=layer, inside="mlp")
-
-
-def experts(layer: int) -> dict[str, int]:
-    """Every second one, and nothing of the others."""
-    return {
-        name: rank
-        for e in (0, 2)
-        for name, rank in ranks_of(*MLP, layer=layer, inside=f"mlp.experts.{e}").items()
-    }
-
-
-OPEN = {"sliding_window": None}
-BIASED = {"attention_bias": True, "mlp_bias": True}
-WORDS = {"model.embed_tokens": 12, "lm_head": 20}
-# name: model type, ranks, config changes
-CASES: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
-    "llama": ("llama", {}, {}),
-    "llama-tied-biases": ("llama", {}, BIASED | {"tie_word_embeddings": True, "head_dim": 16}),
-    "llama-low-rank": ("llama", both(0) | both(1) | WORDS, BIASED),
-    "llama-pivot": ("llama", both(0) | both(1) | WORDS, BIASED | {"gauge": "pivot"}),
-    "mistral": ("mistral", {}, OPEN),
-    "mistral-some": (
-        "mistral",
-        ranks_of("q_proj", "v_proj", layer=0) | ranks_of("up_proj", layer=1, inside="mlp"),
-        OPEN,
-    ),
-    "qwen2": ("qwen2", {}, {"use_sliding_window": False, "tie_word_embeddings": True}),
-    "qwen2-low-rank": ("qwen2", both(0) | both(1), {"use_sliding_window": False}),
-    "qwen3": ("qwen3", {}, {"num_key_value_heads": 1}),
-    "qwen3-low-rank": ("qwen3", both(0) | both(1) | WORDS, {}),
-    "qwen3-moe": ("qwen3_moe", {}, {"norm_topk_prob": True}),
-    "qwen3-moe-low-rank": (
-        "qwen3_moe",
-        both(0) | experts(1) | ranks_of(*ATTENTION, layer=1),
-        {"norm_topk_prob": False},
-    ),
-    "olmoe": ("olmoe", {}, {"norm_topk_prob": False}),
-    "olmoe-low-rank": ("olmoe", ranks_of(*ATTENTION, layer=0) | experts(1), {}),
-}
-
-
-class Case(NamedTuple):
-    """wanted: the ids that generate() adds to each of PROMPTS."""
-
-    engine: LocalEngine
-    wanted: list[list[int]]
-
-
-@torch.no_grad()
-def uneven(model: Any) -> Any:
-    """The model with norms that are not all 1."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-def loaded(path: Path, device: torch.device) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
-    model.generation_config.eos_token_id = None  # go on after it
-    return model
-
-
-def generated(model: Any, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt], device=model.device)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=0,
-        use_cache=True,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request, make_model, make_low_rank, tokenizer, tmp_path_factory, device) -> Iterator[Case]:
-    kind, ranks, changes = CASES[request.param]
-    path = tmp_path_factory.mktemp(request.param)
-    model = make_low_rank(kind, ranks, **changes) if ranks else make_model(kind, **changes)
-    uneven(model).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    engine = LocalEngine(path, device=str(device), max_batch=3, max_length=64)
-    engine.start()
-    reference = loaded(path, device)
-    yield Case(engine, [generated(reference, prompt, TOKENS) for prompt in PROMPTS])
-    engine.stop()
-
-
-# Tokens
-def test_engine_alone_equals_generate(case):
-    for prompt, wanted in zip(PROMPTS, case.wanted, strict=True):
-        heard = Heard()
-        case.engine.submit(prompt, greedy(TOKENS), heard)
-        assert heard.finished().reason == "length"
-        assert heard.ids == wanted
-    assert len({tuple(wanted) for wanted in case.wanted}) == len(PROMPTS), "a model that looks"
-
-
-def test_engine_among_others_equals_generate(case):
-    """More requests than slots, of different lengths, some arriving while others run."""
-    heard = []
-    for index in range(12):
-        heard.append(Heard())
-        prompt, count = PROMPTS[index % len(PROMPTS)], 3 + 5 * (index % 4)
-        case.engine.submit(prompt, greedy(count), heard[-1])
-        if index % 3 == 2:
-            wait_for(lambda: heard[-1].ids)
-    for index, one in enumerate(heard):
-        one.finished()
-        assert one.ids == case.wanted[index % len(PROMPTS)][: 3 + 5 * (index % 4)], index
-
-
-def test_engine_serves_up_to_the_sliding_window(make_checkpoint, device):
-    """A request that fills it sees all of its tokens, in the prompt and in the steps."""
-    path = make_checkpoint("mistral", sliding_window=48)
-    with pytest.raises(InputError, match="sliding_window of 48 and requests may have 49 tokens"):
-        LocalEngine(path, device=str(device), max_length=49)
-    with pytest.raises(InputError, match="may have 512 tokens.*lower max_length to 48"):
-        LocalEngine(path, device=str(device))
-    engine = LocalEngine(path, device=str(device), max_length=48)
-    engine.start()
-    for length in (3, 47):
-        prompt, heard = [(7 * i) % 250 + 1 for i in range(length)], Heard()
-        engine.submit(prompt, greedy(48 - length), heard)
-        heard.finished()
-        assert heard.ids == generated(loaded(path, device), prompt, 48 - length)
-    engine.stop()
-
-
-def test_every_model_type_is_tested():
-    assert {kind for kind, _, _ in CASES.values()} | {"mixtral"} == set(MODEL_TYPES)
 
 
 def test_docs_list_every_family():
