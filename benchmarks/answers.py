@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.decode_models import ranks_of
+from lillama.checkpoint.format import sentinel
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
+from lillama.models.detection import family_for
 from lillama.serve.engine.requests import SamplingParams
 from lillama.serve.engine.slots import Decoder
 from lillama.serve.models import AttentionRunner, MambaRunner, Runner
@@ -131,7 +133,9 @@ def vllm(
     with TemporaryDirectory() as folder:
         model = make()
         if keep < 1:
-            attach_quantizer(model, LillamaConfig(ranks=ranks_of(model, keep)))
+            ranks = ranks_of(model, keep)
+            name, _ = sentinel(family_for(model.config), ranks)
+            attach_quantizer(model, LillamaConfig(ranks=ranks, sentinel=name))
         model.save_pretrained(folder)
         dtype = str(model.dtype).removeprefix("torch.")
         kv_bytes = max(KV_BYTES, 2 * _kv_bytes(model, prompts, new_tokens))

@@ -21,8 +21,8 @@ from benchmarks.published import PublishedExperts
 from benchmarks.rows import Variant, Work, compare
 from benchmarks.shapes import COMPRESS_STEPS, CompressStepShape
 from benchmarks.timing import modes_of
-from lillama.compress.activations import stored
-from lillama.compress.distill import Stream, batch_loss
+from lillama.compress.teacher.activations import stored
+from lillama.compress.train.distill import Stream, batch_loss
 from lillama.modules import LowRankExperts
 
 

@@ -33,10 +33,10 @@ from benchmarks.markdown import table
 from benchmarks.quality_table import COLUMNS, draw, read_cells, rows
 from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
-from lillama.data import evaluation_blocks
+from lillama.data.sequences import evaluation_blocks
 from lillama.evaluate import stored_size
+from lillama.integrations.loading import load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import load_model, load_tokenizer
 
 DEFAULT, FAST, PAPER = PRESETS["default"], PRESETS["fast"], PRESETS["paper"]
 PAPER_BEST = dataclasses.replace(PAPER, learning_rate=1e-3)

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 import lillama
 from benchmarks.machine import ceilings, describe
 from benchmarks.synthetic import SHAPES, TOKENIZER, write_checkpoint
-from lillama.compress.plan import Plan, make_plan
+from lillama.compress.plan.plan import Plan, make_plan
 from lillama.config import PlanConfig
 
 REAL_LAYERS = {"mixtral-8x7b": 32, "mamba-2.8b": 64, "mixtral-mini": 4}

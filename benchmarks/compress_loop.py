@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 
 import lillama
 from benchmarks.published import published_loop
-from lillama.data import calibration_blocks, evaluation_blocks
-from lillama.loading import load_model, load_tokenizer
+from lillama.data.sequences import calibration_blocks, evaluation_blocks
+from lillama.integrations.loading import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RATES = (8.6e-5, 1e-3)

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lillama.compress.factorize import plain_svd
-from lillama.compress.plan import make_plan
+from lillama.compress.measure.svd import plain_svd
+from lillama.compress.plan.plan import make_plan
 from lillama.config import PlanConfig
+from lillama.models.skeleton import block_list
 from lillama.modules.replace import dense_expert
-from lillama.skeleton import block_list
 
 __all__ = ["PublishedExperts", "PublishedRun", "published_loop"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
 
-from lillama.shard_file import Entry, write_shard
+from lillama.checkpoint.shard_file import Entry, write_shard
 
 __all__ = ["SHAPES", "hub_tensors", "write_checkpoint"]
 

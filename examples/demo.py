@@ -25,8 +25,8 @@ from train_teacher import read_all, stdlib_split
 from transformers.utils import logging as transformers_logging
 
 import lillama
+from lillama.integrations.loading import load_model
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import load_model
 
 HERE = Path(__file__).parent
 OUT = Path("demo-out")

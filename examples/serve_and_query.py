@@ -23,7 +23,7 @@ LISTENING = re.compile(r"http://[\w.:\[\]-]+")
 @contextmanager
 def server(model: Path) -> Iterator[str]:
     """The address of a server on a free port; SIGTERM at the end, as from a service manager."""
-    command = [sys.executable, "-m", "lillama.cli", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "lillama.cli.app", "serve", str(model), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

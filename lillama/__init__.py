@@ -1,53 +1,88 @@
-"""Lillama: low-rank compression of trained language models.
+"""Lillama makes trained language models smaller.
 
     lillama.compress(MODEL, OUT, reduction=0.2, text="calibration.txt")
     lillama.plan(MODEL, 0.2)
-    lillama.advise(MODEL, text="calibration.txt")
     lillama.eval(OUT, "held_out.txt", against=MODEL)
     lillama.finetune(OUT, BETTER, base=MODEL, text="calibration.txt")
     lillama.generate(OUT, "Once upon")
     lillama.export(OUT, DENSE, format="dense")
     lillama.report(OUT)
-    lillama.import_upstream(FOLDER, OUT, base=MODEL)
     lillama.sample(MODEL, "own.jsonl")
     with lillama.kernels_impl("reference"): ...
 
-Importing this package registers the checkpoint format with transformers, so that
-`AutoModelForCausalLM.from_pretrained(OUT)` works.
+Importing this package loads neither torch nor transformers: each function brings what it needs when
+it is first asked for. As soon as transformers can load a model it knows the checkpoint format too,
+so that `AutoModelForCausalLM.from_pretrained(OUT)` works.
 """
 
-from lillama_kernels import kernels_impl
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from lillama.compress.advise import advise
-from lillama.compress.finetune import finetune
-from lillama.compress.pipeline import compress
-from lillama.compress.plan import plan
 from lillama.errors import InputError, LillamaError, RunError
-from lillama.evaluate import evaluate as eval
-from lillama.export import export
-from lillama.integrations.transformers import register as _register
-from lillama.report import report
-from lillama.sample import sample
-from lillama.serve.generate import generate
-from lillama.upstream import import_upstream
+from lillama.integrations.on_import import when_imported
 from lillama.version import __version__
+
+if TYPE_CHECKING:
+    from lillama_kernels import kernels_impl
+
+    from lillama.checkpoint.export import export
+    from lillama.compress.pipeline import compress
+    from lillama.compress.plan.plan import plan
+    from lillama.compress.train.finetune import finetune
+    from lillama.data.sample import sample
+    from lillama.evaluate import evaluate as eval
+    from lillama.report import report
+    from lillama.serve.generate import generate
 
 __all__ = [
     "InputError",
     "LillamaError",
     "RunError",
     "__version__",
-    "advise",
     "compress",
     "eval",
     "export",
     "finetune",
     "generate",
-    "import_upstream",
     "kernels_impl",
     "plan",
     "report",
     "sample",
 ]
 
-_register()
+# {public name: (module, its name there)}
+_FUNCTIONS = {
+    "compress": ("lillama.compress.pipeline", "compress"),
+    "eval": ("lillama.evaluate", "evaluate"),
+    "export": ("lillama.checkpoint.export", "export"),
+    "finetune": ("lillama.compress.train.finetune", "finetune"),
+    "generate": ("lillama.serve.generate", "generate"),
+    "kernels_impl": ("lillama_kernels", "kernels_impl"),
+    "plan": ("lillama.compress.plan.plan", "plan"),
+    "report": ("lillama.report", "report"),
+    "sample": ("lillama.data.sample", "sample"),
+}
+
+
+class _Package(ModuleType):
+    """This module's class. Importing a subpackage assigns it to its name here, which for some is
+    the name of a function: a property of the class stands above what is assigned."""
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_FUNCTIONS})
+
+
+def _lazy(module: str, name: str) -> property:
+    def get(package: ModuleType) -> Any:
+        return getattr(import_module(module), name)
+
+    return property(get, lambda package, value: None)
+
+
+for _name, _place in _FUNCTIONS.items():
+    setattr(_Package, _name, _lazy(*_place))
+sys.modules[__name__].__class__ = _Package
+# not before: the quantizer's classes are made of transformers'
+when_imported("transformers.modeling_utils", "lillama.integrations.transformers", "register")

@@ -1,34 +1,38 @@
-"""Every default of the project, in frozen dataclasses; those of eval, finetune, serve and plan
---advise are in config_eval.py, config_finetune.py, config_serve.py and config_advice.py. Nothing
-else holds one."""
+"""Every default of the project, in frozen dataclasses, one a command. Nothing else holds one, and
+this file imports nothing heavy: the command line reads it to show its help."""
 
 import dataclasses
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from lillama.errors import InputError
-from lillama.hub import recorded_model
-from lillama.hub_text import HubText
+
+if TYPE_CHECKING:
+    from lillama.data.datasets import HubText
 
 __all__ = [
     "PRESETS",
     "RANK_MULTIPLE",
     "Budget",
     "CompressConfig",
+    "EvalConfig",
     "ExportConfig",
     "ExportFormat",
+    "FinetuneConfig",
     "Gauge",
     "GenerateConfig",
     "Loss",
     "LossForm",
+    "Metric",
     "PlanConfig",
     "Preset",
     "Recipe",
     "ReportConfig",
     "SampleConfig",
+    "ServeConfig",
     "Strategy",
     "check_at_least",
     "check_choice",
@@ -39,12 +43,17 @@ __all__ = [
 # what `Recipe.tokens_per_width` leaves a narrow model
 LEAST_TOKENS = 65_536
 Preset = Literal["default", "fast", "best", "whitened", "paper"]
-Strategy = Literal["global", "uniform", "bottom", "top"]
+Strategy = Literal["global", "uniform", "bottom"]
 Loss = Literal["joint", "teacher", "student"]
 LossForm = Literal["l1_cosine", "nmse"]
 Gauge = Literal["plain", "pivot"]
 Budget = Literal["stored", "active"]
 ExportFormat = Literal["dense", "plain", "pivot"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+DTYPES = get_args(Dtype)
+Metric = Literal["blocks", "rows", "words"]
+# tokens of a block; rows: as GPTQ's and SparseGPT's tables; words: the model's context
+EVAL_SEQ_LEN: dict[str, int | None] = {"blocks": 512, "rows": 2048, "words": None}
 
 # Ranks are multiples of this: grouped matrix products need rows of 16 bytes (8 bf16 numbers).
 RANK_MULTIPLE = 8
@@ -255,11 +264,11 @@ class CompressConfig(PlanConfig):
 
     out: Path
     # none: what the model writes by itself
-    text: tuple[Path | HubText, ...] = ()
+    text: "tuple[Path | HubText, ...]" = ()
     loss: Loss = "joint"
     packing: bool = True
     seed: int = 0
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
     # how often the state inside a block is saved
     checkpoint_seconds: float = 600.0
@@ -274,10 +283,10 @@ class CompressConfig(PlanConfig):
                 f"--checkpoint-seconds must be at least 0, got {self.checkpoint_seconds}"
             )
         check_choice("--loss", self.loss, get_args(Loss))
-        check_choice("--dtype", self.dtype, ("auto", "float32", "float16", "bfloat16"))
+        check_choice("--dtype", self.dtype, DTYPES)
         check_device(self.device)
 
-    def recorded(self) -> dict[str, object]:
+    def recorded(self) -> dict[str, Any]:
         """What recipe.json stores: every option that decides the result, as plain JSON values."""
         skipped = {
             "out",
@@ -289,7 +298,6 @@ class CompressConfig(PlanConfig):
         }
         values = dataclasses.asdict(self)
         plain = {k: v for k, v in values.items() if k not in skipped}
-        plain |= recorded_model(self.model)
         plain["text"] = [str(path) for path in self.text]
         plain["targets"] = None if self.targets is None else list(self.targets)
         plain["tokens"] = self.num_tokens
@@ -350,10 +358,9 @@ class SampleConfig:
             raise InputError(f"--temperature must be a finite number > 0, got {self.temperature}")
         check_device(self.device)
 
-    def recorded(self) -> dict[str, object]:
+    def recorded(self) -> dict[str, Any]:
         """Plain JSON values of what decides the text."""
-        plain = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
-        return {**plain, **recorded_model(self.model)}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("out", "device")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -365,3 +372,160 @@ class ReportConfig:
     eval: Path | None = None
     png: Path | None = None
     open: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneConfig:
+    """Options of `lillama finetune`."""
+
+    model: Path
+    out: Path
+    base: Path
+    text: "tuple[Path | HubText, ...]"
+    tokens: int = 2_000_000
+    # further ones, which the base model writes
+    own_tokens: int = 0
+    seq_len: int = 512
+    batch_size: int = 8
+    packing: bool = True
+    # how often every token is seen
+    epochs: int = 1
+    # of AdamW, at its peak; None: from the width and from how far the model is from its base
+    learning_rate: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    overwrite: bool = False
+    # how often the model is judged on held-out tokens
+    evaluations: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise InputError("finetune needs training text; give at least one --text FILE")
+        check_at_least("--tokens", self.tokens, 1)
+        check_at_least("--own-tokens", self.own_tokens, 0)
+        check_at_least("--seq-len", self.seq_len, 2)
+        check_at_least("--batch-size", self.batch_size, 1)
+        check_at_least("--epochs", self.epochs, 1)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InputError(
+                f"--learning-rate must be a finite number > 0, got {self.learning_rate}"
+            )
+        check_device(self.device)
+
+    def recorded(self) -> dict[str, Any]:
+        """Plain JSON values of what decides the result."""
+        plain = {
+            k: v
+            for k, v in dataclasses.asdict(self).items()
+            if k not in ("out", "device", "overwrite")
+        }
+        return plain | {"text": [str(path) for path in self.text]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Options of `lillama eval`."""
+
+    model: Path
+    text: "tuple[Path | HubText, ...]" = ()
+    against: Path | None = None
+    # what perplexity means: docs/evaluation.md
+    metric: Metric = "blocks"
+    # None: see `window`
+    seq_len: int | None = None
+    batch_size: int = 8
+    # of lm-evaluation-harness, by name; a folder or a file of further ones; rows of each at most
+    tasks: tuple[str, ...] = ()
+    task_path: Path | None = None
+    limit: int | None = None
+    # prompts of the text to continue, greedily and sampled; 0: none
+    generations: int = 0
+    speed: bool = False
+    dtype: Dtype = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.text and not self.tasks:
+            raise InputError("eval needs text or tasks; give at least one --text FILE, or --tasks")
+        check_choice("--metric", self.metric, get_args(Metric))
+        if self.metric != "blocks" and not all(isinstance(text, Path) for text in self.text):
+            raise InputError(
+                f"--metric {self.metric} reads files, not datasets of the Hub; give a local file"
+            )
+        for name, minimum in (("seq_len", 2), ("batch_size", 1), ("limit", 1), ("generations", 0)):
+            if (value := getattr(self, name)) is not None:
+                check_at_least("--" + name.replace("_", "-"), value, minimum)
+        if not self.text:
+            given = {
+                "--metric": self.metric != "blocks",
+                "--seq-len": self.seq_len is not None,
+                "--generations": self.generations > 0,
+                "--speed": self.speed,
+            }
+            if unused := [name for name, is_given in given.items() if is_given]:
+                raise InputError(f"{unused[0]} is about text; give at least one --text FILE")
+        if not self.tasks:
+            given = {"--task-path": self.task_path is not None, "--limit": self.limit is not None}
+            if unused := [name for name, is_given in given.items() if is_given]:
+                raise InputError(f"{unused[0]} is about tasks; name them with --tasks")
+        check_choice("--dtype", self.dtype, DTYPES)
+        check_device(self.device)
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of a block, or of a window of words; None: what the model has."""
+        return EVAL_SEQ_LEN[self.metric] if self.seq_len is None else self.seq_len
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Options of `lillama serve`."""
+
+    model: Path
+    host: str = "127.0.0.1"
+    # 0: one that is free
+    port: int = 8000
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    # requests computed together, and those that may wait for a place
+    max_batch: int = 8
+    max_queue: int = 64
+    # tokens of prompt and output together; None: what the model allows
+    max_length: int | None = None
+    # None: the name of the model's folder
+    served_name: str | None = None
+    # one key a line; None: everybody may ask
+    api_key_file: Path | None = None
+    # from a request's arrival to the end of its answer
+    request_timeout_s: float = 600.0
+    # how long a client may take to send a header, to send a body, to take in what it was sent, and
+    # to send the next request on a connection
+    client_timeout_s: float = 20.0
+    # how long requests that were accepted may go on after SIGTERM
+    drain_s: float = 30.0
+    max_body_bytes: int = 2 * 2**20
+    # a process may have 1,024 files open unless told otherwise
+    max_connections: int = 512
+    # prompts times n of one HTTP request
+    max_choices: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise InputError("--host must not be empty; 127.0.0.1 is this machine alone")
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"--port must lie between 0 and 65535, got {self.port}")
+        if self.served_name == "":
+            raise InputError("--served-name must not be empty")
+        check_device(self.device)
+        check_choice("--dtype", self.dtype, DTYPES)
+        for name in ("max_batch", "max_queue", "max_body_bytes", "max_connections", "max_choices"):
+            check_at_least("--" + name.replace("_", "-"), getattr(self, name), 1)
+        if self.max_length is not None:
+            check_at_least("--max-length", self.max_length, 2)
+        for name in ("request_timeout_s", "client_timeout_s", "drain_s"):
+            value = getattr(self, name)
+            if not (0 < value < math.inf or (name == "drain_s" and value == 0)):
+                raise InputError(
+                    f"--{name.replace('_', '-')} must be a finite number of seconds > 0, "
+                    f"got {value}"
+                )

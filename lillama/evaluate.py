@@ -16,30 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import (
+from lillama.checkpoint.format import (
     compression_of,
     read_config,
     read_headers,
-    sentinel_names,
     tensor_bytes,
 )
-from lillama.config_eval import EvalConfig
+from lillama.checkpoint.remote import find_model
+from lillama.config import EvalConfig
+from lillama.data.datasets import find_texts
 from lillama.errors import InputError, RunError
 from lillama.evaluate_generations import check_generations
 from lillama.evaluate_speed import measure_speed
 from lillama.evaluate_tasks import check_harness, run_tasks
 from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
-from lillama.families_generic import family_for
-from lillama.hub_checkpoint import find_model
-from lillama.hub_text import find_texts
-from lillama.integrations.mamba import fast_mamba
-from lillama.loading import (
+from lillama.integrations.loading import (
     check_vocabulary,
     choose_device,
     count_params,
     load_model,
     load_tokenizer,
 )
+from lillama.integrations.mamba import fast_mamba
 
 __all__ = ["evaluate", "stored_size"]
 
@@ -65,11 +63,8 @@ def stored_size(path: Path) -> tuple[int, int]:
     headers = read_headers(path)
     if compression is None:
         return count_params(config), tensor_bytes(headers)
-    family, ranks = family_for(config), compression["ranks"]
-    gauge = compression.get("gauge", "plain")
-    return count_params(config, ranks, gauge), tensor_bytes(
-        headers, skip=sentinel_names(headers, family, ranks)
-    )
+    params = count_params(config, compression["ranks"], compression.get("gauge", "plain"))
+    return params, tensor_bytes(headers, skip=[compression["sentinel"]])
 
 
 def _token_nll(logits: Tensor, batch: ScoredBatch) -> Tensor:
@@ -223,7 +218,7 @@ def evaluate(
         text: file or files (text or jsonl).
         against: the base model's folder; adds its figures and the divergence from it.
         progress: called as progress(stage, done, total); stage "eval" counts tokens.
-        options: the other fields of `lillama.config_eval.EvalConfig`: metric, seq_len, batch_size,
+        options: the other fields of `lillama.config.EvalConfig`: metric, seq_len, batch_size,
             tasks, task_path, limit, generations, speed, dtype, device.
 
     Returns:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lillama.config_eval import Metric
-from lillama.data import evaluation_blocks, read_documents
+from lillama.config import Metric
+from lillama.data.sequences import evaluation_blocks, read_documents
 from lillama.errors import InputError
 
 __all__ = ["ScoredBatch", "ScoredText", "detokenized", "pages_of", "scored_text"]

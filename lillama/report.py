@@ -4,7 +4,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from lillama.checkpoint_writer import disk_errors
+from lillama.checkpoint.writer import disk_errors
 from lillama.config import ReportConfig
 from lillama.errors import RunError
 from lillama.report_data import read_facts

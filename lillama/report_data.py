@@ -14,14 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import compression_of, read_config, read_headers, sentinel_names
-from lillama.compress.allocate import Matrix
-from lillama.compress.targets import find_matrices
+from lillama.checkpoint.format import compression_of, read_config, read_headers
+from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
-from lillama.families import Family
-from lillama.families_generic import family_for
-from lillama.skeleton import block_of, named_blocks, skeleton
+from lillama.models.detection import family_for
+from lillama.models.families import Family
+from lillama.models.skeleton import block_of, named_blocks, skeleton
 
 __all__ = ["METRIC_NUMBERS", "TRAINED", "Facts", "Layer", "RankedMatrix", "read_facts"]
 
@@ -146,7 +146,7 @@ def _read_report(out: Path) -> dict[str, Any]:
     file = out / "report.json"
     report = _object_of(_text_of(file, wanted), file, wanted)
     _check_numbers(report, REPORT_NUMBERS, str(file))
-    for name in ("predicted_host_memory_bytes", "predicted_loss_increase", "ranks"):
+    for name in ("predicted_host_memory_bytes", "predicted_loss_increase", "world_size"):
         if report.get(name) is not None:
             _check_numbers(report, (name,), str(file))
     for name, numbers in TRAINED.items():
@@ -361,8 +361,8 @@ def read_facts(options: ReportConfig) -> Facts:
     family = family_for(config, model)
     matrices = _matrices(model, family, compression, recipe)
     headers = read_headers(out)
-    skipped = set(sentinel_names(headers, family, compression["ranks"]))
-    stored = {name: h.num_bytes for name, h in headers.items() if name not in skipped}
+    headers.pop(compression["sentinel"], None)
+    stored = {name: header.num_bytes for name, header in headers.items()}
     item_bytes = report["bytes_before"] / max(1, report["params_before"])
     layers = _layers(model, family, matrices, stored, item_bytes)
     after = sum(layer.params_after for layer in layers)

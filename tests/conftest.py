@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
 
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -25,13 +26,15 @@ from transformers import (
 )
 
 import lillama
-from lillama.families import PROJECTIONS
+from lillama.checkpoint.format import sentinel
 from lillama.integrations.mamba import fast_mamba
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
+from lillama.models.detection import family_for
+from lillama.models.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
-from lillama.modules.replace import copy_dense_experts, replace_modules
+from lillama.modules.replace import dense_expert, replace_modules
 from tests.pivot_orders import choose_pivots
 
 WORDS = (
@@ -301,8 +304,11 @@ def make_low_rank(make_model):
             if isinstance(new, PivotLowRankLinear | PivotLowRankExperts):
                 choose_pivots(new)
             if isinstance(new, LowRankExperts):
-                copy_dense_experts(new, old)
-                stored = [new.stored(p, e) for p in PROJECTIONS for e in range(new.num_experts)]
+                stored = []
+                for name, number in itertools.product(PROJECTIONS, range(new.num_experts)):
+                    stored.append(new.stored(name, number))
+                    if "lr_W" in stored[-1]:
+                        stored[-1]["lr_W"].copy_(dense_expert(old, name, number))
             else:
                 stored = [dict(new.named_parameters())]
                 if getattr(new, "bias", None) is not None:
@@ -310,7 +316,8 @@ def make_low_rank(make_model):
             for tensors in stored:
                 for key in sorted(tensors.keys() & {"lr_A", "lr_B", "lr_C"}):
                     tensors[key].normal_(std=tensors[key].shape[-1] ** -0.5)
-        attach_quantizer(model, LillamaConfig(ranks=ranks, gauge=gauge))
+        name, _ = sentinel(family_for(model.config), ranks)
+        attach_quantizer(model, LillamaConfig(ranks=ranks, gauge=gauge, sentinel=name))
         return model.eval()
 
     return make

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from lillama.checkpoint.pivots import order_of
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
-from lillama.pivots import order_of
 
 __all__ = ["choose_pivots", "random_order"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lillama
-from lillama import cli
+from lillama.cli import app as cli
 from lillama.errors import InputError
 from lillama.evaluate_tasks import EXTRA
 

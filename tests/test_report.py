@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs lillama[report]")
 
 import lillama  # noqa: E402
-from lillama import cli  # noqa: E402
+from lillama.cli import app as cli
 from lillama.errors import InputError, RunError  # noqa: E402
 from lillama.report_sections import format_number  # noqa: E402
 from tests.html_page import Page  # noqa: E402

@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("matplotlib", reason="needs lillama[report]")
 
 import lillama  # noqa: E402
-from lillama.compress import pipeline, search  # noqa: E402
-from lillama.compress.allocate import Matrix  # noqa: E402
-from lillama.compress.search import MAX_POINTS, rank_losses  # noqa: E402
+from lillama.compress import pipeline
+from lillama.compress.measure import search
+from lillama.compress.measure.search import MAX_POINTS, rank_losses  # noqa: E402
+from lillama.compress.plan.allocate import Matrix  # noqa: E402
 from lillama.config import ReportConfig  # noqa: E402
 from lillama.errors import InputError, RunError  # noqa: E402
 from lillama.report_data import read_facts  # noqa: E402

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from lillama.compress.memory import held_out_blocks
+from lillama.compress.plan.memory import held_out_blocks
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig, SampleConfig
-from lillama.config_finetune import FinetuneConfig
+from lillama.config import CompressConfig, FinetuneConfig, SampleConfig
+from lillama.data.sample import sample, sampled_with
 from lillama.errors import InputError
-from lillama.sample import sample, sampled_with
+from lillama.models.hub import recorded
 
 __all__ = ["own_text_of", "write_own_text"]
 
@@ -47,7 +47,7 @@ def write_own_text(
         device=config.device,
     )
     if file.exists():
-        if sampled_with(file) != options.recorded():
+        if sampled_with(file) != recorded(options):
             raise InputError(f"{file} is not of this command; delete it or choose another OUT")
         return
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}

@@ -10,31 +10,33 @@ from typing import Any
 
 import torch
 
-from lillama.checkpoint import read_config, sentinel
-from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
-from lillama.compress.activations import ActivationMemory
-from lillama.compress.describe import config_json, model_card, recipe_json
-from lillama.compress.encoder import teacher_blocks
+from lillama.checkpoint.card import config_json, model_card, recipe_json
+from lillama.checkpoint.format import read_config, sentinel
+from lillama.checkpoint.remote import fetch_weights, find_model
+from lillama.checkpoint.writer import CheckpointWriter, check_out, check_space, differences
+from lillama.compress.distributed import Ranks
 from lillama.compress.events import Events
-from lillama.compress.finetune import finetune_blocks
-from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
+from lillama.compress.measure.search import measured_curves, search_ranks
 from lillama.compress.own_text import own_text_of, write_own_text
-from lillama.compress.plan import Plan, make_plan
-from lillama.compress.ranks import Ranks
+from lillama.compress.plan.memory import (
+    held_out_blocks,
+    peak_memory,
+    peak_memory_bytes,
+    resident_bytes,
+)
+from lillama.compress.plan.plan import Plan, make_plan
 from lillama.compress.run import Progress, Run, pieces_of
-from lillama.compress.search import measured_curves, search_ranks
-from lillama.compress.speech import check_speech_options, heard, speech_calibration
 from lillama.compress.stop import StopRequest
-from lillama.config import CompressConfig
-from lillama.config_finetune import FinetuneConfig
-from lillama.data import TokenBlocks, calibration_blocks
+from lillama.compress.teacher.activations import ActivationMemory
+from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.train.finetune import finetune_blocks
+from lillama.config import CompressConfig, FinetuneConfig
+from lillama.data.datasets import find_texts
+from lillama.data.sequences import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
-from lillama.families import is_speech
-from lillama.families_generic import family_for
-from lillama.hub_checkpoint import fetch_weights, find_model
-from lillama.hub_text import find_texts
+from lillama.integrations.loading import check_vocabulary, choose_device, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import check_vocabulary, choose_device, load_tokenizer
+from lillama.models.detection import family_for
 
 __all__ = ["Progress", "compress"]
 
@@ -45,9 +47,6 @@ COPIED_FILES = (
     "chat_template.jinja",
     "generation_config.json",
     "merges.txt",
-    "normalizer.json",
-    "preprocessor_config.json",
-    "processor_config.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -60,8 +59,6 @@ def _calibration(
     options: CompressConfig, plan: Plan, own_text: Path | None
 ) -> tuple[TokenBlocks, TokenBlocks]:
     """Training and held-out tokens, of what the model wrote where that is given."""
-    if is_speech(plan.config):
-        return speech_calibration(options, plan.config)
     tokenizer = load_tokenizer(options.model)
     limit = getattr(plan.config, "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
@@ -144,8 +141,8 @@ def compress(
             `<out>.unfinished`, and the same call goes on from there.
         reduction: share of the whole model's parameters to remove, in (0, 1).
         text: calibration file or files (text, or jsonl with "text", "messages" or "conversations"),
-            or datasets of the Hub (`lillama.hub_text`). Without, the model writes its own
-            (`lillama.sample`), to `<out>.sample.jsonl`; it is removed at the end. Preset best
+            or datasets of the Hub (`lillama.data.datasets`). Without, the model writes its own
+            (`lillama.data.sample`), to `<out>.sample.jsonl`; it is removed at the end. Preset best
             takes text given for its last stage and writes its own for the rest.
         progress: called as progress(stage, done, total), in tokens run through a block.
         options: the other fields of `lillama.config.CompressConfig` with its defaults: tokens,
@@ -153,7 +150,7 @@ def compress(
             device, activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
-        The report, as in report.json but for `rank_losses` (under torchrun with the "rank" of this
+        The report, as in report.json but for `rank_losses` (under torchrun with the number of this
         process):
         `params_before, params_after, reduction, target_reduction, tokens, seconds,
         peak_memory_bytes, blocks[]` and more.
@@ -169,14 +166,10 @@ def compress(
         text=find_texts(text),
         **options,
     )
-    model_config = read_config(config.model)
-    family_for(model_config)  # refused before its weights are downloaded
-    if is_speech(model_config):
-        check_speech_options(config)
+    family_for(read_config(config.model))  # refused before its weights are downloaded
     fetch_weights(config.model)
     plan = make_plan(config, needs_weights=True)
-    if not is_speech(model_config):  # clips are not counted in tokens
-        config = _at_width(config, plan.config.hidden_size)
+    config = _at_width(config, plan.config.hidden_size)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
@@ -193,7 +186,7 @@ def compress(
         if own_text is not None:  # finetune removes what it read
             own_text.unlink(missing_ok=True)
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
-    return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+    return report if ranks.world == 1 else {**report, "process": ranks.rank}
 
 
 def _own_text(
@@ -314,7 +307,7 @@ def _compress(
     started = time.monotonic()
     device = choose_device(ranks.device(config.device))
     blocks = _calibration(config, plan, own_text)
-    teacher = teacher_blocks(config.model, plan.config, plan.family, device, torch.float32)
+    teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     teacher.check_names(matrix.name for matrix in plan.matrices)
     recipe = recipe_json(config, plan, teacher.headers, device, blocks)
     if config.finetune and config.out.is_dir():
@@ -337,13 +330,12 @@ def _compress(
         report = {
             **_sizes(config, plan, writer),
             "tokens": blocks[0].num_tokens,
-            **heard(blocks[0]),
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_bytes": peak_memory_bytes(device),
             "predicted_host_memory_bytes": predicted,
             "predicted_loss_increase": increase,
             "device": str(device),
-            "ranks": ranks.world,
+            "world_size": ranks.world,
             "blocks": rows,
             **({} if (head := run.head_report(writer)) is None else {"head": head}),
         }
@@ -380,8 +372,8 @@ def _finish(
     curves = measured_curves(writer)
     copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
     writer.finish(
-        config_json(options, plan, report),
+        config_json(options, plan),
         report=report if curves is None else {**report, "rank_losses": curves},
-        model_card=model_card(options, plan, report),
+        model_card=model_card(options, report),
         copies=copies,
     )

@@ -3,7 +3,6 @@ one student block in memory at a time."""
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +12,27 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint import dtype_of
-from lillama.checkpoint_writer import CheckpointWriter
-from lillama.compress.activations import ActivationMemory
-from lillama.compress.blocks import TeacherBlocks
-from lillama.compress.calibrate import MomentCollector
-from lillama.compress.distill import Stream, TrainResult, TrainState, held_out_loss, train_block
+from lillama.checkpoint.format import dtype_of
+from lillama.checkpoint.shard_file import entries_of
+from lillama.checkpoint.writer import CheckpointWriter
+from lillama.compress.distributed import Ranks
 from lillama.compress.events import Events
-from lillama.compress.memory import peak_memory_bytes
-from lillama.compress.outside import HEAD, REST, Outside
-from lillama.compress.plan import Plan
-from lillama.compress.ranks import Ranks
+from lillama.compress.measure.moments import MomentCollector
+from lillama.compress.plan.memory import peak_memory_bytes
+from lillama.compress.plan.plan import Plan
 from lillama.compress.stop import StopRequest
-from lillama.compress.streams import Streams
-from lillama.compress.student import (
+from lillama.compress.teacher.activations import ActivationMemory
+from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.teacher.hidden_states import Streams
+from lillama.compress.train.distill import (
+    Stream,
+    TrainResult,
+    TrainState,
+    held_out_loss,
+    train_block,
+)
+from lillama.compress.train.outside import HEAD, REST, Outside
+from lillama.compress.train.student import (
     block_entries,
     empty_student,
     fill_student,
@@ -36,8 +42,7 @@ from lillama.compress.student import (
     student_structure,
 )
 from lillama.config import CompressConfig, Loss
-from lillama.data import TokenBlocks
-from lillama.shard_file import entries_of
+from lillama.data.sequences import TokenBlocks
 
 __all__ = ["Progress", "Run", "pieces_of"]
 
@@ -95,14 +100,12 @@ class Run:
         # the student's stream leaves the teacher's behind the first factorised matrix
         first = 0 if plan.embedding is not None else min(plan.blocks, default=0)
         last = max(plan.blocks, default=-1)
+        train, held_out = (part.input_ids.numel() for part in blocks)
         self.outside = Outside(teacher, plan, self.save_dtype)
         self.trains_head = options.train and options.recipe.train_head and plan.head is not None
         end = len(teacher.blocks) if self.trains_head else last
-        self.total_tokens = 0
-        if self.trains_head and ranks.owns(len(teacher.blocks)):
-            self.total_tokens = blocks[0].input_ids.numel()
+        self.total_tokens = train if self.trains_head and ranks.owns(len(teacher.blocks)) else 0
         for index in filter(ranks.owns, range(min(end + 1, len(teacher.blocks)))):
-            train, held_out = (math.prod(teacher.rows_of(part, index).shape) for part in blocks)
             passes = 1 + (self.with_student and first <= index < end)
             trained = options.train and index in plan.blocks
             self.total_tokens += passes * (train + held_out) + trained * train
@@ -253,10 +256,10 @@ class Run:
         notes: dict[str, Any],
         writer: CheckpointWriter,
     ) -> TrainResult:
-        piece, (_, length) = f"block-{index}", self.teacher.rows_of(self.blocks[0], index).shape
+        piece = f"block-{index}"
 
         def on_step(rows: int, loss: Tensor) -> bool:
-            self.tick(f"block {index} train", rows * length)
+            self.tick(f"block {index} train", rows * self.options.seq_len)
             return self.stop.wanted
 
         def save(state: TrainState) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
-from lillama.families import FAMILIES, PROJECTIONS, Family
-from lillama.pivots import order_of
+from lillama.checkpoint.pivots import order_of
+from lillama.models.families import FAMILIES, PROJECTIONS, Family
 
 __all__ = ["factor_conversions"]
 

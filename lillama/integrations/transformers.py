@@ -22,20 +22,22 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.checkpoint import (
+from lillama.checkpoint.format import (
     FORMAT_VERSION,
     GAUGES,
     QUANT_METHOD,
     check_factors,
     check_ranks,
+    check_sentinel,
     read_shard_headers,
-    sentinel,
+    saved_sentinel,
 )
+from lillama.checkpoint.pivots import is_permutation, marks_of, wrong_marks
 from lillama.errors import InputError
-from lillama.families import PROJECTIONS, Family
-from lillama.families_generic import family_for
 from lillama.integrations.stacked_experts import factor_conversions
-from lillama.modules.dense_linear import is_transposed
+from lillama.models.dense_linear import is_transposed
+from lillama.models.detection import family_for
+from lillama.models.families import PROJECTIONS, Family
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -43,7 +45,6 @@ from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
-from lillama.pivots import is_permutation, marks_of, wrong_marks
 
 __all__ = [
     "LillamaConfig",
@@ -65,12 +66,13 @@ class LillamaConfig(QuantizationConfigMixin):
         ranks: {matrix hub name: R}, what is factorised.
         format_version: of the on-disk format.
         gauge: "plain" or "pivot".
+        sentinel: name of the tensor that makes a load without lillama fail.
         reduction: share of the whole model's parameters removed.
         base_model, base_revision, recipe, tokens, producer: where the model comes from; producer
             is {"name", "version"}, or "name version" as it once was.
 
     Raises:
-        InputError: unknown keys, another format version or gauge, or no ranks.
+        InputError: unknown keys, another format version or gauge, or no ranks or sentinel.
     """
 
     ranks: dict[str, int]
@@ -80,6 +82,7 @@ class LillamaConfig(QuantizationConfigMixin):
         ranks: dict[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
         gauge: str = "plain",
+        sentinel: str | None = None,
         reduction: float | None = None,
         base_model: str | None = None,
         base_revision: str | None = None,
@@ -101,11 +104,13 @@ class LillamaConfig(QuantizationConfigMixin):
                 "compress again, or use the lillama that wrote it"
             )
         check_ranks(ranks)
-        assert ranks is not None
+        check_sentinel(sentinel)
+        assert ranks is not None and sentinel is not None
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.gauge = gauge
         self.ranks = ranks
+        self.sentinel = sentinel
         self.reduction = reduction
         self.base_model = base_model
         self.base_revision = base_revision
@@ -208,7 +213,8 @@ class LillamaQuantizer(HfQuantizer):
                 for name, header in read_shard_headers(file).items()
                 if not dropped or not name.startswith(dropped)
             }
-            check_factors(present, ranks, shapes, gauge, family.embedding)
+            sentinel = self._canonical(self.quantization_config.sentinel, model, family)
+            check_factors(present, ranks, shapes, gauge, family.embedding, sentinel)
         replaced = replace_modules(
             model,
             model.config,
@@ -273,7 +279,7 @@ class LillamaQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For save_pretrained: experts one by one without padding, marks in place of orders, and
-        the sentinel.
+        the sentinel, under a name that stays and that goes into config.json.
 
         Raises:
             ValueError: marks cannot express the order of a matrix's outputs.
@@ -293,8 +299,9 @@ class LillamaQuantizer(HfQuantizer):
                 for expert in range(module.num_experts):
                     for key, tensor in module.stored(projection, expert).items():
                         state[f"{path}.{expert}.{short}.{key}"] = tensor.clone()
-        name, shape = sentinel(family, self.quantization_config.ranks)
+        name, shape = saved_sentinel(family, self.quantization_config.ranks)
         state[name] = torch.zeros(shape)
+        self.quantization_config.sentinel = name
         return state, {"quant_method": QUANT_METHOD}
 
     def is_serializable(self) -> bool:  # type: ignore[override]

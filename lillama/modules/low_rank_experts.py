@@ -19,7 +19,7 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
-from lillama.families import PROJECTIONS
+from lillama.models.families import PROJECTIONS
 
 __all__ = ["LowRankExperts"]
 

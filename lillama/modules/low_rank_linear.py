@@ -42,25 +42,6 @@ class LowRankLinear(nn.Module):
         empty_bias = torch.empty(out_features, device=device, dtype=dtype) if bias else None
         self.bias = nn.Parameter(empty_bias) if empty_bias is not None else None
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, A: Tensor, B: Tensor) -> "LowRankLinear":
-        """Take over `linear`'s bias, dtype and device with the given factors A [R, K], B [N, R]."""
-        weight = linear.weight
-        new = cls(
-            linear.in_features,
-            linear.out_features,
-            A.shape[0],
-            bias=linear.bias is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        with torch.no_grad():
-            new.lr_A.copy_(A)
-            new.lr_B.copy_(B)
-            if new.bias is not None:
-                new.bias.copy_(linear.bias)
-        return new
-
     @property
     def weight(self) -> Tensor:
         """B @ A [N, K], computed and differentiable: Mamba's mixer and its initialisation read

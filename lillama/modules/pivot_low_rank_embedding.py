@@ -14,8 +14,8 @@ __all__ = ["PivotLowRankEmbedding"]
 class PivotLowRankEmbedding(FactorizedEmbedding):
     """y = [z, z C^T][order] with z = B[ids]; parameters `lr_B` [V, R], R columns of the table as
     they are, and `lr_C` [H - R, R], buffer `lr_order` [H] int32. A checkpoint holds marks in place
-    of the order, see lillama/pivots.py; loading and saving exchange them. Arguments and errors as
-    `FactorizedEmbedding`'s.
+    of the order (`checkpoint/pivots.py`); loading and saving exchange them. Arguments and errors
+    are those of `FactorizedEmbedding`.
     """
 
     lr_order: Tensor

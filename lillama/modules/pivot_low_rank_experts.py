@@ -4,9 +4,9 @@ import torch
 from lillama_kernels import PivotExpertFactors, PivotProjectionFactors, pivot_low_rank_experts
 from torch import Tensor
 
-from lillama.families import PROJECTIONS
+from lillama.checkpoint.pivots import marks_of
+from lillama.models.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.pivots import marks_of
 
 __all__ = ["PivotLowRankExperts"]
 
@@ -15,7 +15,7 @@ class PivotLowRankExperts(LowRankExperts):
     """As LowRankExperts, a factorised matrix being cat([A, C A])[order]; parameters
     `<projection>_A`, `<projection>_C`, `<projection>_W`, buffers `<projection>_order` [E, N] int32
     (of a dense expert without a meaning). A checkpoint holds marks in place of the order, see
-    lillama/pivots.py; loading and saving exchange them."""
+    checkpoint/pivots.py; loading and saving exchange them."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -12,7 +12,7 @@ __all__ = ["PivotLowRankLinear"]
 class PivotLowRankLinear(nn.Module):
     """y = [z, z C^T][order] + bias with z = x A^T; parameters `lr_A` [R, K], `lr_C` [N - R, R] and
     `bias` [N] or None, buffer `lr_order` [N] int32. A checkpoint holds marks in place of the order,
-    see lillama/pivots.py; loading and saving exchange them. is_head: it is a model's output head.
+    see checkpoint/pivots.py; loading and saving exchange them. is_head: it is a model's head.
 
     Raises:
         ValueError: rank outside 1..min(in_features, out_features).

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from lillama.families import PROJECTIONS, Family, family_of
-from lillama.modules.dense_linear import DenseLinear, is_linear, linear_shape
+from lillama.models.dense_linear import DenseLinear, is_linear, linear_shape
+from lillama.models.families import PROJECTIONS, Family, family_of
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.low_rank_linear import LowRankLinear
@@ -15,7 +15,7 @@ from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
-__all__ = ["copy_dense_experts", "dense_expert", "group_ranks", "replace_modules"]
+__all__ = ["dense_expert", "group_ranks", "replace_modules"]
 
 ExpertRanks = dict[str, list[int]]
 
@@ -114,15 +114,6 @@ def replace_modules(
         root.set_submodule(path, new_experts)
         replaced[path] = old
     return replaced
-
-
-@torch.no_grad()
-def copy_dense_experts(new: LowRankExperts, old: nn.Module) -> None:
-    """Fill the dense (rank 0) projections of `new` from the stacked weights of `old`."""
-    for projection in PROJECTIONS:
-        for expert, rank in enumerate(new.ranks[projection]):
-            if rank == 0:
-                new.stored(projection, expert)["lr_W"].copy_(dense_expert(old, projection, expert))
 
 
 def dense_expert(experts: nn.Module, projection: str, expert: int) -> torch.Tensor:

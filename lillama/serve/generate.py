@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from lillama.checkpoint.remote import find_model
 from lillama.config import GenerateConfig
 from lillama.errors import InputError
-from lillama.hub_checkpoint import find_model
+from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
-from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 
 __all__ = ["generate"]
 

@@ -16,11 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama import checkpoint_writer
-from lillama.checkpoint import read_headers
+from lillama.checkpoint import writer as checkpoint_writer
+from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.journal import Journal
+from lillama.checkpoint.shard_file import Entry
 from lillama.errors import InputError, RunError
-from lillama.journal import Journal
-from lillama.shard_file import Entry
 
 OPTIONS: dict[str, Any] = {
     "reduction": 0.2, "tokens": 900, "seq_len": 32, "checkpoint_seconds": 0, "strategy": "uniform"
@@ -251,11 +251,11 @@ def test_changed_surroundings_are_refused(what, small, mamba, tmp_path, text_fil
         data[-100] ^= 1
         file.write_bytes(data)
     elif what == "version":
-        monkeypatch.setattr(sys.modules["lillama.compress.describe"], "__version__", "9.9")
+        monkeypatch.setattr(sys.modules["lillama.checkpoint.card"], "__version__", "9.9")
     else:
-        monkeypatch.setattr(sys.modules["lillama.compress.describe"], "FORMAT_VERSION", 3)
+        monkeypatch.setattr(sys.modules["lillama.checkpoint.card"], "FORMAT_VERSION", 4)
     wanted = {"text": "data_sha256", "model": "model_sha256", "version": "versions.lillama"}
-    wanted["format"] = "format_version was 2, is 3"
+    wanted["format"] = "format_version was 3, is 4"
     with pytest.raises(InputError, match=wanted[what]):
         small(model, tmp_path / "out", text=text)
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import lillama
 from lillama.compress import own_text
 from lillama.compress import pipeline as module
-from lillama.compress.memory import held_out_blocks
+from lillama.compress.plan.memory import held_out_blocks
 from lillama.errors import InputError, RunError
 
 OPTIONS = {"reduction": 0.25, "tokens": 1500, "seq_len": 32, "device": "cpu"}

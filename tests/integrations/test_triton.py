@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lillama.families import PROJECTIONS
+from lillama.models.families import PROJECTIONS
 from lillama.modules import LowRankExperts
 
 MIXTRAL = {

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from lillama.families import PROJECTIONS
+from lillama.models.families import PROJECTIONS
 from lillama.modules import LowRankExperts
 
 E, H, INNER = 4, 32, 64

@@ -6,7 +6,7 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from lillama.families import PROJECTIONS
+from lillama.models.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from tests.pivot_orders import choose_pivots

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lillama.families import FAMILIES
+from lillama.models.families import FAMILIES
 from lillama.modules import LowRankExperts, LowRankLinear, replace_modules
 from lillama.modules.low_rank_embedding import LowRankEmbedding
 from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
-from lillama.modules.replace import copy_dense_experts, dense_expert, group_ranks
+from lillama.modules.replace import dense_expert, group_ranks
 
 EXPERTS = "layers.0.block_sparse_moe.experts"
 MIXTRAL_RANKS = {f"{EXPERTS}.0.w1": 8, f"{EXPERTS}.0.w3": 16, f"{EXPERTS}.3.w2": 24}
@@ -151,21 +151,6 @@ def test_group_ranks_splits_linears_and_experts():
     assert experts == {
         "layers.0.mlp.experts": {"gate": [8, 0, 0, 0], "up": [16, 0, 0, 0], "down": [0, 0, 0, 24]}
     }
-
-
-def test_copy_dense_experts_takes_each_rank_0_projection(make_model):
-    model = make_model("mixtral")
-    (path, old), *_ = replace_modules(
-        model, model.config, with_prefix("mixtral"), base_prefix="model"
-    ).items()
-    new = model.get_submodule(path)
-    copy_dense_experts(new, old)
-    gate_up, down = (old.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
-    half = gate_up.shape[1] // 2
-    assert torch.equal(new.stored("gate", 2)["lr_W"], gate_up[2, :half])
-    assert torch.equal(new.stored("up", 3)["lr_W"], gate_up[3, half:])
-    assert torch.equal(new.stored("down", 1)["lr_W"], down[1])
-    assert not new.stored("gate", 0)["lr_A"].any()
 
 
 def test_dense_expert_is_the_weight_of_that_projection(make_model):

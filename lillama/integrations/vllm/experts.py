@@ -22,9 +22,9 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from lillama.families import PROJECTIONS
+from lillama.checkpoint.pivots import is_permutation, order_of, wrong_marks
 from lillama.integrations.vllm.shards import not_loaded, pivot_rows
-from lillama.pivots import is_permutation, order_of, wrong_marks
+from lillama.models.families import PROJECTIONS
 
 __all__ = ["LowRankExpertsMethod"]
 

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 
+from lillama.checkpoint.pivots import order_of
 from lillama.integrations.vllm.shards import (
     UNMARKED,
     Part,
@@ -26,7 +27,6 @@ from lillama.integrations.vllm.shards import (
     not_loaded,
     pivot_rows,
 )
-from lillama.pivots import order_of
 
 __all__ = ["LowRankLinearMethod"]
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lillama.pivots import is_permutation
+from lillama.checkpoint.pivots import is_permutation
 
 __all__ = ["UNMARKED", "Part", "local_rows", "multiplied_out", "not_loaded", "pivot_rows"]
 
-# a mark before loading: neither of the two (lillama/pivots.py)
+# a mark before loading: neither of the two (lillama/checkpoint/pivots.py)
 UNMARKED = 255
 
 

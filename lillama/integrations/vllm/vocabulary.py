@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from lillama.checkpoint import factor_shapes
+from lillama.checkpoint.format import factor_shapes
+from lillama.checkpoint.pivots import order_of
 from lillama.integrations.vllm.shards import (
     UNMARKED,
     Part,
@@ -25,7 +26,6 @@ from lillama.integrations.vllm.shards import (
     not_loaded,
     pivot_rows,
 )
-from lillama.pivots import order_of
 
 __all__ = ["LowRankVocabularyMethod"]
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from lillama.checkpoint import read_config
+from lillama.checkpoint.format import read_config
 from lillama.errors import InputError, RunError
-from lillama.loading import choose_device, load_model, load_tokenizer
+from lillama.integrations.loading import choose_device, load_model, load_tokenizer
 from lillama.serve.engine.requests import Busy, Event, Finished, FinishReason, SamplingParams, Token
 from lillama.serve.engine.slots import Chosen, Decoder
 from lillama.serve.engine.text import TextStream
@@ -57,7 +57,8 @@ class LocalEngine:
 
     Args:
         model: of a Mamba-1, or of a model type in `lillama.serve.models.MODEL_TYPES`.
-        device: "auto", "cpu", "cuda" or "cuda:N"; this and dtype as `lillama.loading` takes them.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: as `lillama.integrations.loading.load_model`.
         max_batch: requests that generate at once.
         max_length: tokens of prompt and output together; None is what the model has positions for,
             at most 4096, or 2^20 (Mamba). The attribute is what came of it.

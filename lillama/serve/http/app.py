@@ -15,8 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from lillama.config_serve import ServeConfig
-from lillama.hub import model_name
+from lillama.config import ServeConfig
+from lillama.models.hub import model_name
 from lillama.serve.engine import LocalEngine
 from lillama.serve.engine.requests import Event
 from lillama.serve.http.answer import Answer, ChatAnswer, sse

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.serve.http.errors import ApiError, error_response
 
 __all__ = ["Server"]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.serve.http.errors import ApiError, error_response
 from lillama.serve.http.metrics import Metrics
 

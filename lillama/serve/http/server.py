@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lillama.config_serve import ServeConfig
+from lillama.checkpoint.remote import find_model
+from lillama.config import ServeConfig
 from lillama.errors import InputError
-from lillama.hub_checkpoint import find_model
-from lillama.loading import load_tokenizer
+from lillama.integrations.loading import load_tokenizer
 from lillama.serve.engine import LocalEngine
 
 __all__ = ["bind", "make_server", "read_keys", "serve"]
@@ -25,7 +25,7 @@ def serve(
     Args:
         model: local checkpoint folder, or ORG/NAME[@REVISION] of the Hub.
         on_ready: called once with the server's address.
-        options: the other fields of `lillama.config_serve.ServeConfig`.
+        options: the other fields of `lillama.config.ServeConfig`.
 
     Raises:
         InputError: a model, key file or address that cannot be used, or lillama[serve] is missing.

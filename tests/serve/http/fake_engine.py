@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.errors import InputError
 from lillama.serve.engine.requests import Busy, Event, Finished, SamplingParams, Token
 
@@ -185,8 +185,8 @@ class FakeEngine:
 def serve_fake(step_s: float) -> None:
     """The command line with `lillama serve` on a FakeEngine; sys.argv as a user gives it."""
     import lillama.serve.http.server as module
-    from lillama.cli import main
-    from lillama.loading import load_tokenizer
+    from lillama.cli.app import main
+    from lillama.integrations.loading import load_tokenizer
 
     def fake(path: Path, *, max_length: int | None, **options: Any) -> FakeEngine:
         assert (options.pop("device"), options.pop("dtype")) == ("auto", "auto")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lillama.config_serve import ServeConfig
+from lillama.config import ServeConfig
 from lillama.serve.http import bind, make_server
 from tests.serve.http.fake_engine import CHAT_TEMPLATE, FakeEngine
 

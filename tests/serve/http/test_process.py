@@ -17,8 +17,8 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs lillama[serve]")
 
-from lillama import cli  # noqa: E402
-from lillama.config_serve import ServeConfig  # noqa: E402
+from lillama.cli import app as cli  # noqa: E402
+from lillama.config import ServeConfig  # noqa: E402
 from lillama.errors import InputError  # noqa: E402
 from lillama.serve.http import bind, serve  # noqa: E402
 from lillama.serve.http.server import read_keys  # noqa: E402

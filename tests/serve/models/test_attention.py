@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lillama.errors import InputError
-from lillama.families import FAMILIES
+from lillama.models.families import FAMILIES
 from lillama.modules import LowRankLinear
 from lillama.serve.engine import LocalEngine
 from lillama.serve.models.attention import MODEL_TYPES, AttentionRunner, _gated, _moe

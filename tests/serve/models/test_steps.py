@@ -8,7 +8,7 @@ from lillama_kernels import kernels_impl, mamba_mixer_step
 from lillama_kernels.impl import Impl
 
 from lillama.errors import InputError
-from lillama.loading import load_model
+from lillama.integrations.loading import load_model
 from lillama.serve.engine import LocalEngine
 from lillama.serve.models import mamba as mamba_module
 from lillama.serve.models.attention import AttentionRunner

@@ -1,0 +1,152 @@
+"""CheckpointWriter killed with SIGKILL before each of its file operations in turn."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lillama.checkpoint.writer as checkpoint_writer
+from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.journal import Journal
+from lillama.checkpoint.shard_file import entries_of
+from lillama.checkpoint.writer import CheckpointWriter
+from lillama.errors import InputError
+
+RECIPE = {"command": "compress"}
+CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
+SHARDS = {
+    "one": {"a": torch.zeros(8), "b": torch.ones(2, 2)},
+    "two": {"c": torch.arange(4.0)},
+    "mark": {},
+}
+FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
+# what rmtree names without their folder
+FILES = ("model-", "model.", "step-", "README", "recipe", "report", "config", "journal")
+
+
+def write(out: Path, *, overwrite: bool = False, fill: float = 0.0) -> None:
+    """One complete run of three shards; `fill` marks whose weights they are."""
+    with CheckpointWriter(out, RECIPE, list(SHARDS), overwrite=overwrite) as writer:
+        for piece, shard in {**SHARDS, "mark": {"mark": torch.full((2,), fill)}}.items():
+            if writer.done(piece) is None:
+                writer.add_step(piece, 1, entries_of({"half": torch.ones(3)}))
+                writer.add_shard(piece, entries_of(shard))
+        writer.finish(CONFIG, report={}, model_card="# card\n")
+
+
+def mark(out: Path) -> float:
+    """Check that OUT is complete (every shard the index names, headers fit) and say whose it is."""
+    names = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(read_headers(out)) == set(names) == {"a", "b", "c", "mark"}
+    assert json.loads((out / "config.json").read_text()) == CONFIG
+    return float(load_file(out / names["mark"])["mark"][0])
+
+
+def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
+    """Run `work` in a forked process that SIGKILLs itself just before file operation `moment` in
+    `folder`; half a file written is a moment too. False when it ended before that."""
+    pid = os.fork()
+    if pid:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        return status != 0
+    signal.alarm(60)
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, args: tuple) -> None:
+        if event in FILE_EVENTS and str(args[0]).startswith((str(folder), *FILES)):
+            step()
+
+    write_shard, write_text = checkpoint_writer.write_shard, Path.write_text
+    append = Journal.append
+
+    def slow_save(file: Path, entries: list) -> str:
+        step()
+        digest = write_shard(file, entries)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        step()
+        file.write_bytes(whole)
+        return digest
+
+    def slow_append(journal: Journal, record: dict) -> None:
+        before = journal.file.stat().st_size if journal.file.exists() else 0
+        append(journal, record)
+        whole = journal.file.read_bytes()
+        journal.file.write_bytes(whole[: (before + len(whole)) // 2])
+        step()
+        journal.file.write_bytes(whole)
+
+    def slow_write(path: Path, text: str, *args) -> None:
+        write_text(path, text[: len(text) // 2], *args)
+        step()
+        write_text(path, text, *args)
+
+    code = 1
+    try:
+        checkpoint_writer.write_shard = slow_save
+        Journal.append = slow_append
+        Path.write_text = slow_write  # pyright: ignore[reportAttributeAccessIssue]
+        sys.addaudithook(watch)
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
+def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
+    tmp_path, monkeypatch, start
+):
+    monkeypatch.setattr(checkpoint_writer, "sync", lambda path: None)
+    overwrite = start == "old"
+    write(tmp_path / "old", fill=1)
+    CheckpointWriter(tmp_path / "new", RECIPE, list(SHARDS)).add_shard(
+        "one", entries_of(SHARDS["one"])
+    )
+    found, moment = set(), 0
+    while True:
+        moment += 1
+        folder = tmp_path / str(moment)
+        out = folder / "out"
+        folder.mkdir()
+        if overwrite:
+            shutil.copytree(tmp_path / "old", out)
+        if start == "unfinished":
+            shutil.copytree(tmp_path / "new.unfinished", folder / "out.unfinished")
+        if not killed_at(moment, folder, lambda out=out: write(out, overwrite=overwrite, fill=2)):
+            break
+        state = mark(out) if out.exists() else None
+        found.add(state)
+        if overwrite and state is None:
+            assert mark(out.with_name("out.unfinished") / ".replaced") == 1
+        if not overwrite and state is not None:
+            with pytest.raises(InputError, match="exists"):
+                write(out)
+            continue
+        write(out, overwrite=overwrite, fill=3)
+        # 2 where the killed run had finished that piece
+        assert mark(out) in (2, 3)
+        assert [path.name for path in folder.iterdir()] == ["out"]
+        assert not (out / ".replaced").exists()
+    assert mark(out) == 2
+    assert moment > 30
+    # the exchange of old and new is the only moment without OUT; the journal goes after it
+    assert found == ({None, 1, 2} if overwrite else {None, 2})
