@@ -90,7 +90,9 @@ class LocalEngine:
         loaded = load_model(path, choose_device(device), dtype)
         self._runner = kind(loaded, max_batch, max_length)
         self.max_length = self._runner.max_length
-        self._eos = _eos_of(loaded.generation_config)
+        # the tokens that end a text, as generate() takes them
+        eos: Any = getattr(loaded.generation_config, "eos_token_id", None)
+        self._eos = {eos} if isinstance(eos, int) else set(eos or ())
         self._decoder = Decoder(self._runner, max_batch)
         self._max_batch, self._max_queue = max_batch, max_queue
         self._waiting: deque[Request] = deque()
@@ -322,11 +324,3 @@ def _line(error: BaseException) -> str:
     """Return an exception as one line."""
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _eos_of(generation: Any) -> frozenset[int]:
-    """Return the tokens that end a text, as generate() takes them."""
-    found = getattr(generation, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset(found if isinstance(found, list | tuple) else [found])

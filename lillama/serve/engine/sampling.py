@@ -28,9 +28,9 @@ _NOISE_BITS = 40
 class Steps(NamedTuple):
     """What a batch needs beyond argmax; what no row needs is not computed."""
 
-    penalty: bool = False
     draw: bool = False
     filters: bool = False
+    penalty: bool = False
     logprobs: bool = False
 
 
@@ -38,9 +38,9 @@ def steps_of(params: Sequence[SamplingParams]) -> Steps:
     """Return the steps that at least one of these requests needs."""
     drawn = [p for p in params if p.temperature > 0]
     return Steps(
-        penalty=any(p.repetition_penalty != 1 for p in params),
         draw=bool(drawn),
         filters=any(p.top_k or p.top_p < 1 or p.min_p for p in drawn),
+        penalty=any(p.repetition_penalty != 1 for p in params),
         logprobs=any(p.logprobs is not None for p in params),
     )
 

@@ -20,15 +20,9 @@ __all__ = ["Chosen", "Decoder", "buckets_of"]
 
 logger = logging.getLogger(__name__)
 
-# The steps that are captured: each is a graph for every size. What a batch needs is rounded up to
-# one of them, which gives the same tokens.
-_CAPTURED = (
-    Steps(),
-    Steps(draw=True),
-    Steps(draw=True, filters=True),
-    Steps(penalty=True, draw=True, filters=True),
-    Steps(penalty=True, draw=True, filters=True, logprobs=True),
-)
+# The steps that are captured: none, the first of Steps' fields, the first two, ... Each is a graph
+# for every size. What a batch needs is rounded up to one of them, which gives the same tokens.
+_CAPTURED = [Steps(*(field < count for field in range(4))) for count in range(5)]
 
 
 class Chosen(NamedTuple):

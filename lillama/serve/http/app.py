@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from importlib.resources import files
 from typing import Any
 
@@ -40,6 +40,8 @@ CHAT_TOKENS = 4096
 
 # For each prompt its token ids, and how long its answers may get
 Inputs = list[tuple[list[int], int]]
+Preparation = Coroutine[Any, Any, Inputs]
+Body = CompletionRequest | ChatRequest
 Events = list[tuple[int, Event]]
 
 
@@ -77,11 +79,11 @@ class Service:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self.check(body.model, len(body.prompt) * body.n)
-        return await self._run(body, self._completion_inputs(body), Answer, request)
+        return await self._run(request, body, self._completion_inputs(body), Answer)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         self.check(body.model, body.n)
-        return await self._run(body, self._chat_inputs(body), ChatAnswer, request)
+        return await self._run(request, body, self._chat_inputs(body), ChatAnswer)
 
     async def _completion_inputs(self, body: CompletionRequest) -> Inputs:
         inputs = []
@@ -104,11 +106,7 @@ class Service:
         return [text for text in texts for _ in range(body.n)]
 
     async def _run(
-        self,
-        body: CompletionRequest | ChatRequest,
-        preparation: Coroutine[Any, Any, Inputs],
-        kind: type[Answer],
-        request: Request,
+        self, request: Request, body: Body, preparation: Preparation, kind: type[Answer]
     ) -> Response:
         job = Job(self.engine, self.metrics, request.receive, self.config.request_timeout_s)
         try:
@@ -217,12 +215,12 @@ async def answer_error(request: Request, error: Exception) -> Response:
     return error_response(ApiError(500, "internal error", "internal_error"))
 
 
-def create_app(service: Service, api_keys: Sequence[str]) -> Gate:
+def create_app(service: Service, keys: list[str]) -> Gate:
     """Return the ASGI application, its Gate outside."""
     kinds = (ApiError, Disconnected, RequestValidationError, HTTPException, Exception)
     named: Any = {"title": "lillama", "version": __version__, "docs_url": None, "redoc_url": None}
     app = FastAPI(exception_handlers=dict.fromkeys(kinds, answer_error), **named)
-    gate = Gate(app, service.config, service.metrics, api_keys)
+    gate = Gate(app, service.config, service.metrics, keys)
     page, page_headers = read_page()
     app.post("/v1/completions")(service.completions)
     app.post("/v1/chat/completions")(service.chat)

@@ -6,7 +6,6 @@ import hmac
 import ipaddress
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from lillama.config import ServeConfig
@@ -30,17 +29,15 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """ASGI middleware; `app` gets requests whose body is here in full. Any of api_keys opens every
+    """ASGI middleware; `app` gets requests whose body is here in full. Any of the keys opens every
     route; none: no key is asked for."""
 
-    def __init__(
-        self, app: Any, config: ServeConfig, metrics: Metrics, api_keys: Sequence[str]
-    ) -> None:
+    def __init__(self, app: Any, config: ServeConfig, metrics: Metrics, keys: list[str]) -> None:
         self.app, self.config, self.metrics = app, config, metrics
-        self.api_keys = [key.encode() for key in api_keys]
+        self.keys = [key.encode() for key in keys]
         # a page of the web whose name was made to point here could otherwise ask in the name of
         # whoever looks at it (DNS rebinding)
-        self.local_only = is_loopback(config.host) and not api_keys
+        self.local_only = is_loopback(config.host) and not keys
         self.draining = False  # True refuses new generations with 503
         self.active = 0  # POST requests between their header and the end of their answer
 
@@ -86,7 +83,7 @@ class Gate:
         headers = {key.lower(): value for key, value in scope["headers"]}
         if self.local_only:
             self._check_host(headers)
-        if self.api_keys and scope["path"] not in OPEN_ROUTES:
+        if self.keys and scope["path"] not in OPEN_ROUTES:
             self._check_key(headers)
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
@@ -119,7 +116,7 @@ class Gate:
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         given = given.strip() if scheme.lower() == b"bearer" else b""
         # every key is compared, whether or not one has matched
-        if not any([hmac.compare_digest(given, key) for key in self.api_keys]):
+        if not any([hmac.compare_digest(given, key) for key in self.keys]):
             message = "wrong API key" if given else "no API key; send Authorization: Bearer KEY"
             asks = {"www-authenticate": "Bearer"}
             raise ApiError(401, message, "invalid_api_key", headers=asks)

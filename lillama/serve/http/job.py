@@ -40,11 +40,9 @@ class _Open:
 
 class Job:
     """Every choice that one HTTP request asks for. receive is ASGI's, its body consumed: what it
-    says next is that the client left. timeout_s is from now to the last event."""
+    says next is that the client left. limit_s is from now to the last event."""
 
-    def __init__(
-        self, engine: LocalEngine, metrics: Metrics, receive: Any, timeout_s: float
-    ) -> None:
+    def __init__(self, engine: LocalEngine, metrics: Metrics, receive: Any, limit_s: float) -> None:
         self._engine, self._metrics = engine, metrics
         self._loop = asyncio.get_running_loop()
         self._inbox: deque[tuple[int, Event]] = deque()
@@ -55,7 +53,7 @@ class Job:
         self._guarded: asyncio.Task[Any] | None = None
         self._open: dict[int, _Open] = {}
         self._started_s = time.perf_counter()
-        self._timer = self._loop.call_later(timeout_s, self._expire, timeout_s)
+        self._timer = self._loop.call_later(limit_s, self._expire, limit_s)
         self._watch = self._loop.create_task(self._watch_client(receive))
 
     async def guard(self, work: Coroutine[Any, Any, T]) -> T:
@@ -149,9 +147,8 @@ class Job:
             self._guarded.cancel()
         self._wake.set()
 
-    def _expire(self, timeout_s: float) -> None:
-        limit = f"no whole answer within {timeout_s:g} s"
-        message = f"{limit}; ask for less or raise --request-timeout-s"
+    def _expire(self, limit_s: float) -> None:
+        message = f"no whole answer within {limit_s:g} s; ask for less or raise --request-timeout-s"
         self._fail(ApiError(504, message, "request_timeout"), "timeout")
 
     async def _watch_client(self, receive: Any) -> None:

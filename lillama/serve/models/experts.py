@@ -17,6 +17,7 @@ from lillama.serve.models.runner import Function, lay_out
 __all__ = ["Experts", "expand_pivots", "experts_cpu"]
 
 logger = logging.getLogger(__name__)
+_say_once = cache(logger.info)  # however many blocks there are
 
 # x [b, H], index [b, k] int64, weights [b, k] -> [b, H]
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -74,15 +75,9 @@ def expand_pivots(mlp: Any) -> nn.Module:
     On a GPU its operation has no Triton kernel and cannot be captured in a CUDA graph; on a CPU
     putting outputs in their order costs a tenth of a small Mixtral's step."""
     if isinstance(mlp.experts, PivotLowRankExperts):
-        _say_expanded()
+        _say_once(
+            "experts in the pivot gauge are held as plain factors: R^2 numbers more for each "
+            "matrix of rank R than the checkpoint has"
+        )
         mlp.experts = mlp.experts.plain()
     return mlp.experts
-
-
-@cache
-def _say_expanded() -> None:
-    """Say it once a process, however many blocks there are."""
-    logger.info(
-        "experts in the pivot gauge are held as plain factors: R^2 numbers more for each matrix of "
-        "rank R than the checkpoint has"
-    )

@@ -21,16 +21,8 @@ from lillama.modules.low_rank_linear import LowRankLinear
 from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 
-__all__ = [
-    "PREFILL_CHUNK",
-    "Function",
-    "Prefilled",
-    "Runner",
-    "lay_out",
-    "lookup",
-    "projection",
-    "projections",
-]
+__all__ = ["PREFILL_CHUNK", "Function", "Prefilled", "Runner", "lay_out", "lookup"]
+__all__ += ["projection", "projections"]
 
 # Tokens of a prompt computed at once, between two decode steps of the other requests
 PREFILL_CHUNK = 256
