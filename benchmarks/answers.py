@@ -21,11 +21,9 @@ from benchmarks.decode_models import ranks_of
 from lillama.checkpoint.format import sentinel
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.models.detection import family_for
-from lillama.serve.attention import AttentionRunner
-from lillama.serve.decode import Decoder
-from lillama.serve.mamba import MambaRunner
-from lillama.serve.request import SamplingParams
-from lillama.serve.runner import Runner
+from lillama.serve.engine.requests import SamplingParams
+from lillama.serve.engine.slots import Decoder
+from lillama.serve.models import AttentionRunner, MambaRunner, Runner
 
 __all__ = ["Answer", "Cache", "Once", "assert_same", "has_vllm", "ours", "theirs", "vllm"]
 

@@ -15,9 +15,7 @@ from benchmarks.decode_models import STEPS, model_of, prompt_of, work_of
 from benchmarks.decode_shapes import DECODES, DecodeShape
 from benchmarks.rows import Variant, Work, compare
 from lillama.integrations.mamba import fast_mamba
-from lillama.serve.attention import AttentionRunner
-from lillama.serve.mamba import MambaRunner
-from lillama.serve.runner import Runner
+from lillama.serve.models import AttentionRunner, MambaRunner, Runner
 
 TOLERANCE = 1e-3  # of the largest logit, fp32
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from lillama.compress.train.finetune import finetune
     from lillama.data.sample import sample
     from lillama.evaluate import evaluate as eval
-    from lillama.generate import generate
     from lillama.report import report
+    from lillama.serve.generate import generate
 
 __all__ = [
     "InputError",
@@ -58,7 +58,7 @@ _FUNCTIONS = {
     "eval": ("lillama.evaluate", "evaluate"),
     "export": ("lillama.checkpoint.export", "export"),
     "finetune": ("lillama.compress.train.finetune", "finetune"),
-    "generate": ("lillama.generate", "generate"),
+    "generate": ("lillama.serve.generate", "generate"),
     "kernels_impl": ("lillama_kernels", "kernels_impl"),
     "plan": ("lillama.compress.plan.document", "plan"),
     "report": ("lillama.report", "report"),
