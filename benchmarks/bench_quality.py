@@ -34,7 +34,7 @@ from benchmarks.quality_table import COLUMNS, draw, read_cells, rows
 from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
 from lillama.data import evaluation_blocks
-from lillama.evaluate import stored_size
+from lillama.evaluate.evaluate import stored_size
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import load_model, load_tokenizer
 

@@ -32,7 +32,7 @@ from lillama.checkpoint import read_headers
 from lillama.errors import InputError, LillamaError, RunError
 from lillama.hub import hub_model, is_hub_id, model_name
 from lillama.hub_checkpoint import fetch_weights, find_model
-from lillama.report_sections import command_of
+from lillama.report.sections import command_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SURPLUS = ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "a.gguf")

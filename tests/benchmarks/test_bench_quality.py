@@ -11,7 +11,7 @@ from benchmarks import bench_quality, compress_blocks
 from benchmarks.published import PublishedExperts, published_loop
 from lillama.compress.plan import make_plan
 from lillama.config import PlanConfig
-from lillama.evaluate import stored_size
+from lillama.evaluate.evaluate import stored_size
 from lillama.loading import load_tokenizer
 
 IDS = torch.randint(1, 300, (24, 32), generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.errors import InputError
-from lillama.evaluate_text import detokenized, pages_of, scored_text
+from lillama.evaluate.perplexity import detokenized, pages_of, scored_text
 
 T = 24
 # Two pages, with what WikiText has: titles of three depths, spaces around marks, blank lines

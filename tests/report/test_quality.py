@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="needs lillama[report]")
 
 import lillama  # noqa: E402
 from lillama.errors import InputError  # noqa: E402
-from tests.html_page import Page  # noqa: E402
+from tests.report.html_page import Page  # noqa: E402
 
 WORDS = {
     "metric": "words",

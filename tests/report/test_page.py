@@ -19,8 +19,8 @@ pytest.importorskip("matplotlib", reason="needs lillama[report]")
 import lillama  # noqa: E402
 from lillama import cli  # noqa: E402
 from lillama.errors import InputError, RunError  # noqa: E402
-from lillama.report_sections import format_number  # noqa: E402
-from tests.html_page import Page  # noqa: E402
+from lillama.report.sections import format_number  # noqa: E402
+from tests.report.html_page import Page  # noqa: E402
 from tests.webdriver import CHROMEDRIVER, CHROMIUM, Browser  # noqa: E402
 
 KINDS = ["mixtral", "mamba"]

@@ -13,8 +13,8 @@ from statistics import median
 from typing import Any
 
 from lillama.errors import InputError
-from lillama.report_data import Facts, RankedMatrix
-from lillama.report_svg import AFTER, BEFORE, INK, WIDTH, Plot, colour_of
+from lillama.report.data import Facts, RankedMatrix
+from lillama.report.svg import AFTER, BEFORE, INK, WIDTH, Plot, colour_of
 
 __all__ = ["COLUMNS", "NOTE", "Line", "lines_of", "missing", "rows_of", "spectra_plot"]
 

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lillama.report_data import METRIC_NUMBERS, TRAINED, Facts
-from lillama.report_spectra import COLUMNS, NOTE, missing, rows_of
-from lillama.report_svg import Plot, Stylesheet, as_svg
+from lillama.report.data import METRIC_NUMBERS, TRAINED, Facts
+from lillama.report.spectra import COLUMNS, NOTE, missing, rows_of
+from lillama.report.svg import Plot, Stylesheet, as_svg
 
 __all__ = ["Section", "command_of", "escape", "format_number", "sections_of"]
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lillama.report_data import Facts
-from lillama.report_spectra import spectra_plot
-from lillama.report_svg import AFTER, BEFORE, WIDTH, Plot, colour_of, plot_style
+from lillama.report.data import Facts
+from lillama.report.spectra import spectra_plot
+from lillama.report.svg import AFTER, BEFORE, WIDTH, Plot, colour_of, plot_style
 
 __all__ = ["plots_of"]
 

@@ -1,7 +1,7 @@
 """How much a compressed model still knows: perplexity on held-out text, and its divergence from
 the base.
 
-Figures are comparable only at equal definition (evaluate_text.py), tokenizer and seq_len; bits per
+Figures are comparable only at equal definition (perplexity.py), tokenizer and seq_len; bits per
 byte also across tokenizers.
 """
 
@@ -25,10 +25,10 @@ from lillama.checkpoint import (
 )
 from lillama.config_eval import EvalConfig
 from lillama.errors import InputError, RunError
-from lillama.evaluate_generations import check_generations
-from lillama.evaluate_speed import measure_speed
-from lillama.evaluate_tasks import check_harness, run_tasks
-from lillama.evaluate_text import ScoredBatch, ScoredText, scored_text
+from lillama.evaluate.generations import check_generations
+from lillama.evaluate.perplexity import ScoredBatch, ScoredText, scored_text
+from lillama.evaluate.speed import measure_speed
+from lillama.evaluate.tasks import check_harness, run_tasks
 from lillama.families_generic import family_for
 from lillama.hub_checkpoint import find_model
 from lillama.hub_text import find_texts

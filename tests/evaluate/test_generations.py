@@ -9,7 +9,7 @@ import torch
 import lillama
 from lillama import evaluate_speed
 from lillama.errors import InputError
-from lillama.evaluate_generations import check_generations, distinct_ngrams, longest_loop
+from lillama.evaluate.generations import check_generations, distinct_ngrams, longest_loop
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from lillama.compress.allocate import Matrix  # noqa: E402
 from lillama.compress.search import MAX_POINTS, rank_losses  # noqa: E402
 from lillama.config import ReportConfig  # noqa: E402
 from lillama.errors import InputError, RunError  # noqa: E402
-from lillama.report_data import read_facts  # noqa: E402
-from lillama.report_spectra import COLUMNS, lines_of, spectra_plot  # noqa: E402
-from tests.html_page import Page  # noqa: E402
+from lillama.report.data import read_facts  # noqa: E402
+from lillama.report.spectra import COLUMNS, lines_of, spectra_plot  # noqa: E402
+from tests.report.html_page import Page  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"reduction": 0.3, "tokens": 400, "seq_len": 32, "device": "cpu"}
 TARGETS = ("w1", "w2", "w3", "embed_tokens", "lm_head")

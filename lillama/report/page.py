@@ -5,9 +5,9 @@ import hashlib
 import math
 from collections.abc import Mapping
 
-from lillama.report_data import Facts
-from lillama.report_sections import escape, format_number, sections_of
-from lillama.report_svg import Plot, Stylesheet
+from lillama.report.data import Facts
+from lillama.report.sections import escape, format_number, sections_of
+from lillama.report.svg import Plot, Stylesheet
 from lillama.version import __version__
 
 __all__ = ["page_of"]

@@ -7,10 +7,10 @@ from typing import Any
 from lillama.checkpoint_writer import disk_errors
 from lillama.config import ReportConfig
 from lillama.errors import RunError
-from lillama.report_data import read_facts
-from lillama.report_page import page_of
-from lillama.report_plots import plots_of
-from lillama.report_svg import as_png, check_matplotlib
+from lillama.report.data import read_facts
+from lillama.report.page import page_of
+from lillama.report.plots import plots_of
+from lillama.report.svg import as_png, check_matplotlib
 
 __all__ = ["PAGE", "report"]
 
