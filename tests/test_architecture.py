@@ -43,7 +43,7 @@ LAYERS = (
 # comes with torch, starlette and pydantic with fastapi.
 SERVE_EXTRA = {"fastapi", "jinja2", "prometheus_client", "pydantic", "starlette", "uvicorn"}
 # Files that import the extra lillama[report], which is matplotlib
-REPORT_EXTRA = {"plots.py", "spectra.py", "svg.py"}
+REPORT_EXTRA = {"plots.py", "svg.py"}
 # Files that import the extra lillama[eval]
 EVAL_EXTRA = {"tasks.py"}
 # The file that imports the extra lillama[data], which is datasets

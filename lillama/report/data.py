@@ -1,97 +1,97 @@
-"""What `lillama report` shows: read from the files of OUT, checked, and nothing computed but sums.
-
-Everything that comes from a file is of the type the page expects, finite, and of the same run:
-otherwise an error says which file and which entry.
-"""
+"""What the page shows, read from the files of OUT and checked: every number is one, and all are of
+the same run; otherwise an error says which file and which entry."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import compression_of, read_config, read_headers, sentinel_names
+from lillama.checkpoint import compression_of, read_config
 from lillama.compress.allocate import Matrix
 from lillama.compress.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
 from lillama.families import Family
 from lillama.families_generic import family_for
-from lillama.skeleton import block_of, named_blocks, skeleton
+from lillama.skeleton import named_blocks, skeleton
 
-__all__ = ["METRIC_NUMBERS", "TRAINED", "Facts", "Layer", "RankedMatrix", "read_facts"]
+__all__ = ["Facts", "RankedMatrix", "read_facts"]
 
-BLOCK_NUMBERS = (
-    *("index", "held_out_loss_before", "held_out_loss_after", "steps", "best_step"),
-    *("params_before", "params_after", "seconds", "peak_memory_bytes"),
-)
-REPORT_NUMBERS = (
-    *("params_before", "params_after", "reduction", "target_reduction", "bytes_before"),
-    *("bytes_after", "tokens", "seconds", "peak_memory_bytes"),
-)
-# of one model, by what `lillama eval --metric` was
-TOKEN_NUMBERS = ("perplexity", "bits_per_byte")
-METRIC_NUMBERS = {
-    "blocks": TOKEN_NUMBERS,
-    "rows": TOKEN_NUMBERS,
-    "words": ("word_perplexity", "byte_perplexity", "bits_per_byte", "token_perplexity"),
+# What `_check` asks of a file: float is any finite number, a name with "?" may be absent or null,
+# "*" stands for every name, "#" too, which must then be a number
+TOTALS = ("params_before", "params_after", "seconds", "peak_memory_bytes")
+BLOCK = {
+    **dict.fromkeys(("index", "held_out_loss_before", "held_out_loss_after"), float),
+    **dict.fromkeys(("steps", "best_step", *TOTALS), float),
+    **dict.fromkeys(("expert_tokens?", "starved_experts?"), [int]),
 }
-# what was trained on the base's predictions: the divergence before and after
-TRAINED = {
-    "head": ("held_out_kl_before", "held_out_kl_after"),
-    "finetune": ("kl_before", "kl_after"),
+REPORT = {
+    **dict.fromkeys((*TOTALS, "bytes_before", "bytes_after", "reduction", "tokens"), float),
+    **dict.fromkeys(("target_reduction", "predicted_loss_increase?"), float),
+    "predicted_host_memory_bytes?": float,
+    "head?": {"held_out_kl_before": float, "held_out_kl_after": float},
+    "finetune?": {"kl_before": float, "kl_after": float},
+    "blocks": [BLOCK],
+    "rank_losses?": {"*": {"#": float}},
 }
-AGAINST_NUMBERS = ("retained", "kl", "top1_agreement")
+RECIPE = {"options": {"preset_values": {}, "text": list, "targets?": list}}
+EVENTS = {
+    "judged": {"block": float, "step": float, "held_out_loss": float},
+    "block": {"index": float, "held_out_loss_after": float},
+}
+QUALITY = {
+    **dict.fromkeys(("params", "tokens?", "retained?"), float),
+    **{"tasks?": {"*": {}}, "generations?": {}, "speed?": {}},
+}
+KINDS = {float: "a finite number", int: "an integer", list: "a list", dict: "an object"}
+FROM_COMPRESS = "`lillama compress` writes it into OUT: give that folder"
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A block, or one of the parts outside the blocks. `bytes_before` is counted at the base's mean
-    size of a parameter, `bytes_after` is what the tensors take."""
+class Layer(NamedTuple):
+    """A block, or one of the parts outside the blocks."""
 
     label: str
     short: str
     params_before: int
     params_after: int
-    bytes_before: int
-    bytes_after: int
 
 
-@dataclass(frozen=True, slots=True)
-class RankedMatrix:
+class RankedMatrix(NamedTuple):
     """A target matrix; `rank` None: it stayed dense. `label` is its name inside the block, `block`
-    None outside the blocks."""
+    None outside the blocks; `losses`: {rank: loss left} where the run measured it."""
 
     matrix: Matrix
     label: str
     block: int | None
     rank: int | None
+    losses: dict[int, float]
 
     @property
     def params_after(self) -> int:
         dense = self.matrix.N * self.matrix.K
         return dense if self.rank is None else self.matrix.numbers(self.rank)
 
+    @property
+    def saved(self) -> int:
+        return self.matrix.N * self.matrix.K - self.params_after
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Everything on the page.
-
-    report, recipe, quality: report.json, recipe.json and `lillama eval --json` (None: not given).
-    curves: {block: [(step, held-out loss)]} of the events file (None: not given).
-    """
+    """Everything on the page. curves: {block: [(step, held-out loss)]} of the events file; quality:
+    what `lillama eval --json` printed (None: not given)."""
 
     out: Path
-    base: str
     gauge: str
     report: dict[str, Any]
     recipe: dict[str, Any]
-    layers: tuple[Layer, ...]
-    matrices: tuple[RankedMatrix, ...]
+    layers: list[Layer]
+    matrices: list[RankedMatrix]
     curves: dict[int, list[tuple[int, float]]] | None
     quality: dict[str, Any] | None
 
@@ -100,105 +100,58 @@ class Facts:
         return self.report["blocks"]
 
 
-def _text_of(file: Path, wanted: str) -> str:
+# What the files say
+def _load(file: Path, wanted: str, parse: Callable[[str], Any] = json.loads) -> Any:
     try:
-        return file.read_text("utf-8")
+        return parse(file.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file} is missing; {wanted}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}; {wanted}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}; {wanted}") from error
 
 
-def _object_of(text: str, file: Path, wanted: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{file} is no JSON ({error}); {wanted}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file} must hold a JSON object; {wanted}")
+def _check(value: Any, shape: Any, file: object, place: str = "") -> None:
+    """shape: one of KINDS, [shape of each], or {name: shape}, beside which other names may be."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    if not (is_number if kind is float else type(value) is kind):
+        where = f"{file}: {place}" if place else file
+        raise InputError(f"{where} must be {KINDS[kind]}, got {value!r:.80}")
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            _check(item, shape[0], file, f"{place}[{index}]")
+    elif isinstance(shape, dict):
+        for name, inner in shape.items():
+            for key in value if name in "*#" else [name.removesuffix("?")]:
+                if name == "#" and not key.isdecimal():
+                    raise InputError(f"{file}: {place} must have numbers as names, got {key!r:.80}")
+                if not name.endswith("?") or value.get(key) is not None:
+                    _check(value.get(key), inner, file, f"{place}.{key}".strip("."))
+
+
+def _check_figures(values: Any, file: Path, place: str) -> None:
+    """An object of numbers and words, and of such objects; null where nothing is known."""
+    _check(values, {}, file, place)
+    for name, found in values.items():
+        if isinstance(found, dict):
+            _check_figures(found, file, f"{place}.{name}")
+        elif not isinstance(found, str | None):
+            _check(found, float, file, f"{place}.{name}".strip("."))
+
+
+def _read(file: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    found = _load(file, FROM_COMPRESS)
+    _check(found, shape, file)
     return found
 
 
-def _check_numbers(values: Any, names: tuple[str, ...], place: str) -> None:
-    if not isinstance(values, dict):
-        raise InputError(f"{place} must be an object, got {type(values).__name__}")
-    for name in names:
-        found: Any = values.get(name)
-        if type(found) not in (int, float) or not math.isfinite(found):
-            raise InputError(f"{place}: {name} must be a finite number, got {found!r}")
-
-
-def _check_rows(values: Any, place: str) -> None:
-    """An object of names, numbers and words, and of such objects; None where nothing is known."""
-    if not isinstance(values, dict):
-        raise InputError(f"{place} must be an object, got {type(values).__name__}")
-    for name, found in values.items():
-        if isinstance(found, dict):
-            _check_rows(found, f"{place}.{name}")
-        elif isinstance(found, int | float):
-            _check_numbers(values, (name,), place)
-        elif not isinstance(found, str | None):
-            raise InputError(f"{place}: {name} must be a number, got {found!r}")
-
-
-def _read_report(out: Path) -> dict[str, Any]:
-    wanted = "`lillama compress` writes it into OUT: give that folder"
-    file = out / "report.json"
-    report = _object_of(_text_of(file, wanted), file, wanted)
-    _check_numbers(report, REPORT_NUMBERS, str(file))
-    for name in ("predicted_host_memory_bytes", "predicted_loss_increase", "ranks"):
-        if report.get(name) is not None:
-            _check_numbers(report, (name,), str(file))
-    for name, numbers in TRAINED.items():
-        if name in report:
-            _check_numbers(report[name], numbers, f"{file}: {name}")
-    if not isinstance(report.get("blocks"), list):
-        raise InputError(f"{file}: blocks must be a list; {wanted}")
-    for place, row in enumerate(report["blocks"]):
-        _check_numbers(row, BLOCK_NUMBERS, f"{file}: blocks[{place}]")
-        tokens, starved = row.get("expert_tokens", []), row.get("starved_experts", [])
-        if not all(
-            isinstance(v, list) and all(type(n) is int for n in v) for v in (tokens, starved)
-        ):
-            raise InputError(f"{file}: blocks[{place}]: the experts' tokens must be integers")
-    return report
-
-
-def _read_recipe(out: Path) -> dict[str, Any]:
-    wanted = "`lillama compress` writes it into OUT: give that folder"
-    file = out / "recipe.json"
-    recipe = _object_of(_text_of(file, wanted), file, wanted)
-    options = recipe.get("options")
-    if not isinstance(options, dict) or not isinstance(options.get("preset_values"), dict):
-        raise InputError(f"{file} has no options of a compression; {wanted}")
-    texts = options.get("text")
-    if not isinstance(texts, list) or not isinstance(options.get("targets"), list | None):
-        raise InputError(f"{file}: text must be a list, targets a list or null; {wanted}")
-    return recipe
-
-
 def _read_quality(file: Path, params: int) -> dict[str, Any]:
-    """`--eval FILE`: one JSON document, or the whole stdout, of which it is the last line."""
     wanted = "give what `lillama eval OUT --against MODEL --json` prints"
-    text = _text_of(file, wanted).strip()
-    try:
-        found = _object_of(text, file, wanted)
-    except InputError:
-        found = _object_of(text.rpartition("\n")[2], file, wanted)
-    _check_numbers(found, ("params", "bytes"), str(file))
-    # a file of tasks alone has no text; older files name no metric
-    if "metric" in found or "tasks" not in found:
-        metric = found.setdefault("metric", "blocks")
-        if metric not in METRIC_NUMBERS:
-            raise InputError(f"{file}: metric must be one of {', '.join(METRIC_NUMBERS)}")
-        names = METRIC_NUMBERS[metric]
-        _check_numbers(found, (*names, "tokens"), str(file))
-        if "retained" in found or f"base_{names[0]}" in found:
-            _check_numbers(found, (*(f"base_{n}" for n in names), *AGAINST_NUMBERS), str(file))
-    for part in ("tasks", "generations", "speed"):
-        _check_rows(found.get(part, {}), f"{file}: {part}")
-    for task, values in found.get("tasks", {}).items():
-        _check_rows(values, f"{file}: tasks.{task}")
+    found = _load(file, wanted)
+    _check(found, QUALITY, file)
+    _check_figures(found, file, "")
+    if not found.keys() & {"perplexity", "word_perplexity", "tasks"}:
+        raise InputError(f"{file} has neither a perplexity nor tasks; {wanted}")
     if found["params"] != params:
         raise InputError(
             f"{file} is about another model: it has {found['params']:,} parameters, OUT {params:,}"
@@ -206,143 +159,68 @@ def _read_quality(file: Path, params: int) -> dict[str, Any]:
     return found
 
 
-def _events_of(file: Path) -> list[dict[str, Any]]:
-    """Of the last run in the file: a file may have been appended to by several."""
+def _lines(text: str) -> list[Any]:
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+def _read_curves(file: Path, blocks: list[dict[str, Any]]) -> dict[int, list[tuple[int, float]]]:
+    """Return the held-out losses while each block trained: of the last run that was appended to the
+    file, and of a step that a resumed run did again the last."""
     wanted = "give the file that `lillama compress --events FILE` wrote"
-    runs: list[list[dict[str, Any]]] = [[]]
-    for number, line in enumerate(_text_of(file, wanted).splitlines(), 1):
-        if not line.strip():
-            continue
-        place = Path(f"{file}:{number}")
-        event = _object_of(line, place, wanted)
-        if runs[-1] and runs[-1][-1].get("event") == "finished":
-            runs.append([])
-        if event.get("event") == "judged":
-            _check_numbers(event, ("block", "step", "held_out_loss"), str(place))
-        elif event.get("event") == "block":
-            _check_numbers(event, ("index", "held_out_loss_after"), str(place))
-        runs[-1].append(event)
-    return runs[-1]
+    written = {row["index"]: row["held_out_loss_after"] for row in blocks}
+    curves: dict[int, dict[int, float]] = {}
+    ends: dict[int, float] = {}
+    kind = ""
+    for number, event in enumerate(_load(file, wanted, _lines), 1):
+        _check(event, {}, file, f"event {number}")
+        if kind == "finished":
+            curves, ends = {}, {}
+        kind = str(event.get("event"))
+        _check(event, EVENTS.get(kind, {}), file, f"event {number}")
+        if kind == "judged" and event["block"] in written:
+            curves.setdefault(event["block"], {})[event["step"]] = event["held_out_loss"]
+        elif kind == "block":
+            ends[event["index"]] = event["held_out_loss_after"]
+    if written and not ends:
+        raise InputError(f"{file} tells of no finished block; {wanted}")
+    for index, loss in ends.items():
+        if written.get(index) != loss:
+            raise InputError(
+                f"{file} is of another run: there block {index} ends at a held-out loss of {loss}, "
+                f"in report.json at {written.get(index)}"
+            )
+    return {block: sorted(losses.items()) for block, losses in sorted(curves.items())}
 
 
-def _read_curves(file: Path, report: dict[str, Any]) -> dict[int, list[tuple[int, float]]]:
-    """The held-out losses while each block trained; of a step that a resumed run did again, the
-    last."""
-    rows = {row["index"]: row for row in report["blocks"]}
-    found: dict[int, dict[int, float]] = {}
-    told = 0
-    for event in _events_of(file):
-        if event.get("event") == "block":
-            index, loss = event["index"], event["held_out_loss_after"]
-            there = rows.get(index, {}).get("held_out_loss_after")
-            if there != loss:
-                raise InputError(
-                    f"{file} is of another run: there block {index} ends at a held-out loss of "
-                    f"{loss}, in report.json at {there}"
-                )
-            told += 1
-        elif event.get("event") == "judged" and event["block"] in rows:
-            found.setdefault(event["block"], {})[event["step"]] = event["held_out_loss"]
-    if not told and rows:
-        raise InputError(
-            f"{file} tells of no finished block; give the file of the run that made OUT"
-        )
-    return {block: sorted(losses.items()) for block, losses in sorted(found.items())}
-
-
-def _part_of(name: str, family: Family, places: Mapping[str, int]) -> str | int:
-    """The layer that a tensor belongs to, by its hub or runtime name."""
-    if (index := block_of(name, places)) is not None:
-        return index
-    for part, prefix in (("embeddings", family.embedding), ("head", family.head)):
-        if name.startswith(f"{prefix}."):
-            return part
-    return "rest"
-
-
-def _label(matrix: Matrix, family: Family) -> str:
-    """What the family calls it, an expert's after its number."""
-    parsed = None if family.experts is None else family.experts.parse(matrix.name)
-    if parsed is None or family.experts is None:
-        ends = (short for short, path in family.targets.items() if matrix.name.endswith(f".{path}"))
-        return next(ends, matrix.name.rpartition(".")[2])
-    return f"{parsed[1]}.{family.experts.hub_projection(parsed[2])}"
-
-
-def _matrices(
-    model: PreTrainedModel, family: Family, compression: dict[str, Any], recipe: dict[str, Any]
-) -> tuple[RankedMatrix, ...]:
-    """The run's target matrices, with the ranks that config.json has."""
-    ranks = compression["ranks"]
-    chosen = recipe["options"].get("targets")
-    values = recipe["options"]["preset_values"]
-    by_worth = recipe.get("strategy") == "global"
-    found = find_matrices(
-        model,
-        family,
-        None if chosen is None else tuple(map(str, chosen)),
-        compression.get("gauge", "plain"),
-        vocabulary=by_worth and bool(values.get("vocabulary", False)),
-        by_worth=by_worth and values.get("init") == "fisher",
-    )
-    unknown = sorted(ranks.keys() - {matrix.name for matrix in found})
-    if unknown:
-        raise InputError(
-            f"config.json has a rank of {unknown[0]}, which is no target of the run in recipe.json"
-        )
-    blocks = range(len(named_blocks(model)))
-    return tuple(
-        RankedMatrix(
-            matrix,
-            _label(matrix, family),
-            matrix.block if matrix.block in blocks else None,
-            ranks.get(matrix.name),
-        )
-        for matrix in found
-    )
+# What it belongs to in the model
+def _label(name: str, family: Family) -> str:
+    """Return what the family calls a matrix, of an expert with its number before it."""
+    if family.experts is not None and f".{family.experts.hub}." in name:
+        return name.partition(f".{family.experts.hub}.")[2]
+    ends = (short for short, path in family.targets.items() if name.endswith(f".{path}"))
+    return next(ends, name.rpartition(".")[2])
 
 
 def _layers(
-    model: PreTrainedModel,
-    family: Family,
-    matrices: tuple[RankedMatrix, ...],
-    stored: Mapping[str, int],
-    item_bytes: float,
-) -> tuple[Layer, ...]:
-    """stored: {tensor: its bytes}; item_bytes: of the base's parameters on average."""
-    before: Counter[str | int] = Counter()
-    saved: Counter[str | int] = Counter()
-    bytes_after: Counter[str | int] = Counter()
-    places = {path: index for index, path in enumerate(named_blocks(model))}
-    # a model may call its head otherwise than its checkpoint does
-    head: Any = model.get_output_embeddings()
-    ends = {id(head.weight): "head"}
-    ends[id(model.get_input_embeddings().weight)] = "embeddings"  # tied ones count here
-    for name, parameter in model.named_parameters():
-        before[ends.get(id(parameter), _part_of(name, family, places))] += parameter.numel()
+    model: PreTrainedModel, family: Family, report: dict[str, Any], matrices: list[RankedMatrix]
+) -> list[Layer]:
+    """Return the parts of the model in order."""
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding, head = (module.weight for module in ends)
+    before = Counter({row["index"]: row["params_before"] for row in report["blocks"]})
+    before |= Counter(emb=embedding.numel(), head=0 if head is embedding else head.numel())
+    before["rest"] = report["params_before"] - before.total()
+    saved, outside = Counter(), {family.embedding: "emb", family.head: "head"}
     for row in matrices:
-        numbers = row.matrix.N * row.matrix.K - row.params_after
-        saved[_part_of(f"{row.matrix.name}.weight", family, places)] += numbers
-    for name, num_bytes in stored.items():
-        bytes_after[_part_of(name, family, places)] += num_bytes
-    names = {
-        "embeddings": ("token embeddings", "emb"),
-        "rest": ("final norm and other", "rest"),
-        "head": ("output head", "head"),
-    }
-    blocks = sorted(part for part in before if isinstance(part, int))
-    order: list[str | int] = ["embeddings", *blocks, "rest", "head"]
-    return tuple(
-        Layer(
-            *(names[part] if isinstance(part, str) else (f"block {part}", str(part))),
-            params_before=before[part],
-            params_after=before[part] - saved[part],
-            bytes_before=round(before[part] * item_bytes),
-            bytes_after=bytes_after[part],
-        )
-        for part in order
+        saved[outside.get(row.matrix.name, row.block)] += row.saved
+    labels = {"emb": "token embeddings"}
+    labels |= {row["index"]: f"block {row['index']}" for row in report["blocks"]}
+    labels |= {"rest": "final norm and other", "head": "output head"}
+    return [
+        Layer(label, str(part), before[part], before[part] - saved[part])
+        for part, label in labels.items()
         if before[part]
-    )
+    ]
 
 
 def read_facts(options: ReportConfig) -> Facts:
@@ -356,29 +234,43 @@ def read_facts(options: ReportConfig) -> Facts:
     compression = compression_of(config)
     if compression is None:
         raise InputError(f"{out} is a dense model; report is about what `lillama compress` wrote")
-    report, recipe = _read_report(out), _read_recipe(out)
+    ranks, gauge = compression["ranks"], compression.get("gauge", "plain")
+    report, recipe = _read(out / "report.json", REPORT), _read(out / "recipe.json", RECIPE)
+    chosen, values = recipe["options"].get("targets"), recipe["options"]["preset_values"]
+    by_worth, losses = recipe.get("strategy") == "global", report.get("rank_losses") or {}
     model = skeleton(config)
     family = family_for(config, model)
-    matrices = _matrices(model, family, compression, recipe)
-    headers = read_headers(out)
-    skipped = set(sentinel_names(headers, family, compression["ranks"]))
-    stored = {name: h.num_bytes for name, h in headers.items() if name not in skipped}
-    item_bytes = report["bytes_before"] / max(1, report["params_before"])
-    layers = _layers(model, family, matrices, stored, item_bytes)
-    after = sum(layer.params_after for layer in layers)
+    targets = find_matrices(
+        model,
+        family,
+        None if chosen is None else tuple(map(str, chosen)),
+        gauge,
+        vocabulary=by_worth and bool(values.get("vocabulary", False)),
+        by_worth=by_worth and values.get("init") == "fisher",
+    )
+    names, blocks = {matrix.name for matrix in targets}, range(len(named_blocks(model)))
+    for part, found in (("config.json: ranks", ranks), ("report.json: rank_losses", losses)):
+        if unknown := sorted(found.keys() - names):
+            raise InputError(f"{out}/{part} has {unknown[0]}, no target of the run in recipe.json")
+    matrices = [
+        RankedMatrix(
+            *(
+                matrix,
+                _label(matrix.name, family),
+                matrix.block if matrix.block in blocks else None,
+            ),
+            ranks.get(matrix.name),
+            {int(rank): loss for rank, loss in losses.get(matrix.name, {}).items()},
+        )
+        for matrix in targets
+    ]
+    after = report["params_before"] - sum(row.saved for row in matrices)
     if after != report["params_after"]:
         raise InputError(
             f"report.json of {out} counts {report['params_after']:,} parameters, its config.json "
             f"{after:,}; they are not of the same run (or `lillama export` changed the gauge since)"
         )
-    return Facts(
-        out=out,
-        base=str(recipe["options"].get("model", "")),
-        gauge=compression.get("gauge", "plain"),
-        report=report,
-        recipe=recipe,
-        layers=layers,
-        matrices=matrices,
-        curves=None if options.events is None else _read_curves(options.events, report),
-        quality=None if options.eval is None else _read_quality(options.eval, after),
-    )
+    layers = _layers(model, family, report, matrices)
+    curves = None if options.events is None else _read_curves(options.events, report["blocks"])
+    quality = None if options.eval is None else _read_quality(options.eval, after)
+    return Facts(out, gauge, report, recipe, layers, matrices, curves, quality)

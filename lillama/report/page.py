@@ -1,17 +1,24 @@
-"""The report as one HTML page: no script, request or `style` attribute; text from files escaped."""
+"""One HTML page about a compression, what `lillama report` and `lillama.report` call: no script and
+no request; text from files escaped."""
 
-import base64
-import hashlib
+import datetime
 import math
-from collections.abc import Mapping
+import webbrowser
+from pathlib import Path
+from typing import Any
 
-from lillama.report.data import Facts
+from lillama.checkpoint_writer import disk_errors
+from lillama.config import ReportConfig
+from lillama.errors import RunError
+from lillama.report.data import Facts, read_facts
+from lillama.report.plots import plots_of
 from lillama.report.sections import escape, format_number, sections_of
-from lillama.report.svg import Plot, Stylesheet
+from lillama.report.svg import Plot, as_png, as_svg, check_matplotlib
 from lillama.version import __version__
 
-__all__ = ["page_of"]
+__all__ = ["PAGE", "report"]
 
+PAGE = "report.html"
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 CSS = """
@@ -51,7 +58,10 @@ th:first-child{text-align:left;padding-left:0}
 td.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
 pre{background:var(--panel);border-radius:.5rem;padding:.75rem;white-space:pre-wrap;
 overflow-wrap:anywhere}
+svg *{stroke-linejoin:round;stroke-linecap:butt}
 """
+# nothing may be fetched or run; matplotlib's plots have `style` attributes
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def _size(num_bytes: float) -> str:
@@ -59,85 +69,115 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1024**power:,.{0 if power == 0 else 2}f} {UNITS[power]}"
 
 
-def _seconds(value: float) -> str:
-    minutes, seconds = divmod(value, 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:.0f} h {minutes:.0f} min"
-    return f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
-
-
-def _summary(facts: Facts) -> str:
-    report, quality = facts.report, facts.quality
-    retained = None if quality is None else quality.get("retained")
-    increase = report.get("predicted_loss_increase")
+def _cards(facts: Facts) -> str:
+    """Return the summary: name, value and note of its figures."""
+    report = facts.report
+    count, seconds, peak = format_number, report["seconds"], report["peak_memory_bytes"]
+    retained, increase = (
+        (facts.quality or {}).get("retained"),
+        report.get("predicted_loss_increase"),
+    )
+    quality, loss = ("not given", "--eval FILE"), ("not measured", "this preset takes no gradients")
+    if retained is not None:
+        quality = f"{retained:.2%}", "base perplexity / perplexity"
+    if increase is not None:
+        loss = f"{increase:.6g}", "nats a token, before training, by the gradients"
     asked = f"{100 * report['target_reduction']:.6g}% were asked for"
     cards = [
-        (
-            "Parameters",
-            format_number(report["params_after"]),
-            f"of {format_number(report['params_before'])}",
-        ),
+        ("Parameters", count(report["params_after"]), f"of {count(report['params_before'])}"),
         ("Bytes", _size(report["bytes_after"]), f"of {_size(report['bytes_before'])}"),
         ("Removed", f"{100 * report['reduction']:.6g}%", asked),
-        (
-            "Quality retained",
-            "not given" if retained is None else f"{retained:.2%}",
-            "--eval FILE" if retained is None else "base perplexity / perplexity",
-        ),
-        (
-            "Predicted loss increase",
-            "not measured" if increase is None else f"{increase:.6g}",
-            "this preset takes no gradients"
-            if increase is None
-            else "nats a token, before training, by the gradients",
-        ),
-        ("Time", _seconds(report["seconds"]), f"{format_number(report['seconds'])} seconds"),
-        (
-            "Peak memory",
-            _size(report["peak_memory_bytes"]),
-            f"{format_number(report['peak_memory_bytes'])} bytes on {report.get('device')}",
-        ),
-        ("Calibration", f"{format_number(report['tokens'])}", "training tokens"),
+        ("Quality retained", *quality),
+        ("Predicted loss increase", *loss),
+        ("Time", str(datetime.timedelta(seconds=round(seconds))), f"{count(seconds)} seconds"),
+        ("Peak memory", _size(peak), f"{count(peak)} bytes on {report.get('device')}"),
+        ("Calibration", count(report["tokens"]), "training tokens"),
     ]
-    items = (
+    return "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(note)}</small></dd></div>"
         for name, value, note in cards
     )
-    return f"<dl>{''.join(items)}</dl>"
 
 
-def page_of(facts: Facts, plots: Mapping[str, Plot]) -> str:
-    styles = Stylesheet()
-    found = sections_of(facts, plots, styles)
-    links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in found)
-    css = CSS + styles.css
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = f"{facts.out.name}: {facts.report['reduction']:.1%} smaller"
-    preset = facts.recipe["options"].get("preset")
+def _page(facts: Facts, plots: list[Plot]) -> str:
+    figures = {
+        plot.key: f"<figure>{as_svg(plot)}<figcaption>{plot.title}.</figcaption></figure>"
+        for plot in plots
+    }
+    sections = sections_of(facts, figures)
+    links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in sections)
+    options = facts.recipe["options"]
+    title = escape(f"{facts.out.name}: {facts.report['reduction']:.1%} smaller")
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
-<title>{escape(title)}</title>
-<style>{css}</style>
+<title>{title}</title>
+<style>{CSS}</style>
 </head>
 <body>
 <header>
-<h1>{escape(title)}</h1>
-<p class="soft">{escape(facts.base)} compressed by lillama with preset {escape(preset)}; this
-page was written by lillama {escape(__version__)}.</p>
+<h1>{title}</h1>
+<p class="soft">{escape(options.get("model"))} compressed by lillama with preset
+{escape(options.get("preset"))}; this page was written by lillama {escape(__version__)}.</p>
 </header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main>
-{_summary(facts)}
-{"".join(body for _, _, body in found)}
+<dl>{_cards(facts)}</dl>
+{"".join(body for *_, body in sections)}
 </main>
 </body>
 </html>
 """
+
+
+def _write(file: Path, data: bytes) -> None:
+    """All of it or nothing."""
+    part = file.with_name(f".{file.name}.part")
+    with disk_errors(file):
+        try:
+            part.write_bytes(data)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def report(out: str | Path, **options: Any) -> list[Path]:
+    """Write OUT/report.html, one file that needs no network. Same as `lillama report`.
+
+    Args:
+        out: a folder that `compress` wrote.
+        options: the other fields of `lillama.config.ReportConfig`: events (the JSON lines of the
+            run), eval (what `lillama eval OUT --against MODEL --json` printed), png (a folder for
+            the plots as PNG), open (show the page in the browser).
+
+    Returns:
+        The files written: the page, then the PNG files.
+
+    Raises:
+        InputError: matplotlib (extra lillama[report]) is not installed, a file of OUT is missing or
+            damaged, or the events or the quality are another run's.
+        RunError: a file cannot be written, or there is no browser to open it.
+    """
+    paths = {name: Path(v) for name in ("events", "eval", "png") if (v := options.get(name))}
+    config = ReportConfig(out=Path(out), **{**options, **paths})
+    check_matplotlib()
+    facts = read_facts(config)
+    plots = plots_of(facts)
+    # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a reference
+    page = _page(facts, plots).encode("utf-8", "xmlcharrefreplace")
+    written = [config.out / PAGE]
+    _write(written[0], page)
+    if config.png is not None:
+        with disk_errors(config.png):
+            config.png.mkdir(exist_ok=True)
+        for plot in plots:
+            written.append(config.png / f"{plot.key}.png")
+            _write(written[-1], as_png(plot))
+    if config.open and not webbrowser.open(written[0].resolve().as_uri()):
+        raise RunError(f"no browser was found; {written[0]} is written, open it yourself")
+    return written

@@ -1,11 +1,8 @@
 """The losses by rank: what report.json keeps of them, and the report's small multiples."""
 
 import json
-import math
-import shutil
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
 
@@ -16,56 +13,9 @@ from lillama.compress import pipeline, search  # noqa: E402
 from lillama.compress.allocate import Matrix  # noqa: E402
 from lillama.compress.search import MAX_POINTS, rank_losses  # noqa: E402
 from lillama.config import ReportConfig  # noqa: E402
-from lillama.errors import InputError, RunError  # noqa: E402
+from lillama.errors import RunError  # noqa: E402
 from lillama.report.data import read_facts  # noqa: E402
-from lillama.report.spectra import COLUMNS, lines_of, spectra_plot  # noqa: E402
-from tests.report.html_page import Page  # noqa: E402
-
-OPTIONS: dict[str, Any] = {"reduction": 0.3, "tokens": 400, "seq_len": 32, "device": "cpu"}
-TARGETS = ("w1", "w2", "w3", "embed_tokens", "lm_head")
-
-
-def report_of(out: Path) -> dict[str, Any]:
-    return json.loads((out / "report.json").read_text("utf-8"))
-
-
-def page_of(out: Path) -> Page:
-    lillama.report(out)
-    return Page((out / "report.html").read_text("utf-8"))
-
-
-@pytest.fixture(scope="module")
-def out(make_checkpoint, text_file, tmp_path_factory) -> Path:
-    """A mixture of experts whose run was interrupted after the search of its ranks."""
-    path = tmp_path_factory.mktemp("spectra") / "out"
-    model = make_checkpoint("mixtral", tie_word_embeddings=False)
-    options = {**OPTIONS, "text": text_file, "preset": "fast", "targets": TARGETS}
-
-    def stop(stage: str, done: int, total: int) -> None:
-        if "sensitivity" not in stage:
-            raise RunError("stopped behind the search")
-
-    with pytest.raises(RunError, match="stopped behind the search"):
-        lillama.compress(model, path, progress=stop, **options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_measure", None)  # it is not measured again
-        returned = lillama.compress(model, path, **options)
-    assert "rank_losses" not in returned and returned["predicted_loss_increase"] > 0
-    return path
-
-
-@pytest.fixture
-def copy(out, tmp_path):
-    """copy(**changes of report.json) -> OUT; None takes an entry away."""
-
-    def make(**changes: Any) -> Path:
-        path = tmp_path / "copy"
-        shutil.copytree(out, path)
-        values = {k: v for k, v in (report_of(out) | changes).items() if v is not None}
-        (path / "report.json").write_text(json.dumps(values), "utf-8")
-        return path
-
-    return make
+from lillama.report.plots import lines_of, plots_of  # noqa: E402
 
 
 # What report.json keeps
@@ -96,32 +46,42 @@ def test_points_of_thousands_of_experts_are_few():
     assert "24" in found["experts.3"] and "24" not in found["experts.4"]
 
 
-def test_report_json_has_the_losses_of_the_ranks_also_after_an_interruption(out):
-    report = report_of(out)
-    ranks = json.loads((out / "config.json").read_text())["quantization_config"]["ranks"]
-    curves = report["rank_losses"]
+def test_report_json_has_the_losses_of_the_ranks(run):
+    curves, ranks = run.report["rank_losses"], run.ranks
     assert set(ranks) <= set(curves) and ranks
     for losses in curves.values():
         values = list(losses.values())
         assert 0 < len(values) <= MAX_POINTS and values == sorted(values, reverse=True)
     cut = sum(curves[name][str(rank)] for name, rank in ranks.items())
-    assert cut == pytest.approx(report["predicted_loss_increase"], rel=1e-4)
+    assert cut == pytest.approx(run.report["predicted_loss_increase"], rel=1e-4)
 
 
-def test_a_finished_run_that_is_asked_again_returns_no_curves(out):
+def test_losses_are_kept_when_a_run_is_interrupted_and_not_returned(mamba, text_file, tmp_path):
+    out = tmp_path / "out"
+    options = {"reduction": 0.3, "tokens": 400, "seq_len": 32, "device": "cpu", "preset": "fast"}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if "sensitivity" not in stage:
+            raise RunError("stopped behind the search")
+
+    with pytest.raises(RunError, match="stopped behind the search"):
+        lillama.compress(mamba, out, text=text_file, progress=stop, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_measure", None)  # it is not measured again
+        returned = lillama.compress(mamba, out, text=text_file, **options)
+    assert "rank_losses" not in returned and returned["predicted_loss_increase"] > 0
+    assert json.loads((out / "report.json").read_text("utf-8"))["rank_losses"]
     recipe = json.loads((out / "recipe.json").read_text("utf-8"))
     assert "rank_losses" not in pipeline._finished(out, recipe)
 
 
 # What the page shows
-def test_page_has_a_line_for_every_kind_and_block(out):
-    page, report = page_of(out), report_of(out)
-    ranks = json.loads((out / "config.json").read_text())["quantization_config"]["ranks"]
-    rows = {row[0]: row for row in page.tables["Loss left by rank"]}
-    assert rows["matrix"] == list(COLUMNS)
-    wanted = {"embed_tokens", "lm_head"}
+def test_page_has_a_line_for_every_kind_and_block(run):
+    report, ranks = run.report, run.ranks
+    rows = {row[0]: row for row in run.page.tables["Loss left by rank"]}
+    wanted = {"matrix", "embed_tokens", "lm_head"}
     wanted |= {f"block {b}: experts.{m}, 4 matrices" for b in (0, 1) for m in ("w1", "w2", "w3")}
-    assert set(rows) == {"matrix", *wanted}
+    assert set(rows) == wanted
     seen = 0
     for name, row in rows.items():
         if ", 4 matrices" not in name:
@@ -143,15 +103,17 @@ def test_page_has_a_line_for_every_kind_and_block(out):
         assert (f"{4 - len(chosen)} dense" in row[2]) == (len(chosen) < 4)
         assert row[3:5] == [f"{rank / 32:.1%}", f"{median(x for _, x in chosen):.4g}"]
     assert seen > 4
-    assert "spectra" in {attrs.get("id") for attrs in page.all("section")}
+    assert "spectra" in {attrs.get("id") for attrs in run.page.all("section")}
 
 
-def test_plot_marks_the_cut_on_one_scale(out):
+def spectra_of(out: Path):
     facts = read_facts(ReportConfig(out=out))
-    plot = spectra_plot(facts)
-    assert plot is not None
-    panels = lines_of(facts)
-    axes = [a for a in plot.figure.axes if a.get_visible()]
+    (plot,) = [plot for plot in plots_of(facts) if plot.key == "spectra"]
+    return lines_of(facts), [axes for axes in plot.figure.axes if axes.get_visible()]
+
+
+def test_plot_marks_the_cut_on_one_scale(run):
+    panels, axes = spectra_of(run.out)
     assert [a.get_title() for a in axes] == list(panels)
     for a, lines in zip(axes, panels.values(), strict=True):
         marks = {
@@ -162,56 +124,24 @@ def test_plot_marks_the_cut_on_one_scale(out):
         assert a.get_yscale() == "log" and a.get_ylim() == axes[0].get_ylim()
         low, high = a.get_ylim()
         assert all(low < loss < high for _, loss in wanted)
-    assert ", ".join(panels) in plot.description and "most loss is left by" in plot.description
 
 
-def test_a_loss_of_zero_and_a_title_of_two_kinds_are_shown(copy, out):
-    curves = report_of(out)["rank_losses"]
-    name = next(iter(curves))
-    curves[name] = dict.fromkeys(curves[name], 0.0)
-    facts = read_facts(ReportConfig(out=copy(rank_losses=curves)))
-    assert spectra_plot(facts) is not None
-    flat = {n: dict.fromkeys(c, 0.0) for n, c in curves.items()}
-    facts.report["rank_losses"] = flat
-    plot = spectra_plot(facts)
-    assert plot is not None and plot.figure.axes[0].get_yscale() == "linear"
+@pytest.mark.parametrize("zeros", [1, None], ids=["one", "all"])
+def test_losses_of_zero_are_shown(zeros, run, tmp_path):
+    curves = run.report["rank_losses"]
+    curves |= {name: dict.fromkeys(curves[name], 0.0) for name in list(curves)[:zeros]}
+    _, axes = spectra_of(run.copy(tmp_path, rank_losses=curves).out)
+    assert axes[0].get_yscale() == ("log" if zeros else "linear")
 
 
-def test_page_says_why_there_is_no_section(copy, make_checkpoint, text_file, tmp_path):
-    old = page_of(copy(rank_losses=None))
-    assert "Loss left by rank" not in old.tables
-    assert "report.json is of a version that did not keep it." in " ".join(old.texts["p"])
-    plain = tmp_path / "whitened"
-    lillama.compress(
-        make_checkpoint("mamba"), plain, text=text_file, preset="whitened", train=False, **OPTIONS
-    )
-    assert "rank_losses" not in report_of(plain)
-    assert "not shown: this run measured none." in " ".join(page_of(plain).texts["p"])
+def test_page_says_that_there_is_no_section(plain):
+    assert "rank_losses" not in plain.report and "Loss left by rank" not in plain.page.tables
+    assert "not shown: this run measured none." in " ".join(plain.page.texts["p"])
 
 
-def test_page_tells_of_the_trained_head_and_the_whole_model(copy):
+def test_page_tells_of_the_trained_head_and_the_whole_model(plain, tmp_path):
     head = {"held_out_kl_before": 0.375, "held_out_kl_after": 0.3125, "steps": 4, "best_step": 4}
-    said = page_of(copy(head=head, finetune={"kl_before": 0.25, "kl_after": 0.125})).texts["p"]
-    assert any("output head" in text and "from 0.375 to 0.3125 nats" in text for text in said)
-    assert any("whole model" in text and "from 0.25 to 0.125 nats" in text for text in said)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rank_losses": [1]}, "rank_losses must be an object, got list"),
-        ({"rank_losses": {"model.layers.0.w9": {"8": 1.0}}}, "no target of recipe.json's run"),
-        ({"head": {"held_out_kl_before": 1.0}}, "head: held_out_kl_after must be a finite number"),
-        ({"finetune": 3}, "finetune must be an object, got int"),
-    ],
-)
-def test_damaged_entries_are_refused(changes, message, copy):
-    with pytest.raises(InputError, match=message):
-        lillama.report(copy(**changes))
-
-
-@pytest.mark.parametrize("losses", [3, {"8": math.nan}, {"8": "1"}, {"eight": 1.0}, {"0": 1.0}])
-def test_damaged_curves_are_refused(losses, copy, out):
-    name = next(iter(report_of(out)["rank_losses"]))
-    with pytest.raises(InputError, match=f"rank_losses.{name} must be"):
-        lillama.report(copy(rank_losses={name: losses}))
+    finetune = {"kl_before": 0.25, "kl_after": 0.125}
+    text = plain.copy(tmp_path, head=head, finetune=finetune).write()
+    assert "output head" in text and "from 0.375 to 0.3125 nats" in text
+    assert "whole model" in text and "from 0.25 to 0.125 nats" in text
