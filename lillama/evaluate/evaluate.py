@@ -1,19 +1,9 @@
-"""How much a compressed model still knows: perplexity on held-out text, and its divergence from
-the base.
+"""How much a compressed model still knows, says and takes: what `lillama eval` and `lillama.eval`
+call."""
 
-Figures are comparable only at equal definition (perplexity.py), tokenizer and seq_len; bits per
-byte also across tokenizers.
-"""
-
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lillama.checkpoint import (
@@ -24,9 +14,9 @@ from lillama.checkpoint import (
     tensor_bytes,
 )
 from lillama.config_eval import EvalConfig
-from lillama.errors import InputError, RunError
+from lillama.errors import InputError
 from lillama.evaluate.generations import check_generations
-from lillama.evaluate.perplexity import ScoredBatch, ScoredText, scored_text
+from lillama.evaluate.perplexity import Progress, measure_text, scored_text
 from lillama.evaluate.speed import measure_speed
 from lillama.evaluate.tasks import check_harness, run_tasks
 from lillama.families_generic import family_for
@@ -43,130 +33,24 @@ from lillama.loading import (
 
 __all__ = ["evaluate", "stored_size"]
 
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class _Sums:
-    """Totals over the predicted tokens, in nats."""
-
-    nll: float = 0.0
-    base_nll: float = 0.0
-    kl: float = 0.0
-    agree: float = 0.0
-    predicted: int = 0
-
 
 def stored_size(path: Path) -> tuple[int, int]:
-    """(parameters, bytes) of a checkpoint folder, the sentinel left out, tied weights counted
-    once."""
+    """Return (parameters, bytes) of a checkpoint folder, the sentinel left out, tied weights
+    counted once."""
     config = read_config(path)
     compression = compression_of(config)
     headers = read_headers(path)
     if compression is None:
         return count_params(config), tensor_bytes(headers)
-    family, ranks = family_for(config), compression["ranks"]
-    gauge = compression.get("gauge", "plain")
-    return count_params(config, ranks, gauge), tensor_bytes(
-        headers, skip=sentinel_names(headers, family, ranks)
-    )
-
-
-def _token_nll(logits: Tensor, batch: ScoredBatch) -> Tensor:
-    """logits [b, T, V] -> negative log-likelihood [targets that count]."""
-    flat = logits[:, : batch.targets.shape[1]].float().flatten(0, 1)
-    nll = F.cross_entropy(flat, batch.targets.flatten(), reduction="none")
-    return nll if batch.scored is None else nll[batch.scored.flatten()]
-
-
-def _log_probs(logits: Tensor, batch: ScoredBatch) -> Tensor:
-    """logits [b, T, V] -> log-probabilities [targets that count, V]."""
-    flat = logits[:, : batch.targets.shape[1]].flatten(0, 1)
-    kept = flat if batch.scored is None else flat[batch.scored.flatten()]
-    return F.log_softmax(kept.float(), -1)
-
-
-@torch.no_grad()
-def _add_batch(
-    sums: _Sums, batch: ScoredBatch, model: PreTrainedModel, base: PreTrainedModel | None
-) -> None:
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    nll = _token_nll(logits, batch)
-    sums.nll += float(nll.double().sum())
-    sums.predicted += nll.numel()
-    if base is None:
-        return
-    base_logits = base(input_ids=batch.input_ids, use_cache=False).logits
-    sums.base_nll += float(_token_nll(base_logits, batch).double().sum())
-    ours, theirs = _log_probs(logits, batch), _log_probs(base_logits, batch)
-    sums.kl += float((theirs.exp() * (theirs - ours)).sum(-1).double().sum())
-    sums.agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-
-
-def _measure(
-    text: ScoredText,
-    model: PreTrainedModel,
-    base: PreTrainedModel | None,
-    progress: Progress | None,
-) -> _Sums:
-    device = model.device
-    sums = _Sums()
-    total = sum(batch.input_ids.numel() for batch in text.batches)
-    done = 0
-    for batch in text.batches:
-        _add_batch(sums, batch.to(device), model, base)
-        done += batch.input_ids.numel()
-        if progress is not None:
-            progress("eval", done, total)
-        for name, nll in (("MODEL", sums.nll), ("--against", sums.base_nll)):
-            if not math.isfinite(nll):
-                raise RunError(
-                    f"the loss of {name} became {nll} within the first {done} tokens; "
-                    "its weights are broken"
-                )
-    return sums
-
-
-def _exp(mean: float, unit: str) -> float:
-    if mean > 700:
-        raise RunError(f"the mean loss is {mean:.0f} nats a {unit}; the model is broken")
-    return math.exp(mean)
-
-
-def _figures(nll: float, predicted: int, text: ScoredText) -> dict[str, float]:
-    """The perplexities of one model. Of words: those of lm-evaluation-harness under its names."""
-    if text.num_words is None:
-        per_byte = nll / predicted / math.log(2) * (text.num_tokens / text.num_bytes)
-        return {"perplexity": _exp(nll / predicted, "token"), "bits_per_byte": per_byte}
-    return {
-        "word_perplexity": _exp(nll / text.num_words, "word"),
-        "byte_perplexity": _exp(nll / text.num_bytes, "byte"),
-        "bits_per_byte": nll / text.num_bytes / math.log(2),
-        "token_perplexity": _exp(nll / predicted, "token"),
-    }
-
-
-def _quality(sums: _Sums, text: ScoredText, with_base: bool) -> dict[str, Any]:
-    report: dict[str, Any] = _figures(sums.nll, sums.predicted, text)
-    report["tokens"] = sums.predicted
-    if text.num_words is not None:
-        report["words"] = text.num_words
-    if with_base:
-        base = _figures(sums.base_nll, sums.predicted, text)
-        report |= {f"base_{name}": value for name, value in base.items()}
-        report |= {
-            "retained": math.exp((sums.base_nll - sums.nll) / sums.predicted),
-            "kl": sums.kl / sums.predicted,
-            "top1_agreement": sums.agree / sums.predicted,
-        }
-    return report
+    ranks, gauge = compression["ranks"], compression.get("gauge", "plain")
+    skip = sentinel_names(headers, family_for(config), ranks)
+    return count_params(config, ranks, gauge), tensor_bytes(headers, skip=skip)
 
 
 def _context(model: PreTrainedModel, tokenizer: Any) -> int:
-    """Tokens that the model was made for, found as lm-evaluation-harness finds them."""
+    """Return the tokens that the model was made for, found as lm-evaluation-harness finds them."""
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        length = getattr(model.config, name, None)
-        if length is not None:
+        if (length := getattr(model.config, name, None)) is not None:
             return int(length)
     length = tokenizer.model_max_length
     # transformers writes 1e30 for "not known"
@@ -180,17 +64,13 @@ def _with_text(
     base: PreTrainedModel | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Perplexity, and what else the options ask of the text."""
+    """Return the perplexity, and what else the options ask of the text."""
+    seq_len = config.window or _context(ours, tokenizer)
     text = scored_text(
-        config.metric,
-        config.text,
-        tokenizer,
-        seq_len=config.window or _context(ours, tokenizer),
-        batch_size=config.batch_size,
+        config.metric, config.text, tokenizer, seq_len=seq_len, batch_size=config.batch_size
     )
     check_vocabulary(text.token_ids, ours.config.vocab_size)
-    sums = _measure(text, ours, base, progress)
-    report = {"metric": config.metric, **_quality(sums, text, base is not None)}
+    report = {"metric": config.metric, **measure_text(text, ours, base, progress)}
     if config.generations:
         report["generations"] = check_generations(
             ours,
