@@ -100,7 +100,7 @@ gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing; 
 	$(PYTHON) -m benchmarks.tables --results "$(RESULTS)" || failed="$$failed tables"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed: $$failed" >&2; exit 1; fi
 
-tables: ## write the measured tables of the READMEs and the roofline plot from benchmarks/results
+tables: ## write the measured tables of the READMEs and of docs/ from benchmarks/results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tables
 
 clean: ## remove .venv and everything else that these targets made

@@ -191,9 +191,6 @@ def compare(
         "flop": work.flop,
         "bytes_moved": work.bytes_moved,
         "floor_us": work.floor_us(limits, name_of_dtype),
-        "intensities": {
-            name: each.flop / each.bytes_moved for name, each in works.items() if each.bytes_moved
-        },
         "modes": found,
         "speedup": {
             mode: {name: v["median_us"] / each["ours"]["median_us"] for name, v in each.items()}

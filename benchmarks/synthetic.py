@@ -8,7 +8,7 @@ Quality measured on such a model means nothing.
 """
 
 import argparse
-import json
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
 
+from lillama.checkpoint import SINGLE_SHARD
 from lillama.shard_file import Entry, write_shard
 
 __all__ = ["SHAPES", "hub_tensors", "write_checkpoint"]
@@ -105,26 +106,15 @@ def write_checkpoint(name: str, out: Path, layers: int) -> int:
         "MixtralForCausalLM" if name.startswith("mixtral") else "MambaForCausalLM"
     ]
     out.mkdir(parents=True)
-    shapes = hub_tensors(config)
-    groups: dict[str, list[Entry]] = {}
-    for seed, (tensor, shape) in enumerate(shapes.items()):
-        parts = tensor.split(".layers.")
-        group = "rest" if len(parts) == 1 else parts[1].partition(".")[0]
-        make = lambda t=tensor, s=shape, n=seed: _value(t, s, n)  # noqa: E731
-        groups.setdefault(group, []).append(Entry(tensor, torch.bfloat16, shape, make))
-    weight_map, total = {}, 0
-    for number, entries in enumerate(groups.values(), start=1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_shard(out / file, entries)
-        weight_map |= {entry.name: file for entry in entries}
-        total += sum(entry.num_bytes for entry in entries)
-        print(f"{file}: {total / 1e9:.1f} GB so far", flush=True)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    entries = [
+        Entry(tensor, torch.bfloat16, shape, functools.partial(_value, tensor, shape, seed))
+        for seed, (tensor, shape) in enumerate(hub_tensors(config).items())
+    ]
+    write_shard(out / SINGLE_SHARD, entries)
     config.save_pretrained(out)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, out / file)
-    return total
+    return sum(entry.num_bytes for entry in entries)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ def run(arguments: list, *more: object) -> int:
 
 def test_quality_fills_a_table_once(arguments, mamba, text_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_quality, "BLOCKS", 8)
-    assert run(arguments, "--methods", "svd", "fast", "--plot", tmp_path / "plot.png") == 0
+    assert run(arguments, "--methods", "svd", "fast") == 0
     first = capsys.readouterr().out
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     assert [(c["method"], c["seed"]) for c in cells] == [
@@ -64,7 +64,6 @@ def test_quality_fills_a_table_once(arguments, mamba, text_file, tmp_path, capsy
     ids = load_tokenizer(mamba)(text_file.read_text("utf-8"))["input_ids"]
     per_token = len(text_file.read_bytes()) / len(ids)
     assert bits == pytest.approx(nats / math.log(2) / per_token, abs=3e-5) and bits != 0
-    assert (tmp_path / "plot.png").stat().st_size > 1000
     assert first.count("\n| mamba | 20% |") == 2 and "| 2 |" in first
     # all there: nothing runs, the same table
     monkeypatch.setattr(bench_quality, "run_cell", lambda *_: pytest.fail("ran again"))
