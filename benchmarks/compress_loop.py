@@ -62,8 +62,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     reduction = arguments.reduction
     for rate in RATES:
-        run = published_loop(teacher, train.input_ids, reduction=reduction, learning_rate=rate)
-        note(f"published loop, rate {rate:g}", run.tokens, run.seconds, run.model)
+        ids = train.input_ids
+        model, seconds = published_loop(teacher, ids, reduction=reduction, learning_rate=rate)
+        note(f"published loop, rate {rate:g}", ids.numel(), seconds, model)
     for preset in arguments.presets:
         out = folder / preset
         report = lillama.compress(

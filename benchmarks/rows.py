@@ -11,16 +11,8 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.timing import SAMPLE_S, Call, Mode, measure, modes_of, quantiles, step
 
-__all__ = [
-    "Variant",
-    "Work",
-    "check_call",
-    "compare",
-    "compiled",
-    "headline",
-    "headline_mode",
-    "variant",
-]
+__all__ = ["Variant", "Work", "check_call", "compare", "compiled"]
+__all__ += ["headline", "headline_mode", "variant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,41 +22,24 @@ from lillama.shard_file import Entry, write_shard
 
 __all__ = ["SHAPES", "hub_tensors", "write_checkpoint"]
 
-# The published config.json of mistralai/Mixtral-8x7B-v0.1 and state-spaces/mamba-2.8b-hf
+_EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8}
+_MINI = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+# The published config.json of mistralai/Mixtral-8x7B-v0.1 and state-spaces/mamba-2.8b-hf, and what
+# is to try out what measures these
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
     "mixtral-8x7b": (
         MixtralConfig,
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "vocab_size": 32000,
-        },
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, **_EIGHT}
+        | {"vocab_size": 32000},
     ),
     "mamba-2.8b": (
         MambaConfig,
-        {
-            "hidden_size": 2560,
-            "state_size": 16,
-            "time_step_rank": 160,
-            "vocab_size": 50280,
-        },
+        {"hidden_size": 2560, "state_size": 16, "time_step_rank": 160, "vocab_size": 50280},
     ),
-    # for trying out what measures the others
     "mixtral-mini": (
         MixtralConfig,
-        {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "vocab_size": 1024,
-        },
+        {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **_MINI}
+        | {"vocab_size": 1024},
     ),
 }
 TOKENIZER = Path(__file__).parents[1] / "examples" / "teachers" / "mixtral"

@@ -98,12 +98,9 @@ def _cell(verdict: Verdict) -> str:
     if verdict.worst is None:
         return f"{goal.least:g}{unit}: not measured"
     rows = f"{verdict.num_rows} of {len(goal.rows)} rows"
-    if verdict.met:
-        said = "met"
-    elif verdict.worst >= goal.least:
-        said = "**open**"  # so far met, but rows are missing
-    else:
-        said = "**missed**"
+    # open: so far met, but rows are missing
+    so_far = "**open**" if verdict.worst >= goal.least else "**missed**"
+    said = "met" if verdict.met else so_far
     return f"{goal.least:g}{unit}: {verdict.worst:.3g}{unit} in {rows}, {said}"
 
 
@@ -133,14 +130,10 @@ def _row_cells(name: str, row: Mapping[str, Any], rivals: Sequence[str]) -> list
         other = found.get(rival, {}).get("median_us")
         failed = "failed" if rival in row["failed"] else ""
         cells.append(failed if other is None else f"{other:.1f} = {other / median_us:.2f}x")
+    cells += [f"{ours['gb_per_s']:.0f}", f"{ours['tflop_per_s']:.1f}"]
     eager = row["modes"].get("eager", {})
-    cells += [
-        f"{ours['gb_per_s']:.0f}",
-        f"{ours['tflop_per_s']:.1f}",
-        f"{ours['percent_of_ceiling']:.0f}%",
-        f"{eager['ours']['median_us']:.1f}" if eager else "",
-    ]
-    return cells
+    eager_us = f"{eager['ours']['median_us']:.1f}" if eager else ""
+    return [*cells, f"{ours['percent_of_ceiling']:.0f}%", eager_us]
 
 
 def _answer_lines(name: str, row: Mapping[str, Any]) -> list[list[str]]:
@@ -148,15 +141,10 @@ def _answer_lines(name: str, row: Mapping[str, Any]) -> list[list[str]]:
     called = name.partition("[")[2].removesuffix("]")
     lines = []
     for variant, found in row["answers"].items():
-        peak = found["peak_gib"]
-        cells = [
-            f"{found['first_token_ms']:.1f}",
-            f"{found['token_ms']:.2f}",
-            f"{found['tokens_per_s']:.0f}",
-            "not measured" if peak is None else f"{peak:.1f}",
-            f"{found['copy_bandwidth_percent']:.0f}%",
-        ]
-        lines.append([called, variant, *cells])
+        times = f"{found['first_token_ms']:.1f}", f"{found['token_ms']:.2f}"
+        peak = "not measured" if found["peak_gib"] is None else f"{found['peak_gib']:.1f}"
+        rates = f"{found['tokens_per_s']:.0f}", peak, f"{found['copy_bandwidth_percent']:.0f}%"
+        lines.append([called, variant, *times, *rates])
     return lines + [[called, f"{variant}: failed", *[""] * 5] for variant in row["failed"]]
 
 
