@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.errors import InputError, RunError
-from lillama.evaluate import stored_size
+from lillama.evaluate.evaluate import stored_size
 
 KINDS = ["mixtral", "mamba"]
 T = 48

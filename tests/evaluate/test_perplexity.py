@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.errors import InputError
-from lillama.evaluate_text import detokenized, pages_of, scored_text
+from lillama.evaluate.perplexity import NOT_SCORED, scored_text
+from lillama.evaluate.wikitext import detokenized, pages_of
 
 T = 24
 # Two pages, with what WikiText has: titles of three depths, spaces around marks, blank lines
@@ -140,11 +141,8 @@ def test_words_windows_never_exceed_seq_len(length, tmp_path, tokenizer):
     file = rows(tmp_path / "page.jsonl", [page], "page")
     text = scored_text("words", [file], tokenizer, seq_len=T, batch_size=1)
     assert text.num_tokens == tokens
-    counts = [b.targets.numel() if b.scored is None else int(b.scored.sum()) for b in text.batches]
-    assert sum(counts) == tokens
-    assert all(batch.input_ids.shape[1] <= T for batch in text.batches)
-    if tokens > T:
-        assert all(batch.input_ids.shape[1] == T for batch in text.batches)
+    assert sum(int((targets != NOT_SCORED).sum()) for _, targets in text.batches) == tokens
+    assert all(ids.shape[1] == min(T, tokens) for ids, _ in text.batches)
 
 
 def test_words_without_a_token_to_start_with_is_refused(wiki, tokenizer):

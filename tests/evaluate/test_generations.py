@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lillama
-from lillama import evaluate_speed
 from lillama.errors import InputError
-from lillama.evaluate_generations import check_generations, distinct_ngrams, longest_loop
+from lillama.evaluate import speed
+from lillama.evaluate.generations import check_generations, distinct_ngrams, longest_loop
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_speed_of_two_models_takes_turns_and_counts_tokens(make_model, token_ids
         # a second for the prompt, a tenth for each further token; the base takes twice as long
         return (1.0 + 0.1 * (new_tokens - 1)) * (2 if one is base else 1)
 
-    monkeypatch.setattr(evaluate_speed, "_answer", answer)
-    report = evaluate_speed.measure_speed(model, base, token_ids)
+    monkeypatch.setattr(speed, "_answer", answer)
+    report = speed.measure_speed(model, base, token_ids)
     # 512 positions, less what is written
     assert report["prompt_tokens"] == 512 - 33
     assert report["prefill_tokens_per_s"] == pytest.approx(479)

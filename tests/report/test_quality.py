@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs lillama[report]")
 
-import lillama  # noqa: E402
 from lillama.errors import InputError  # noqa: E402
-from tests.html_page import Page  # noqa: E402
+from tests.report.html_page import Page  # noqa: E402
 
 WORDS = {
     "metric": "words",
@@ -43,30 +42,18 @@ WRITTEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def out(mamba, text_file, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("quality") / "out"
-    lillama.compress(
-        mamba, path, reduction=0.2, text=text_file, tokens=300, seq_len=32, train=False,
-        preset="whitened", device="cpu",
-    )  # fmt: skip
-    return path
-
-
-def page(out: Path, folder: Path, *parts: dict[str, Any], **changes: Any) -> Page:
+def page(run, folder: Path, *parts: dict[str, Any], **changes: Any) -> Page:
     """The report with an eval.json of these parts."""
-    made = json.loads((out / "report.json").read_text("utf-8"))
-    whole: dict[str, Any] = {"params": made["params_after"], "bytes": made["bytes_after"]}
+    whole: dict[str, Any] = {"params": run.report["params_after"], "bytes": 5}
     for part in (*parts, changes):
         whole |= part
     file = folder / "eval.json"
     file.write_text(json.dumps(whole), "utf-8")
-    lillama.report(out, eval=file)
-    return Page((out / "report.html").read_text("utf-8"))
+    return Page(run.write(eval=file))
 
 
-def test_report_shows_words_tasks_generations_and_speed(out, tmp_path):
-    found = page(out, tmp_path, WORDS, AGAINST, TASKS, WRITTEN)
+def test_report_shows_words_tasks_generations_and_speed(plain, tmp_path):
+    found = page(plain, tmp_path, WORDS, AGAINST, TASKS, WRITTEN)
     rows = found.tables["Quality on the text that eval was given"]
     assert ["word perplexity", "31.25", "28.5"] in rows
     assert ["token perplexity", "9.5", "8.5"] in rows
@@ -83,37 +70,31 @@ def test_report_shows_words_tasks_generations_and_speed(out, tmp_path):
     assert "Warning: <b>it loops." in said and not found.all("b"), "shown, and as text"
 
 
-def test_report_shows_tasks_alone_and_the_old_form(out, tmp_path):
-    found = page(out, tmp_path, TASKS)
+def test_report_shows_tasks_alone_and_a_text_without_a_base(plain, tmp_path):
+    found = page(plain, tmp_path, TASKS)
     assert "Tasks of lm-evaluation-harness" in found.tables
     assert "Quality on the text that eval was given" not in found.tables
-    old = page(out, tmp_path, {"perplexity": 12.5, "bits_per_byte": 1.25, "tokens": 99})
-    rows = old.tables["Quality on the text that eval was given"]
-    assert [
-        "perplexity",
-        "12.5",
-        "-",
-    ] in rows and "Tasks of lm-evaluation-harness" not in old.tables
-    assert "run eval with --against MODEL" in " ".join(old.texts["p"])
+    tokens = {"metric": "blocks", "perplexity": 12.5, "bits_per_byte": 1.25, "tokens": 99}
+    alone = page(plain, tmp_path, tokens)
+    rows = alone.tables["Quality on the text that eval was given"]
+    assert ["perplexity", "12.5", "-"] in rows
+    assert "Tasks of lm-evaluation-harness" not in alone.tables
+    assert "run eval with --against MODEL" in " ".join(alone.texts["p"])
 
 
 @pytest.mark.parametrize(
     ("parts", "changes", "message"),
     [
-        ((), {}, "perplexity must be a finite number, got None"),
-        ((WORDS,), {"metric": "pages"}, "metric must be one of blocks, rows, words"),
-        (
-            (WORDS,),
-            {"word_perplexity": "low"},
-            "word_perplexity must be a finite number",
-        ),
-        ((WORDS,), {"retained": 0.5}, "base_word_perplexity must be a finite number, got None"),
-        ((), {"tasks": [1]}, "tasks must be an object, got list"),
-        ((), {"tasks": {"cats": 3}}, r"tasks.cats must be an object, got int"),
-        ((TASKS,), {"speed": {"rounds": [5]}}, r"speed: rounds must be a number, got \[5\]"),
+        ((), {}, "has neither a perplexity nor tasks"),
+        ((WORDS,), {"tokens": "many"}, "tokens must be a finite number, got 'many'"),
+        ((WORDS,), {"retained": float("inf")}, "retained must be a finite number, got inf"),
+        ((WORDS,), {"params": 7}, "is about another model: it has 7 parameters"),
+        ((), {"tasks": [1]}, "tasks must be an object"),
+        ((), {"tasks": {"cats": 3}}, r"tasks.cats must be an object, got 3"),
+        ((TASKS,), {"speed": {"rounds": [5]}}, r"speed.rounds must be a finite number, got \[5\]"),
         ((TASKS,), {"generations": {"x": float("nan")}}, "x must be a finite number, got nan"),
     ],
 )
-def test_report_refuses_a_damaged_quality(parts, changes, message, out, tmp_path):
+def test_report_refuses_a_damaged_quality(parts, changes, message, plain, tmp_path):
     with pytest.raises(InputError, match=message):
-        page(out, tmp_path, *parts, **changes)
+        page(plain, tmp_path, *parts, **changes)

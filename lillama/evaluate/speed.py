@@ -10,7 +10,6 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lillama.errors import InputError
+from lillama.evaluate.perplexity import Progress
 
 __all__ = ["measure_speed"]
 
@@ -101,7 +101,7 @@ def measure_speed(
     base: PreTrainedModel | None,
     token_ids: Tensor,
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Prefill and decode of one sequence, five rounds after a warm-up, the models taking turns.
 

@@ -16,7 +16,7 @@ import torch
 import lillama
 from lillama.cli import app as cli
 from lillama.errors import InputError
-from lillama.evaluate_tasks import EXTRA
+from lillama.evaluate.tasks import EXTRA
 
 # datasets reads it once, when it is imported
 os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -11,7 +11,7 @@ loop         the largest share of its tokens that is one n-gram of at most 16 to
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lillama.errors import InputError
+from lillama.evaluate.perplexity import Progress
 
 __all__ = ["check_generations", "distinct_ngrams", "longest_loop"]
 
@@ -32,7 +33,6 @@ SEED = 0
 FINE_RETAINED = 0.9
 WORSE_BY = 0.1
 
-Progress = Callable[[str, int, int], None]
 Figures = dict[str, list[float]]
 
 
@@ -126,11 +126,10 @@ def _worse(ours: Figures, base: Figures) -> list[str]:
 
 
 def _warning(ours: dict[str, Figures], base: dict[str, Figures], retained: float) -> str | None:
-    worse = {kind: _worse(ours[kind], base[kind]) for kind in ours}
     said = [
-        f"{kind} {name} {fmean(ours[kind][name]):.2f} (base {fmean(base[kind][name]):.2f})"
-        for kind, names in worse.items()
-        for name in names
+        f"{kind} {name} {fmean(figures[name]):.2f} (base {fmean(base[kind][name]):.2f})"
+        for kind, figures in ours.items()
+        for name in _worse(figures, base[kind])
     ]
     if not said or retained < FINE_RETAINED:
         return None
@@ -145,7 +144,7 @@ def check_generations(
     *,
     count: int,
     retained: float | None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Let both models continue `count` places of the text, and compare.
 
