@@ -22,7 +22,7 @@ SUBMODULES = [
     "lillama.compress.pipeline",
     "lillama.evaluate",
     "lillama.checkpoint.export",
-    "lillama.generate",
+    "lillama.serve.generate",
     "lillama.report",
     "lillama.cli.app",
 ]

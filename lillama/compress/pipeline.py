@@ -15,11 +15,11 @@ from lillama.checkpoint.remote import fetch_weights, find_model
 from lillama.checkpoint.sentinel import sentinel
 from lillama.checkpoint.writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.measure.search import measured_curves, search_ranks
-from lillama.compress.own_text import own_text_of, write_own_text
 from lillama.compress.plan.memory import peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan.plan import make_plan
 from lillama.compress.run import Run
 from lillama.compress.session.events import Events
+from lillama.compress.session.own_text import own_text_of, write_own_text
 from lillama.compress.session.processes import Processes
 from lillama.compress.session.session import Progress, Session, shard_names
 from lillama.compress.session.stop import StopRequest

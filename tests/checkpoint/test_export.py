@@ -1,5 +1,6 @@
 """export: the same model in other files, all of it or nothing."""
 
+import importlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from lillama.cli import app as cli
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_tokenizer
 
-module = sys.modules["lillama.checkpoint.export"]
+module = importlib.import_module("lillama.checkpoint.export")
 EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}.{}"
 # ragged ranks; w3 of expert 1 stays dense, so does all of layer 1 but its w2
 MIXTRAL = {

@@ -2,8 +2,8 @@
 
 import contextlib
 import gc
+import importlib
 import json
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lillama.compress.train.hidden_states import HiddenStates
 from lillama.errors import InputError, RunError
 
 KINDS = ["mixtral", "mamba"]
-run_module = sys.modules["lillama.compress.run"]
+run_module = importlib.import_module("lillama.compress.run")
 
 
 @pytest.fixture

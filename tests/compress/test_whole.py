@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 import lillama
-from lillama.compress import own_text
 from lillama.compress import pipeline as module
+from lillama.compress.session import own_text
 from lillama.data.sequences import held_out_blocks
 from lillama.errors import InputError, RunError
 

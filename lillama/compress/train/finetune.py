@@ -22,7 +22,7 @@ from lillama.checkpoint.compression import compression_of
 from lillama.checkpoint.remote import find_model
 from lillama.checkpoint.writer import check_out
 from lillama.compress.measure.gradients import without_outliers
-from lillama.compress.own_text import own_text_of, write_own_text
+from lillama.compress.session.own_text import own_text_of, write_own_text
 from lillama.compress.session.stop import StopRequest
 from lillama.compress.train.distill import learning_rate_at
 from lillama.compress.train.optimizer import WholeOptimizer

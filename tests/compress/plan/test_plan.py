@@ -1,5 +1,6 @@
 """The plan: the published Mixtral configuration, honest counts, and headers only."""
 
+import importlib
 import json
 import math
 import re
@@ -233,7 +234,9 @@ def test_plan_reads_headers_only(mixtral, tmp_path, monkeypatch):
         raise AssertionError("plan opened the weights")
 
     monkeypatch.setattr(safetensors, "safe_open", forbidden)
-    monkeypatch.setattr(sys.modules["lillama.compress.teacher.blocks"], "safe_open", forbidden)
+    monkeypatch.setattr(
+        importlib.import_module("lillama.compress.teacher.blocks"), "safe_open", forbidden
+    )
     monkeypatch.setattr(sys.modules["transformers.modeling_utils"], "safe_open", forbidden)
     assert lillama.plan(mixtral, 0.2)["bytes_before"] == sum(
         header.num_bytes for header in read_headers(mixtral).values()
