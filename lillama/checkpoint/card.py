@@ -24,10 +24,7 @@ __all__ = ["card_metadata", "card_text", "config_json", "model_card", "recipe_js
 
 
 def recipe_json(
-    options: CompressConfig,
-    headers: Mapping[str, TensorHeader],
-    device: torch.device,
-    **found: Any,
+    options: CompressConfig, headers: Mapping[str, TensorHeader], device: torch.device, **found: Any
 ) -> dict[str, Any]:
     """Return everything needed to run it again, and what it ran on. `headers`: of the teacher;
     `found`: what was planned and what the texts are."""

@@ -11,6 +11,8 @@ module that is only partly factorised, a matrix that stays dense is `<name>.lr_W
 `.weight` transformers would try to stack it).
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "FACTOR_A",
     "FACTOR_B",
@@ -23,6 +25,7 @@ __all__ = [
     "STACKED",
     "factor_shapes",
     "stacked_name",
+    "stacked_place",
 ]
 
 FACTOR_A, FACTOR_B, FACTOR_C = "lr_A", "lr_B", "lr_C"
@@ -57,3 +60,17 @@ def factor_shapes(
 def stacked_name(projection: str, key: str) -> str:
     """Return what a stacked experts module calls a tensor of one projection, of all experts."""
     return f"{projection}_{key.removeprefix('lr_')}"
+
+
+def stacked_place(key: str, ranks: Sequence[int], expert: int, N: int) -> tuple | None:
+    """Return the index of one expert's tensor in the stack of all, which is padded to the largest
+    rank; None where it has none. N: outputs of the projection."""
+    rank = ranks[expert]
+    if rank == 0 or key == KEPT_DENSE:
+        return (ranks[:expert].count(0),) if rank == 0 and key == KEPT_DENSE else None
+    places = {
+        FACTOR_A: (expert, slice(rank)),
+        FACTOR_B: (expert, slice(None), slice(rank)),
+        FACTOR_C: (expert, slice(N - rank), slice(rank)),
+    }
+    return places.get(key, (expert,))

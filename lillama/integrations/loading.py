@@ -18,12 +18,7 @@ from lillama.errors import InputError
 from lillama.integrations.transformers import register
 from lillama.models.config_json import dtype_of, read_config
 
-__all__ = [
-    "check_vocabulary",
-    "choose_device",
-    "load_model",
-    "load_tokenizer",
-]
+__all__ = ["check_vocabulary", "choose_device", "load_model", "load_tokenizer"]
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -86,9 +81,7 @@ def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrai
     register()
     wanted = torch.float32 if device.type == "cpu" else dtype_of(config)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=wanted if dtype == "auto" else getattr(torch, dtype),
-        output_loading_info=True,
+        path, dtype=wanted if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
     )
     model, info = loaded
     # transformers fills what is missing with random numbers and goes on

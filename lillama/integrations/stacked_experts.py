@@ -14,6 +14,7 @@ from lillama.checkpoint.names import (
     PERMUTATION,
     PIVOT_MASK,
     stacked_name,
+    stacked_place,
 )
 from lillama.checkpoint.pivots import permutation_of
 from lillama.models.families import FAMILIES, PROJECTIONS, Family
@@ -57,29 +58,20 @@ class _Stack(_Conversion):
         self.projection = projection
 
     def converted(self, path: str, module: Any, tensors: list[Any]) -> Any:
-        ranks, key = module.ranks[self.projection], self.key
-        owners = [e for e, rank in enumerate(ranks) if (rank == 0) == (key == KEPT_DENSE)]
+        ranks = module.ranks[self.projection]
+        owners = [e for e, rank in enumerate(ranks) if (rank == 0) == (self.key == KEPT_DENSE)]
         if len(owners) != len(tensors):
             raise ValueError(
                 f"{path} needs {len(owners)} tensors of {self.projection}, got {len(tensors)}"
             )
-        target = getattr(module, self.target)
-        if key == PIVOT_MASK:  # of a dense expert, as the module has it from the beginning
-            places = torch.arange(target.shape[1], dtype=target.dtype, device=tensors[0].device)
-            stacked = places.repeat(len(ranks), 1)
-        else:
-            stacked = tensors[0].new_zeros(target.shape)
-        for row, (expert, tensor) in enumerate(zip(owners, tensors, strict=True)):
-            if key == FACTOR_A:
-                stacked[expert, : ranks[expert]] = tensor
-            elif key == FACTOR_B:
-                stacked[expert, :, : ranks[expert]] = tensor
-            elif key == FACTOR_C:
-                stacked[expert, : len(tensor), : ranks[expert]] = tensor
-            elif key == PIVOT_MASK:
-                stacked[expert] = permutation_of(tensor, ranks[expert])
-            else:
-                stacked[row] = tensor
+        target, is_mask = getattr(module, self.target), self.key == PIVOT_MASK
+        stacked = tensors[0].new_zeros(target.shape, dtype=target.dtype if is_mask else None)
+        if is_mask:  # of a dense expert, as the module has it from the beginning
+            stacked[:] = torch.arange(target.shape[1])
+        N, _ = module.projection_shape(self.projection)
+        for expert, tensor in zip(owners, tensors, strict=True):
+            value = permutation_of(tensor, ranks[expert]) if is_mask else tensor
+            stacked[stacked_place(self.key, ranks, expert, N)] = value
         return stacked
 
 

@@ -38,61 +38,39 @@ __all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "register"]
 ALIGNMENT_BYTES = 64
 
 
-class LillamaConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json.
+# Where the model comes from. producer is {"name", "version"}, or "name version" as it once was
+_ORIGIN = ("reduction", "base_model", "base_revision", "recipe", "tokens", "producer")
 
-    Args:
-        ranks: {matrix hub name: R}, what is factorised.
-        format_version: of the on-disk format.
-        gauge: "plain" or "pivot".
-        sentinel: name of the tensor that makes a load without lillama fail.
-        reduction: share of the whole model's parameters removed.
-        base_model, base_revision, recipe, tokens, producer: where the model comes from; producer
-            is {"name", "version"}, or "name version" as it once was.
+
+class LillamaConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: `ranks` {matrix hub name: R}, `format_version`,
+    `gauge`, `sentinel`, and where the model comes from.
 
     Raises:
-        InputError: unknown keys, another format version or gauge, or no ranks or sentinel.
+        InputError: unknown keys; see `check_compression`.
     """
 
     ranks: dict[str, int]
+    gauge: str
+    sentinel: str
+    producer: dict[str, str]
 
-    def __init__(
-        self,
-        ranks: dict[str, int] | None = None,
-        format_version: int = FORMAT_VERSION,
-        gauge: str = "plain",
-        sentinel: str | None = None,
-        reduction: float | None = None,
-        base_model: str | None = None,
-        base_revision: str | None = None,
-        recipe: str | None = None,
-        tokens: int | None = None,
-        producer: dict[str, str] | str | None = None,
-        quant_method: str = QUANT_METHOD,
-        **unknown: Any,
-    ) -> None:
+    def __init__(self, **given: Any) -> None:
+        known = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "gauge": "plain"}
+        values = {**known, **dict.fromkeys(("ranks", "sentinel", *_ORIGIN))}
+        unknown = given.keys() - values
         if unknown:
             raise InputError(
                 f"quantization_config has unknown keys {sorted(unknown)}; "
                 "it was written by a newer lillama, upgrade"
             )
-        promised = {"ranks": ranks, "gauge": gauge, "sentinel": sentinel}
-        check_compression({"format_version": format_version, **promised})
-        assert ranks is not None and sentinel is not None
-        self.quant_method = quant_method  # type: ignore[assignment]
-        self.format_version = format_version
-        self.gauge = gauge
-        self.ranks = ranks
-        self.sentinel = sentinel
-        self.reduction = reduction
-        self.base_model = base_model
-        self.base_revision = base_revision
-        self.recipe = recipe
-        self.tokens = tokens
+        values |= given
+        check_compression(values)
+        self.__dict__.update(values)
         # an object in any case: vLLM reads its "name", whoever made the checkpoint
-        name, _, version = (producer if isinstance(producer, str) else "").partition(" ")
-        named = {"name": name, "version": version} if name else {}
-        self.producer = producer if isinstance(producer, dict) else named
+        name, _, version = str(values["producer"] or "").partition(" ")
+        if not isinstance(values["producer"], dict):
+            self.producer = {"name": name, "version": version} if name else {}
 
 
 class LillamaQuantizer(HfQuantizer):
@@ -101,6 +79,7 @@ class LillamaQuantizer(HfQuantizer):
     quantization_config: LillamaConfig  # type: ignore[assignment]
     # a dense checkpoint cannot be loaded with our config: compress it instead
     requires_calibration = True
+    is_trainable = is_qat_trainable = is_compileable = True  # type: ignore[assignment]
     # of the model that is being loaded
     _family: Family | None = None
 
@@ -216,18 +195,6 @@ class LillamaQuantizer(HfQuantizer):
         return state, {"quant_method": QUANT_METHOD}
 
     def is_serializable(self) -> bool:  # type: ignore[override]
-        return True
-
-    @property
-    def is_trainable(self) -> bool:  # type: ignore[override]
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
 

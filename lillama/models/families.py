@@ -262,8 +262,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere": _dense("cohere", {**_ATTENTION, **_MLP}),
     "glm4": _dense(
-        "glm4",
-        {**_ATTENTION, "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"},
+        "glm4", {**_ATTENTION, "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
     ),
     "starcoder2": _dense("starcoder2", {**_ATTENTION, "c_fc": "mlp.c_fc", "c_proj": "mlp.c_proj"}),
     # multi-head latent attention: queries through one narrow matrix or two, keys and values through

@@ -35,6 +35,7 @@ from lillama.checkpoint.names import (
     PERMUTATION,
     STACKED,
     stacked_name,
+    stacked_place,
 )
 from lillama.checkpoint.pivots import as_stored, pivot_rows
 from lillama.models.families import PROJECTIONS
@@ -145,18 +146,12 @@ class LowRankExperts(nn.Module):
 
     def matrix(self, projection: str, expert: int) -> dict[str, Tensor]:
         """Return the tensors of one matrix by the ends of their names: views, without padding."""
-        (N, _), rank = self.projection_shape(projection), self.ranks[projection][expert]
-        found = dict(zip(STACKED[self.gauge], self._stacked(projection), strict=True))
-        if rank == 0:
-            index = self.ranks[projection][:expert].count(0)
-            return {KEPT_DENSE: found[KEPT_DENSE][index]}
-        places = {
-            FACTOR_A: (expert, slice(rank)),
-            FACTOR_B: (expert, slice(None), slice(rank)),
-            FACTOR_C: (expert, slice(N - rank), slice(rank)),
-            PERMUTATION: expert,
+        (N, _), ranks = self.projection_shape(projection), self.ranks[projection]
+        return {
+            key: stack[place]
+            for key, stack in zip(STACKED[self.gauge], self._stacked(projection), strict=True)
+            if (place := stacked_place(key, ranks, expert, N)) is not None
         }
-        return {key: found[key][place] for key, place in places.items() if key in found}
 
     def stored(self, projection: str, expert: int) -> dict[str, Tensor]:
         """As `matrix`, what a checkpoint stores. Raises ValueError as `pivot_mask_of`."""

@@ -27,7 +27,7 @@ def register() -> None:
     if not tested:
         logger.warning("lillama was tested with vLLM %s, this is %s", TESTED, version)
     try:
-        for name in ("quantization", "mamba_mixer", "vocabulary_layers"):
+        for name in ("quantization", "layers"):
             import_module(f"lillama.integrations.vllm.{name}")
     except ImportError as error:
         if tested:

@@ -28,16 +28,13 @@ from lillama.checkpoint.names import (
     FACTOR_B,
     FACTOR_C,
     KEPT_DENSE,
+    PERMUTATION,
     PIVOT_MASK,
     STACKED,
     stacked_name,
+    stacked_place,
 )
-from lillama.checkpoint.pivots import (
-    is_permutation,
-    permutation_of,
-    pivot_rows,
-    wrong_pivot_mask,
-)
+from lillama.checkpoint.pivots import is_permutation, permutation_of, pivot_rows, wrong_pivot_mask
 from lillama.integrations.vllm.shards import is_loaded
 from lillama.models.families import PROJECTIONS
 
@@ -45,11 +42,6 @@ __all__ = ["LowRankExpertsMethod"]
 
 # vLLM's names of the three, whatever the checkpoint calls them
 SHARD_IDS = {"w1": "gate", "w3": "up", "w2": "down"}
-# {gauge: what the checkpoint has of experts}
-KEYS = {
-    "plain": (FACTOR_A, FACTOR_B, KEPT_DENSE),
-    "pivot": (FACTOR_A, FACTOR_C, PIVOT_MASK, KEPT_DENSE),
-}
 # The Triton kernels want ranks that are multiples of this; the rest is zeros, which add nothing
 RANK_MULTIPLE = 8
 
@@ -99,7 +91,9 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
         super().__init__(moe)
         if moe.activation != MoEActivation.SILU:
             raise ValueError(f"{prefix} uses {moe.activation}; low-rank experts are silu only")
-        self.prefix, self.keys = prefix, KEYS[gauge]
+        self.prefix = prefix
+        # of the tensors in the checkpoint
+        self.keys = [PIVOT_MASK if key == PERMUTATION else key for key in STACKED[gauge]]
         self.all_ranks = dict(zip(PROJECTIONS, ranks, strict=True))
         # what of C and its mask came first, by projection and expert
         self.waiting: dict[tuple[str, int], dict[str, Tensor]] = {}
@@ -123,8 +117,8 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         if layer.apply_router_weight_on_input:
             raise ValueError(f"{self.prefix}: router weights on the input are not supported")
-        hidden, inner = hidden_size, intermediate_size_per_partition
-        self.shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        wide = intermediate_size_per_partition, hidden_size
+        self.shapes = {"gate": wide, "up": wide, "down": wide[::-1]}
         self.ranks = {name: [0] * num_experts for name in PROJECTIONS}
         self.numbers = [-1] * num_experts
         for expert in range(len(self.all_ranks["gate"])):
@@ -160,12 +154,9 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
 
     def _view(self, layer: Any, name: str, key: str, place: int) -> Tensor | None:
         """Return where one expert's tensor belongs; None if config.json promises none."""
-        data, rank = getattr(layer, stacked_name(name, key)).data, self.ranks[name][place]
-        if (rank == 0) != (key == KEPT_DENSE):
-            return None
-        if key == KEPT_DENSE:
-            return data[self.ranks[name][:place].count(0)]
-        return data[place, :rank] if key == FACTOR_A else data[place, :, :rank]
+        ranks, (N, _) = self.ranks[name], self.shapes[name]
+        index = stacked_place(key, ranks, place, N)
+        return None if index is None else getattr(layer, stacked_name(name, key)).data[index]
 
     def _load(
         self,
@@ -238,24 +229,20 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
         for name in ("w13", "w2"):
             for key in self.keys:
                 delattr(layer, f"{name}_{key}")
-        for name in PROJECTIONS:
-            for key in STACKED["plain"]:
-                if not is_loaded(getattr(layer, stacked_name(name, key)).data):
-                    raise ValueError(self._damaged(layer, name, key))
+        for place, expert in enumerate(self.numbers):
+            for name in PROJECTIONS:
+                for key in STACKED["plain"]:
+                    view = self._view(layer, name, key, place)
+                    if view is None or is_loaded(view):
+                        continue
+                    if key == FACTOR_B and FACTOR_C in self.keys:
+                        key = f"{FACTOR_C} or {PIVOT_MASK}"
+                    raise ValueError(
+                        f"the checkpoint lacks {key} of {self.prefix}.{expert} ({name}), or holds "
+                        "NaN or infinity there; it is damaged"
+                    )
         self._check_device(layer)
         self.flat_ranks = [_padded(rank) for name in PROJECTIONS for rank in self.ranks[name]]
-
-    def _damaged(self, layer: Any, name: str, key: str) -> str:
-        for place, expert in enumerate(self.numbers):
-            view = self._view(layer, name, key, place)
-            if view is not None and not is_loaded(view):
-                if key == FACTOR_B and FACTOR_C in self.keys:
-                    key = f"{FACTOR_C} or {PIVOT_MASK}"
-                return (
-                    f"the checkpoint lacks {key} of {self.prefix}.{expert} ({name}), or holds NaN "
-                    "or infinity there; it is damaged"
-                )
-        raise AssertionError("called for finite tensors")
 
     def _check_device(self, layer: Any) -> None:
         device = getattr(layer, stacked_name("down", FACTOR_B)).device
