@@ -22,6 +22,7 @@ from lillama.checkpoint import (
     read_config,
 )
 from lillama.errors import InputError, RunError
+from lillama.folder_writer import recover
 from lillama.hub import HubModel, download, hub_errors, hub_model, is_hub_id, literal
 
 __all__ = ["fetch_weights", "find_model", "remote_headers"]
@@ -51,6 +52,7 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
         weights are downloaded.
     """
     path = Path(model)
+    recover(path)
     hub_id, _, revision = str(model).partition("@")
     if path.exists() or not is_hub_id(hub_id):
         return path

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lillama.config import SampleConfig
 from lillama.errors import InputError, RunError
+from lillama.folder_writer import disk_errors, whole_file
 from lillama.hub_checkpoint import find_model
 from lillama.integrations.mamba import fast_mamba
 from lillama.loading import check_vocabulary, choose_device, load_model, load_tokenizer
@@ -45,16 +46,11 @@ def sample(
         written.
     """
     config = SampleConfig(model=find_model(model), out=Path(out), **options)
-    if config.out.exists():
-        raise InputError(f"{config.out} exists; choose another file")
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
-    tokenizer = load_tokenizer(config.model)
-    device = choose_device(config.device)
-    part = config.out.with_name(config.out.name + ".part")
     rows = done = 0
-    try:
-        with part.open("w", encoding="utf-8") as file:
+    with whole_file(config.out, "sample") as part:
+        tokenizer = load_tokenizer(config.model)
+        device = choose_device(config.device)
+        with disk_errors(config.out), part.open("w", encoding="utf-8") as file:
             for text in _texts(config, tokenizer, device):
                 made: dict[str, Any] = {"text": text}
                 if rows == 0:
@@ -66,11 +62,6 @@ def sample(
                     progress("sample", min(done, config.tokens), config.tokens)
                 if done >= config.tokens:
                     break
-        part.rename(config.out)
-    except OSError as error:
-        raise RunError(f"cannot write {config.out}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return {"rows": rows, "tokens": done, "bytes": config.out.stat().st_size}
 
 

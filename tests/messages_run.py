@@ -47,10 +47,10 @@ def _(kit):
     kit.compress(out=kit.mamba / "out")
 
 
-def unfinished(kit: Kit, recipe: object) -> Path:
+def unfinished(kit: Kit, claim: object) -> Path:
     staging = kit.folder / "out.unfinished"
     staging.mkdir()
-    (staging / "recipe.json").write_text(json.dumps(recipe))
+    (staging / ".claim").write_text(json.dumps(claim))
     return staging
 
 

@@ -23,7 +23,7 @@ LEAVES |= {"config_eval", "config_serve", "documents", "hub", "hub_checkpoint", 
 LEAVES |= {"shard_file", "skeleton", "version"}
 LEAVES |= {"config_advice", "config_finetune"}
 LEAVES |= {"audio", "speech"}
-LEAVES |= {"pivots"}
+LEAVES |= {"folder_writer", "pivots"}
 LAYERS = (
     LEAVES,
     {"modules"},

@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lillama.checkpoint import compression_of, dtype_of, read_config
-from lillama.checkpoint_writer import check_out
+from lillama.checkpoint import (
+    SHARD_INDEX,
+    compression_of,
+    dtype_of,
+    read_config,
+    read_headers,
+    tensor_bytes,
+)
+from lillama.checkpoint_writer import check_space
 from lillama.compress.distill import learning_rate_at
 from lillama.compress.gradients import without_outliers
 from lillama.compress.memory import held_out_blocks
@@ -29,6 +37,7 @@ from lillama.compress.stop import StopRequest
 from lillama.config_finetune import FinetuneConfig
 from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, RunError
+from lillama.folder_writer import FolderWriter, disk_errors
 from lillama.hub_checkpoint import find_model
 from lillama.hub_text import HubText, find_texts
 from lillama.integrations.mamba import fast_mamba
@@ -182,9 +191,6 @@ def _check(config: FinetuneConfig) -> None:
         raise InputError(
             "MODEL and --base have different vocabularies; they do not belong together"
         )
-    check_out(config.out, config.overwrite)
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
 
 
 def finetune(
@@ -225,15 +231,17 @@ def finetune(
         text=find_texts(text),
         **options,
     )
-    with StopRequest() as stop:
-        return finetune_blocks(config, stop, progress)
+    _check(config)
+    with FolderWriter(config.out, {"command": "finetune"}, overwrite=config.overwrite) as folder:
+        with StopRequest() as stop:
+            return finetune_blocks(config, folder, stop, progress)
 
 
 def finetune_blocks(
-    config: FinetuneConfig, stop: StopRequest, progress: Progress | None
+    config: FinetuneConfig, folder: FolderWriter, stop: StopRequest, progress: Progress | None
 ) -> dict[str, Any]:
-    """As `finetune`, for a caller that listens to Ctrl-C itself."""
-    _check(config)
+    """As `finetune`, for a caller that has claimed OUT and listens to Ctrl-C itself."""
+    check_space(config.out, tensor_bytes(read_headers(config.model)))
     device = choose_device(config.device)
     started = time.monotonic()
     train, held_out = _blocks(config, read_config(config.model).vocab_size, stop, progress)
@@ -245,7 +253,7 @@ def finetune_blocks(
     report["seconds"] = round(time.monotonic() - started, 2)
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype_of(read_config(config.model)))
-    _write(config, student, report)
+    _write(config, folder, student, report)
     if config.own_tokens:
         own_text_of(config.out, config.seed)[0].unlink()
     return report
@@ -293,17 +301,19 @@ def _train(
     }
 
 
-def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Beside OUT first, then in place: OUT is whole or not there."""
-    staging = config.out.with_name(config.out.name + ".unfinished")
-    old = config.out.with_name(config.out.name + ".replaced")
-    try:
-        staging.mkdir()
-        student.save_pretrained(staging)
+def _write(
+    config: FinetuneConfig, folder: FolderWriter, student: PreTrainedModel, report: dict[str, Any]
+) -> None:
+    staging = folder.staging
+    with disk_errors(config.out):
+        try:
+            student.save_pretrained(staging)
+        except SafetensorError as error:  # a full disk
+            raise RunError(f"cannot write {staging}: {error}") from error
         for file in config.model.iterdir():
-            if file.suffix != ".safetensors" and not (staging / file.name).exists():
-                if file.name != "model.safetensors.index.json":
-                    shutil.copyfile(file, staging / file.name)
+            is_written = (staging / file.name).exists() or file.name == SHARD_INDEX
+            if file.is_file() and file.suffix != ".safetensors" and not is_written:
+                shutil.copyfile(file, staging / file.name)
         if (made := staging / "report.json").is_file():
             whole = json.loads(made.read_text("utf-8"))
             # an imported model was compressed elsewhere: no seconds of that
@@ -311,19 +321,4 @@ def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, A
             made.write_text(json.dumps({**whole, "finetune": report}, indent=2) + "\n", "utf-8")
         recorded = {**config.recorded(), **report}
         (staging / "finetune.json").write_text(json.dumps(recorded, indent=2) + "\n", "utf-8")
-        replaced = config.out.exists()
-        if replaced:
-            config.out.rename(old)
-        try:
-            staging.rename(config.out)
-        except OSError:
-            if replaced:
-                old.rename(config.out)
-            raise
-        if replaced:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(f"cannot write {config.out}: {error}") from error
-    finally:
-        if staging.is_dir():
-            shutil.rmtree(staging)
+    folder.finish()

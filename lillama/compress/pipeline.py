@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from lillama.checkpoint import read_config, sentinel
-from lillama.checkpoint_writer import CheckpointWriter, check_out, check_space, differences
+from lillama.checkpoint_writer import CheckpointWriter
 from lillama.compress.activations import ActivationMemory
 from lillama.compress.describe import config_json, model_card, recipe_json
 from lillama.compress.encoder import teacher_blocks
 from lillama.compress.events import Events
 from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
+from lillama.compress.output import claimed, how_to_go_on, open_writer
 from lillama.compress.own_text import own_text_of, write_own_text
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
-from lillama.compress.run import Progress, Run, pieces_of
+from lillama.compress.run import Progress, Run
 from lillama.compress.search import measured_curves, search_ranks
 from lillama.compress.speech import check_speech_options, heard, speech_calibration
 from lillama.compress.stop import StopRequest
@@ -31,6 +32,7 @@ from lillama.data import TokenBlocks, calibration_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.families import is_speech
 from lillama.families_generic import family_for
+from lillama.folder_writer import FolderWriter, differences, recover
 from lillama.hub_checkpoint import fetch_weights, find_model
 from lillama.hub_text import find_texts
 from lillama.integrations.mamba import fast_mamba
@@ -90,15 +92,6 @@ def _at_width(config: CompressConfig, hidden_size: int) -> CompressConfig:
     return found
 
 
-def _bytes_to_write(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> int:
-    """What is still to come of the result."""
-    item = plan.item_bytes
-    if options.dtype != "auto":
-        item = getattr(torch, options.dtype).itemsize
-    written = sum(header.num_bytes for header in writer.headers.values())
-    return round(plan.params_after * item) - written
-
-
 def _sizes(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> dict[str, Any]:
     """The report's first part."""
     _, sentinel_shape = sentinel(plan.family, plan.ranks)
@@ -114,17 +107,6 @@ def _sizes(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> dic
         "bytes_before": plan.bytes_before,
         "bytes_after": written - torch.zeros(sentinel_shape).nbytes,
     }
-
-
-def _how_to_go_on(writer: CheckpointWriter) -> str:
-    """The end of an error message: what is kept, and what to do."""
-    if not writer.journal.records:
-        return ""
-    done = sum(writer.done(piece) is not None for piece in writer.pieces)
-    return (
-        f"; {done} of {len(writer.pieces)} shards are finished in {writer.staging}: "
-        "the same command goes on from there"
-    )
 
 
 def compress(
@@ -173,20 +155,22 @@ def compress(
     family_for(model_config)  # refused before its weights are downloaded
     if is_speech(model_config):
         check_speech_options(config)
-    fetch_weights(config.model)
-    plan = make_plan(config, needs_weights=True)
-    if not is_speech(model_config):  # clips are not counted in tokens
-        config = _at_width(config, plan.config.hidden_size)
+    else:  # clips are not counted in tokens
+        config = _at_width(config, model_config.hidden_size)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
-    events = Events(config.events)
     ranks = Ranks()
     try:
-        with fast_mamba(), StopRequest() as stop:
-            run = _compress_whole if config.finetune else _compress
-            own_text = _own_text(config, plan, ranks, stop, progress)
-            report = run(config, plan, ranks, stop, events, progress, own_text)
+        _check_processes(config, ranks)
+        with claimed(config, ranks) as folder:
+            fetch_weights(config.model)
+            plan = make_plan(config, needs_weights=True)
+            events = Events(config.events)
+            with fast_mamba(), StopRequest() as stop:
+                run = _compress_whole if config.finetune else _compress
+                own_text = _own_text(config, plan, stop, progress)
+                report = run(config, plan, ranks, stop, events, progress, own_text, folder)
     finally:
         ranks.close()
     if ranks.is_first:
@@ -196,29 +180,27 @@ def compress(
     return report if ranks.world == 1 else {**report, "process": ranks.rank}
 
 
-def _own_text(
-    config: CompressConfig,
-    plan: Plan,
-    ranks: Ranks,
-    stop: StopRequest,
-    progress: Progress | None,
-) -> Path | None:
-    """What the model wrote to calibrate on, where the text given is not for that. Written once: a
-    run of the same command finds it."""
-    if config.finetune and ranks.world > 1:
+def _check_processes(config: CompressConfig, ranks: Ranks) -> None:
+    if ranks.world == 1:
+        return
+    if config.finetune:
         raise InputError(
             f"preset {config.preset} trains the whole model in one process, got {ranks.world} "
             "ranks; use preset default under torchrun, then lillama finetune"
         )
-    if config.text and not (config.finetune and config.recipe.finetune_own_text):
-        return None
-    if ranks.world > 1:
+    if not config.text:
         raise InputError(
             "several ranks need calibration text; give --text FILE (lillama sample writes one)"
         )
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
-    check_out(config.out, config.overwrite)
+
+
+def _own_text(
+    config: CompressConfig, plan: Plan, stop: StopRequest, progress: Progress | None
+) -> Path | None:
+    """What the model wrote to calibrate on, where the text given is not for that. Written once: a
+    run of the same command finds it."""
+    if config.text and not (config.finetune and config.recipe.finetune_own_text):
+        return None
     if config.text:  # what `finetune` would write, too, once the text given is known to be usable
         _calibration(config, plan, None)
         file, seed = own_text_of(config.out, config.seed)
@@ -236,13 +218,13 @@ def _compress_whole(
     events: Events,
     progress: Progress | None,
     own_text: Path | None,
+    folder: FolderWriter | None,
 ) -> dict[str, Any]:
     """The blocks first, to `OUT.blocks`, then the whole model. Where OUT.blocks is there, the same
     command was killed while it trained the whole, and goes on from there."""
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
-    check_out(config.out, config.overwrite)
+    assert folder is not None
     blocks = config.out.with_name(config.out.name + ".blocks")
+    recover(blocks)
     report = _compress(
         dataclasses.replace(config, out=blocks, overwrite=False),
         plan,
@@ -269,7 +251,7 @@ def _compress_whole(
         overwrite=config.overwrite,
     )
     try:
-        found = finetune_blocks(end, stop, progress)
+        found = finetune_blocks(end, folder, stop, progress)
     except LillamaError as error:
         events("failed", error=str(error))
         raise type(error)(
@@ -309,6 +291,7 @@ def _compress(
     events: Events,
     progress: Progress | None,
     own_text: Path | None,
+    folder: FolderWriter | None = None,
 ) -> dict[str, Any]:
     """Everything between the checks and the report, which rank 0 also writes."""
     started = time.monotonic()
@@ -321,7 +304,7 @@ def _compress(
         return _finished(config.out, recipe)
     held = resident_bytes()
     ranks.agree("the run", recipe)
-    with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:
+    with open_writer(config, plan, recipe, len(teacher.blocks), ranks, folder) as writer:
         shown = progress if ranks.is_first else None
         try:
             plan, increase = search_ranks(
@@ -333,7 +316,7 @@ def _compress(
             rows = run.run(writer)
         except LillamaError as error:
             events("failed", error=str(error))
-            raise type(error)(f"{error}{_how_to_go_on(writer)}") from error
+            raise type(error)(f"{error}{how_to_go_on(writer)}") from error
         report = {
             **_sizes(config, plan, writer),
             "tokens": blocks[0].num_tokens,
@@ -351,27 +334,6 @@ def _compress(
             _finish(writer, config, plan, report)
         ranks.barrier()
     return report
-
-
-def _open_writer(
-    options: CompressConfig, plan: Plan, recipe: dict[str, Any], num_blocks: int, ranks: Ranks
-) -> CheckpointWriter:
-    """Rank 0 makes or takes over the unfinished folder; what it refuses, all refuse."""
-    pieces = pieces_of(num_blocks)
-    writer, problem = None, None
-    if ranks.is_first:
-        try:
-            writer = CheckpointWriter(options.out, recipe, pieces, overwrite=options.overwrite)
-            check_space(options.out, _bytes_to_write(options, plan, writer))
-        except LillamaError as error:
-            problem = error
-    if problem is not None and writer is not None:
-        writer.__exit__(type(problem), problem, None)
-    ranks.raise_together(problem)
-    if writer is None:
-        writer = CheckpointWriter(options.out, recipe, pieces, worker=ranks.rank)
-    ranks.barrier()  # nobody adds to the journals before all have read them
-    return writer
 
 
 def _finish(

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lillama.checkpoint_writer import differences
 from lillama.compress.activations import ActivationStore
 from lillama.errors import InputError, LillamaError, RunError
+from lillama.folder_writer import differences
 
 __all__ = ["STUDENT", "TEACHER", "Ranks"]
 
