@@ -237,12 +237,12 @@ class CheckpointWriter:
         self.folder.finish()
 
 
-def check_space(out: Path, needed_bytes: int) -> None:
-    """Raises RunError when the disk of OUT has less than `needed_bytes` free."""
+def check_space(out: Path, needed_bytes: int, what: str = "result", detail: str = "") -> None:
+    """Raises RunError when the disk of OUT has less than the `needed_bytes` of `what` free."""
     free = shutil.disk_usage(out.parent).free
     if free < needed_bytes:
         gib = 2**30
         raise RunError(
-            f"the disk of {out} has {free / gib:.2f} GiB free, the result needs "
-            f"{needed_bytes / gib:.2f} GiB; free space or choose another OUT"
+            f"the disk of {out} has {free / gib:.2f} GiB free, the {what} needs "
+            f"{needed_bytes / gib:.2f} GiB{detail}; free space or choose another OUT"
         )

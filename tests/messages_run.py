@@ -88,7 +88,7 @@ def _(kit):
 
 
 @case(
-    "the disk of ... has ... GiB free, the result needs ... GiB; free space or choose another OUT"
+    "the disk of ... has ... GiB free, the ... needs ... GiB...; free space or choose another OUT"
 )
 def _(kit):
     usage = shutil.disk_usage("/")._replace(free=1000)

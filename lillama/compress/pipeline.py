@@ -18,7 +18,7 @@ from lillama.compress.encoder import teacher_blocks
 from lillama.compress.events import Events
 from lillama.compress.finetune import finetune_blocks
 from lillama.compress.memory import held_out_blocks, peak_memory, peak_memory_bytes, resident_bytes
-from lillama.compress.output import claimed, how_to_go_on, open_writer
+from lillama.compress.output import check_disk, check_disk_again, claimed, how_to_go_on, open_writer
 from lillama.compress.own_text import own_text_of, write_own_text
 from lillama.compress.plan import Plan, make_plan
 from lillama.compress.ranks import Ranks
@@ -206,6 +206,8 @@ def _own_text(
         file, seed = own_text_of(config.out, config.seed)
     else:
         file, seed = config.out.with_name(config.out.name + ".sample.jsonl"), config.seed
+    if not file.exists():  # before the text is written; what a run left is counted where it goes on
+        check_disk(config, plan, choose_device(config.device))
     write_own_text(file, config.model, config.num_tokens, seed, config, stop, progress)
     return file
 
@@ -304,12 +306,13 @@ def _compress(
         return _finished(config.out, recipe)
     held = resident_bytes()
     ranks.agree("the run", recipe)
-    with open_writer(config, plan, recipe, len(teacher.blocks), ranks, folder) as writer:
+    with open_writer(config, plan, recipe, device, ranks, folder) as writer:
         shown = progress if ranks.is_first else None
         try:
             plan, increase = search_ranks(
                 config, plan, teacher, blocks[0], writer, ranks, stop, shown
             )
+            check_disk_again(config, plan, device, ranks, writer)
             predicted = peak_memory(plan, config, teacher.headers, held)["peak"]
             memory = ActivationMemory.for_run(device, config.activation_memory, writer.staging)
             run = Run(config, plan, teacher, blocks, memory, stop, events, ranks, shown)

@@ -293,9 +293,10 @@ def plan(
             will need, as for `compress`.
 
     Returns:
-        `peak_memory_bytes` (host memory by phase and their "peak"; absent where there are no
-        weights), `params_before, params_after, bytes_before, bytes_after, max_reduction, matrices[]
-        {name, shape, rank, break_even_rank, ...}` and more.
+        `peak_memory_bytes` (host memory by phase and their "peak") and `peak_disk_bytes` (what a
+        run keeps on the disk of OUT: `result, gradients, steps, activations`, and all at its
+        "peak"), both absent where there are no weights; `params_before, params_after, bytes_before,
+        bytes_after, max_reduction, matrices[] {name, shape, rank, break_even_rank, ...}` and more.
 
     Raises:
         InputError: see `make_plan`.
@@ -312,11 +313,13 @@ def plan(
     found = make_plan(config)
     document = found.as_json()
     if found.headers is not None:
-        from lillama.compress.memory import peak_memory, resident_bytes  # which needs this module
+        from lillama.compress.disk import peak_disk  # which need this module
+        from lillama.compress.memory import peak_memory, resident_bytes
 
         if not is_speech(found.config):
             config = config.at_width(found.config.hidden_size)
         memory = peak_memory(found, config, found.headers, resident_bytes())
         rows = document.pop("matrices")
-        document |= {"peak_memory_bytes": memory, "matrices": rows}
+        disk = peak_disk(found, config, found.headers)
+        document |= {"peak_memory_bytes": memory, "peak_disk_bytes": disk, "matrices": rows}
     return document

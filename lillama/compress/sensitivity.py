@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
+from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched, stored_dtype
 from lillama.compress.allocate import Matrix
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import Key, key_of
@@ -76,7 +76,7 @@ class _Pass:
         self.teacher, self.sample, self.recipe = teacher, sample, recipe
         self.memory, self.tick, self.seed = memory, tick, seed
         self.device = teacher.device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = stored_dtype(self.device)
         # by block and batch size, where nothing is padded
         self.arguments: dict[tuple[int, int], dict] = {}
         self.borders: list[ActivationStore] = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lillama.audio import AudioClips
 from lillama.checkpoint import factor_shapes
-from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched
+from lillama.compress.activations import ActivationMemory, ActivationStore, prefetched, stored_dtype
 from lillama.compress.blocks import TeacherBlocks, block_output
 from lillama.compress.calibrate import MomentCollector, key_of
 from lillama.compress.distill import Stream
@@ -88,8 +88,7 @@ class Streams:
         self.plan, self.recipe, self.teacher = plan, recipe, teacher
         self.ranks, self.with_student = ranks, with_student
         self.device, self.memory, self.tick = teacher.device, memory, tick
-        # a GPU computes a block's products in bf16: storing more digits would not add any
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = stored_dtype(self.device)
         if ranks.owns(0):
             with teacher.embeddings():
                 self.sets = [self._embed(part) for part in blocks]
