@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from lillama.checkpoint.compression import compression_of
+from lillama.checkpoint.folder import recover
 from lillama.checkpoint.headers import SHARD_INDEX, TensorHeader, shard_names
 from lillama.errors import InputError, RunError
 from lillama.models.config_json import read_config
@@ -45,6 +46,7 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
         weights are downloaded.
     """
     path = Path(model)
+    recover(path)
     hub_id, _, revision = str(model).partition("@")
     if path.exists() or not is_hub_id(hub_id):
         return path

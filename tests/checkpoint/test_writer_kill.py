@@ -1,24 +1,20 @@
 """CheckpointWriter killed with SIGKILL before each of its file operations in turn."""
 
 import json
-import os
 import shutil
-import signal
-import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import lillama.checkpoint.folder as folder_writer
 import lillama.checkpoint.writer as checkpoint_writer
 from lillama.checkpoint.headers import read_headers
-from lillama.checkpoint.journal import Journal
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.errors import InputError
+from tests.kills import killed_at
 
 RECIPE = {"command": "compress"}
 CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
@@ -27,9 +23,6 @@ SHARDS = {
     "two": {"c": torch.arange(4.0)},
     "mark": {},
 }
-FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
-# what rmtree names without their folder
-FILES = ("model-", "model.", "step-", "README", "recipe", "report", "config", "journal")
 
 
 def write(out: Path, *, overwrite: bool = False, fill: float = 0.0) -> None:
@@ -50,74 +43,16 @@ def mark(out: Path) -> float:
     return float(load_file(out / names["mark"])["mark"][0])
 
 
-def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
-    """Run `work` in a forked process that SIGKILLs itself just before file operation `moment` in
-    `folder`; half a file written is a moment too. False when it ended before that."""
-    pid = os.fork()
-    if pid:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        return status != 0
-    signal.alarm(60)
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def watch(event: str, args: tuple) -> None:
-        if event in FILE_EVENTS and str(args[0]).startswith((str(folder), *FILES)):
-            step()
-
-    write_shard, write_text = checkpoint_writer.write_shard, Path.write_text
-    append = Journal.append
-
-    def slow_save(file: Path, entries: list) -> str:
-        step()
-        digest = write_shard(file, entries)
-        whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
-        step()
-        file.write_bytes(whole)
-        return digest
-
-    def slow_append(journal: Journal, record: dict) -> None:
-        before = journal.file.stat().st_size if journal.file.exists() else 0
-        append(journal, record)
-        whole = journal.file.read_bytes()
-        journal.file.write_bytes(whole[: (before + len(whole)) // 2])
-        step()
-        journal.file.write_bytes(whole)
-
-    def slow_write(path: Path, text: str, *args) -> None:
-        write_text(path, text[: len(text) // 2], *args)
-        step()
-        write_text(path, text, *args)
-
-    code = 1
-    try:
-        checkpoint_writer.write_shard = slow_save
-        Journal.append = slow_append
-        Path.write_text = slow_write  # pyright: ignore[reportAttributeAccessIssue]
-        sys.addaudithook(watch)
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
 def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
     tmp_path, monkeypatch, start
 ):
     monkeypatch.setattr(checkpoint_writer, "sync", lambda path: None)
+    monkeypatch.setattr(folder_writer, "sync", lambda path: None)
     overwrite = start == "old"
     write(tmp_path / "old", fill=1)
+    finished = {path.name for path in (tmp_path / "old").iterdir()}
     CheckpointWriter(tmp_path / "new", RECIPE, list(SHARDS)).add_shard(
         "one", entries_of(SHARDS["one"])
     )
@@ -140,6 +75,7 @@ def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
         if not overwrite and state is not None:
             with pytest.raises(InputError, match="exists"):
                 write(out)
+            assert {path.name for path in out.iterdir()} == finished, "what was left is tidied up"
             continue
         write(out, overwrite=overwrite, fill=3)
         # 2 where the killed run had finished that piece

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lillama
-from lillama.compress import own_text, pipeline
+from lillama.compress import pipeline
+from lillama.compress.session import own_text
 from lillama.data.sample import _split, sampled_with
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_model, load_tokenizer
@@ -92,7 +93,7 @@ def test_sample_refuses_in_one_line(mamba, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(importlib.import_module("lillama.data.sample"), "_texts", full)
-    with pytest.raises(RunError, match="cannot write .*own.jsonl"):
+    with pytest.raises(RunError, match="the disk is full while writing .*own.jsonl"):
         lillama.sample(mamba, tmp_path / "own.jsonl", **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 
