@@ -41,13 +41,13 @@ def _shards(
     for name, header in headers.items():
         index = block_of(name, places)
         numbers[len(places) if index is None else index] += math.prod(header.shape)
-    marks = [0] * len(numbers)
+    masks = [0] * len(numbers)
     for matrix in plan.matrices:
         if (rank := plan.ranks.get(matrix.name)) is not None:
             index = matrix.block if matrix.block >= 0 else len(places)
             numbers[index] -= matrix.params_saved(rank)
-            marks[index] += matrix.mark_bytes
-    *found, rest = (round(n * item_bytes) + m for n, m in zip(numbers, marks, strict=True))
+            masks[index] += matrix.mask_bytes
+    *found, rest = (round(n * item_bytes) + m for n, m in zip(numbers, masks, strict=True))
     return found, rest
 
 
