@@ -38,7 +38,7 @@ def _model(
             for name, rank in zip(("in_proj", "out_proj"), shape.ranks, strict=True):
                 old = getattr(mixer, name)
                 new = LowRankLinear(old.in_features, old.out_features, rank, dtype=dtype)
-                for factor in (new.lr_A, new.lr_B):
+                for factor in (new.A, new.B):
                     torch.nn.init.normal_(factor, std=factor.shape[-1] ** -0.5)
                 setattr(mixer, name, new)
     return model

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
 
-from lillama.checkpoint.format import SINGLE_SHARD
+from lillama.checkpoint.headers import SINGLE_SHARD
 from lillama.checkpoint.shard_file import Entry, write_shard
 
 __all__ = ["SHAPES", "hub_tensors", "write_checkpoint"]

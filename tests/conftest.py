@@ -26,14 +26,13 @@ from transformers import (
 )
 
 import lillama
-from lillama.checkpoint.format import sentinel
+from lillama.checkpoint.sentinel import sentinel
 from lillama.integrations.mamba import fast_mamba
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
 from lillama.models.detection import family_for
 from lillama.models.families import PROJECTIONS
-from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_experts import LowRankExperts, PivotLowRankExperts
+from lillama.modules.low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import dense_expert, replace_modules
 from tests.pivot_orders import choose_pivots
 

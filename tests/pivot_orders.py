@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lillama.checkpoint.pivots import order_of
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.checkpoint.pivots import permutation_of
+from lillama.modules.low_rank_experts import PivotLowRankExperts
+from lillama.modules.low_rank_linear import PivotLowRankLinear
 
 __all__ = ["choose_pivots", "random_order"]
 
@@ -14,7 +14,7 @@ def random_order(num_outputs: int, rank: int) -> Tensor:
     """[N] int32 of any R outputs, as `to_pivot` makes it; by torch's generator."""
     marks = torch.zeros(num_outputs, dtype=torch.uint8)
     marks[torch.randperm(num_outputs)[:rank]] = 1
-    return order_of(marks, rank)
+    return permutation_of(marks, rank)
 
 
 @torch.no_grad()
@@ -26,5 +26,5 @@ def choose_pivots(module: PivotLowRankLinear | PivotLowRankExperts) -> None:
     for projection, ranks in module.ranks.items():
         for expert, rank in enumerate(ranks):
             if rank:
-                order = module.order(projection, expert)
+                order = module.matrix(projection, expert)["lr_order"]
                 order.copy_(random_order(len(order), rank))

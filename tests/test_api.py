@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lillama
-from lillama.checkpoint.format import FORMAT_VERSION
+from lillama.checkpoint.compression import FORMAT_VERSION
 from lillama.config import PRESETS, PlanConfig
 from lillama.errors import InputError, LillamaError, RunError
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from lillama.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, TensorHeader, sentinel
-from lillama.compress.plan.plan import Plan
+from lillama.checkpoint.compression import FORMAT_VERSION, QUANT_METHOD
+from lillama.checkpoint.headers import TensorHeader
+from lillama.checkpoint.sentinel import sentinel
 from lillama.config import CompressConfig
-from lillama.data.datasets import recorded_texts
-from lillama.data.sequences import TokenBlocks
+from lillama.models.families import Family
 from lillama.models.hub import hub_model, recorded
 from lillama.version import __version__
 
@@ -25,12 +25,12 @@ __all__ = ["card_metadata", "card_text", "config_json", "model_card", "recipe_js
 
 def recipe_json(
     options: CompressConfig,
-    plan: Plan,
     headers: Mapping[str, TensorHeader],
     device: torch.device,
-    blocks: tuple[TokenBlocks, TokenBlocks],
+    **found: Any,
 ) -> dict[str, Any]:
-    """Everything needed to run it again, and what it ran on. `blocks`: training, held-out."""
+    """Return everything needed to run it again, and what it ran on. `headers`: of the teacher;
+    `found`: what was planned and what the texts are."""
     listing = sorted((n, h.dtype, h.shape, h.file.name) for n, h in headers.items())
     config = json.loads((options.model / "config.json").read_text("utf-8"))
     digest = hashlib.sha256(json.dumps([config, listing], sort_keys=True).encode())
@@ -41,11 +41,8 @@ def recipe_json(
         # shards of another format are nothing to go on from
         "format_version": FORMAT_VERSION,
         "options": recorded(options),
-        "strategy": plan.strategy,
-        "gauge": plan.gauge,
         "model_sha256": digest.hexdigest(),
-        "data_sha256": {"train": blocks[0].sha256, "held_out": blocks[1].sha256},
-        **recorded_texts(options.text),
+        **found,
         "versions": {
             "lillama": __version__,
             "torch": torch.__version__,
@@ -57,8 +54,8 @@ def recipe_json(
 
 
 def _sample(file: Path) -> bytes:
-    """64 KiB at 64 evenly spaced places of a file, all of a small one: other weights show in any of
-    them, and reading 90 GB for a checksum would take minutes."""
+    """Return 64 KiB at 64 evenly spaced places of a file, all of a small one: other weights show in
+    any of them, and reading 90 GB for a checksum would take minutes."""
     size, places, length = file.stat().st_size, 64, 1 << 16
     with file.open("rb") as stream:
         if size <= places * length:
@@ -71,8 +68,8 @@ def _sample(file: Path) -> bytes:
 
 
 def _hub_id(model: Path) -> str | None:
-    """The base's id on the Hub: told by a folder of the Hub's cache, else the folder's name, which
-    is one only if it was named so; None where it cannot be one."""
+    """Return the base's id on the Hub: told by a folder of the Hub's cache, else the folder's name,
+    which is one only if it was named so; None where it cannot be one."""
     if (found := hub_model(model)) is not None:
         return found.hub_id
     name = model.name
@@ -81,16 +78,14 @@ def _hub_id(model: Path) -> str | None:
 
 
 def card_text(name: str) -> str:
-    """The name of a folder as a word of Markdown on one line."""
+    """Return the name of a folder as a word of Markdown on one line."""
     return html.escape(" ".join(name.split()))
 
 
 def card_metadata(base: Path, *tags: str, hub_id: str | None = None) -> str:
-    """The YAML block that begins a model card, in the Hub's fields; `hub_id` where it is known.
-
-    Source: huggingface.co/docs/hub/model-cards. The license is the base model's, which is not
-    known here.
-    """
+    """Return the YAML block that begins a model card, in the Hub's fields
+    (huggingface.co/docs/hub/model-cards); `hub_id` where it is known. The license is the base
+    model's, which is not known here."""
     hub_id = hub_id or _hub_id(base)
     # JSON is YAML, and a name such as 1e5 or no stays a string
     lines = [] if hub_id is None else [f"base_model: {json.dumps(hub_id)}"]
@@ -98,7 +93,8 @@ def card_metadata(base: Path, *tags: str, hub_id: str | None = None) -> str:
     return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
 
-def model_card(options: CompressConfig, report: dict[str, Any]) -> str:
+def model_card(options: CompressConfig, report: Mapping[str, Any]) -> str:
+    """Return README.md of a compressed model, its numbers from report.json."""
     found = hub_model(options.model)
     base = card_text(options.model.name if found is None else found.hub_id)
     return f"""{card_metadata(options.model, "lillama", "low-rank")}
@@ -125,8 +121,11 @@ here: run `lillama eval` against the base model on text that neither has seen.
 """
 
 
-def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
-    """The base model's config.json, plus what is needed to build and trace the compressed one."""
+def config_json(
+    options: CompressConfig, family: Family, ranks: Mapping[str, int], gauge: str, reduction: float
+) -> dict[str, Any]:
+    """Return the base model's config.json, plus what is needed to build and trace the compressed
+    one."""
     values = json.loads((options.model / "config.json").read_text("utf-8"))
     if options.dtype != "auto":
         values.pop("torch_dtype", None)
@@ -135,10 +134,10 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
     values["quantization_config"] = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "ranks": plan.ranks,
-        "gauge": plan.gauge,
-        "sentinel": sentinel(plan.family, plan.ranks)[0],
-        "reduction": plan.reduction,
+        "ranks": dict(ranks),
+        "gauge": gauge,
+        "sentinel": sentinel(family, ranks)[0],
+        "reduction": reduction,
         "base_model": str(options.model) if found is None else found.hub_id,
         "base_revision": None if found is None else found.commit,
         "recipe": options.preset,

@@ -18,27 +18,26 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lillama.checkpoint.card import card_metadata, card_text
+from lillama.checkpoint.compression import compression_of
 from lillama.checkpoint.folder import FolderWriter, disk_errors
-from lillama.checkpoint.format import (
-    FACTOR_SUFFIXES,
+from lillama.checkpoint.gauge import pivot_tensors, plain_tensors
+from lillama.checkpoint.headers import (
+    SHARD_INDEX,
+    SINGLE_SHARD,
     TensorHeader,
-    check_factors,
-    compression_of,
-    factor_shapes,
-    read_config,
     read_headers,
     read_shard_headers,
-    sentinel,
 )
-from lillama.checkpoint.gauge import pivot_tensors, plain_tensors
-from lillama.checkpoint.pivots import is_permutation, order_of, wrong_marks
+from lillama.checkpoint.names import FACTOR_SUFFIXES, KEPT_DENSE, PIVOT_MASK, factor_shapes
+from lillama.checkpoint.pivots import is_permutation, permutation_of, wrong_pivot_mask
 from lillama.checkpoint.remote import find_model
+from lillama.checkpoint.sentinel import sentinel
+from lillama.checkpoint.shapes import check_factors, count_params, stored_shapes
 from lillama.checkpoint.shard_file import DTYPES, Entry, entries_of, write_shard
 from lillama.checkpoint.writer import check_space
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
-from lillama.integrations.loading import count_params
-from lillama.integrations.transformers import dense_shapes, kept_dense
+from lillama.models.config_json import read_config
 from lillama.models.dense_linear import is_transposed
 from lillama.models.detection import family_for
 from lillama.models.families import Family
@@ -48,13 +47,11 @@ from lillama.version import __version__
 
 __all__ = ["export"]
 
-INDEX = "model.safetensors.index.json"
-
 
 @dataclass
 class _Source:
-    """What is read: `shapes` {matrix: (N, K)} of every factorised matrix and every `lr_W`;
-    `transposed`: the matrices that a dense checkpoint holds as [K, N]."""
+    """What is read. `shapes`: see `stored_shapes`. `transposed`: the matrices that a dense
+    checkpoint holds as [K, N]."""
 
     path: Path
     family: Family
@@ -97,18 +94,18 @@ class _Source:
         stored = {
             key: self.read(f"{matrix}.{key}").to(dtype)
             for key in self.parts(matrix, self.gauge)
-            if key != "lr_pivots"
+            if key != PIVOT_MASK
         }
         if self.gauge == "pivot":
-            stored["lr_pivots"] = self.marks(matrix)
+            stored[PIVOT_MASK] = self.pivot_mask(matrix)
         return plain_tensors(stored)
 
-    def marks(self, matrix: str) -> Tensor:
-        name, rank = f"{matrix}.lr_pivots", self.ranks[matrix]
-        marks = self.read(name)
-        if not is_permutation(order_of(marks, rank)):
-            raise InputError(wrong_marks(name, rank, len(marks)))
-        return marks
+    def pivot_mask(self, matrix: str) -> Tensor:
+        name, rank = f"{matrix}.{PIVOT_MASK}", self.ranks[matrix]
+        mask = self.read(name)
+        if not is_permutation(permutation_of(mask, rank)):
+            raise InputError(wrong_pivot_mask(name, rank, len(mask)))
+        return mask
 
     def product(self, matrix: str) -> Tensor:
         """B A from fp32 products, in the dtype of the factors, as a dense checkpoint holds it; what
@@ -138,7 +135,7 @@ def _open_source(path: Path, format: str) -> _Source:
     if format == gauge:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
     headers = read_headers(path)
-    shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
+    shapes = stored_shapes(model, family, ranks)
     check_factors(
         {name: header.shape for name, header in headers.items()},
         ranks,
@@ -195,7 +192,7 @@ def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entr
             continue
         matrix, _, suffix = name.rpartition(".")
         factorised = matrix in source.ranks and f".{suffix}" in FACTOR_SUFFIXES
-        if suffix == "lr_W" and format == "dense":
+        if suffix == KEPT_DENSE and format == "dense":
             entries.append(source.copy(name, f"{matrix}.weight"))
         elif not factorised:
             entries.append(source.copy(name))
@@ -214,7 +211,7 @@ def _new_bytes(source: _Source, format: str) -> int:
             dense = {"weight": source.shapes[matrix]}
             parts = dense if format == "dense" else source.parts(matrix, format)
             for key, shape in parts.items():
-                dtype = torch.uint8 if key == "lr_pivots" else source.dtype(matrix)
+                dtype = torch.uint8 if key == PIVOT_MASK else source.dtype(matrix)
                 total += math.prod(shape) * dtype.itemsize
         elif matrix not in source.ranks and name != source.sentinel:
             total += header.num_bytes
@@ -243,8 +240,8 @@ def _write_shards(source: _Source, staging: Path, format: str) -> int:
         for part in staging.glob(".part-*"):
             part.unlink()
     index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(names.items()))}
-    if list(staging.glob("*.safetensors")) != [staging / "model.safetensors"]:
-        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    if list(staging.glob("*.safetensors")) != [staging / SINGLE_SHARD]:
+        (staging / SHARD_INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return num_bytes
 
 
@@ -289,7 +286,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 def _copies(path: Path) -> Iterable[Path]:
     """Tokenizer, generation_config.json, recipe.json and whatever else lies beside the weights."""
-    written = {"config.json", "README.md", "report.html", INDEX}
+    written = {"config.json", "README.md", "report.html", SHARD_INDEX}
     for file in sorted(path.iterdir()):
         hidden = file.name.startswith(".")
         if file.is_file() and file.suffix != ".safetensors" and not hidden:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lillama.checkpoint.format import QUANT_METHOD
+from lillama.checkpoint.compression import QUANT_METHOD
 from lillama.checkpoint.journal import LOCK, locked
 from lillama.errors import InputError, RunError
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lillama.checkpoint.pivots import order_of
+from lillama.checkpoint.names import FACTOR_A, FACTOR_B, FACTOR_C, PIVOT_MASK
+from lillama.checkpoint.pivots import permutation_of, pivot_rows
 
-__all__ = ["PivotFactors", "pivot_tensors", "plain_of", "plain_tensors", "rounded", "to_pivot"]
+__all__ = ["PivotFactors", "pivot_tensors", "plain_tensors", "rounded", "to_pivot"]
 
 # No number of C is larger. In bf16, of a trained Mamba's weights at ranks 64 and 96, factors so
 # bounded round off 1.7 to 2.0 times what plain ones do; with a bound of 2 it is 2.2 to 2.4 times.
@@ -16,22 +17,22 @@ LARGEST = 1.05
 
 
 class PivotFactors(NamedTuple):
-    """W = cat([A, C A])[order]. A [R, K], C [N - R, R] in fp64, their rows in ascending order of
-    their outputs; pivots [N] uint8, 1 for rows of A (see `pivots.py`). largest: max |C|."""
+    """W = cat([A, C A])[permutation]. A [R, K], C [N - R, R] in fp64, their rows in ascending order
+    of their outputs; pivot_mask [N] uint8, 1 for rows of A (see `pivots.py`). largest: max |C|."""
 
     A: Tensor
     C: Tensor
-    pivots: Tensor
+    pivot_mask: Tensor
     largest: float
 
     @property
-    def order(self) -> Tensor:
+    def permutation(self) -> Tensor:
         """[N] int32, as `pivot_low_rank_linear` takes it."""
-        return order_of(self.pivots, len(self.A))
+        return permutation_of(self.pivot_mask, len(self.A))
 
 
 def _first_pivots(B: Tensor) -> Tensor:
-    """R rows of B [N, R] by elimination with row pivoting, as LU does it."""
+    """Return R rows of B [N, R] by elimination with row pivoting, as LU does it."""
     _, pivots, _ = torch.linalg.lu_factor_ex(B)
     rows = list(range(len(B)))
     for place, other in enumerate((pivots - 1).tolist()):
@@ -42,8 +43,8 @@ def _first_pivots(B: Tensor) -> Tensor:
 def _exchange(C: Tensor, chosen: Tensor) -> None:
     """Change `chosen` [R], and C [N, R] with it, until no number of C exceeds LARGEST.
 
-    In rounds, among the rows that have larger ones: of an output head these are few, and all its
-    other rows follow in one product instead of one for each exchange.
+    It goes in rounds, among the rows that have larger ones: of an output head these are few, and
+    all its other rows follow in one product instead of one for each exchange.
     """
     N, R = C.shape
     left = 4 * N
@@ -73,7 +74,7 @@ def _exchange(C: Tensor, chosen: Tensor) -> None:
 
 
 def to_pivot(A: Tensor, B: Tensor) -> PivotFactors:
-    """The same product with R of its rows as they are.
+    """Return the same product with R of its rows as they are.
 
     Rows are exchanged until no number of C exceeds LARGEST (maxvol, Goreinov et al. 2010: each
     exchange multiplies the volume of the chosen rows by that number, so it ends). Where B has not
@@ -84,16 +85,16 @@ def to_pivot(A: Tensor, B: Tensor) -> PivotFactors:
     chosen = _first_pivots(B)
     _exchange(_coefficients(B, chosen), chosen)
     chosen = chosen.sort().values
-    pivots = torch.zeros(N, dtype=torch.uint8, device=B.device)
-    pivots[chosen] = 1
-    C = _coefficients(B, chosen)[pivots == 0]  # without the rounding of the exchanges
-    return PivotFactors(B[chosen] @ A, C, pivots, float(C.abs().max()) if len(C) else 0.0)
+    mask = torch.zeros(N, dtype=torch.uint8, device=B.device)
+    mask[chosen] = 1
+    C = _coefficients(B, chosen)[mask == 0]  # without the rounding of the exchanges
+    return PivotFactors(B[chosen] @ A, C, mask, float(C.abs().max()) if len(C) else 0.0)
 
 
 def rounded(found: PivotFactors, dtype: torch.dtype) -> PivotFactors:
-    """As stored in `dtype`. A is rounded first and C fitted to what is left of it: the rounding of
-    A would else reach every other output multiplied by C. Where the rows of A do not determine C,
-    it stays as it was."""
+    """Return them as stored in `dtype`. A is rounded first and C fitted to what is left of it: the
+    rounding of A would else reach every other output multiplied by C. Where the rows of A do not
+    determine C, it stays as it was."""
     A = found.A.to(dtype)
     kept = A.double()
     target = found.C @ (found.A @ kept.mT)
@@ -103,7 +104,7 @@ def rounded(found: PivotFactors, dtype: torch.dtype) -> PivotFactors:
 
 
 def _coefficients(B: Tensor, chosen: Tensor) -> Tensor:
-    """Every row of B by the chosen ones: X [N, R] with X B[chosen] = B, of least norm."""
+    """Return every row of B by the chosen ones: X [N, R] with X B[chosen] = B, of least norm."""
     rows = B[chosen]
     solved, failed = torch.linalg.solve_ex(rows.mT, B.mT)
     if int(failed) == 0 and bool(torch.isfinite(solved).all()):
@@ -111,34 +112,25 @@ def _coefficients(B: Tensor, chosen: Tensor) -> Tensor:
     return B @ torch.linalg.pinv(rows)
 
 
-def plain_of(A: Tensor, C: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """The same factors in the plain gauge: A and B [N, R], which holds the identity."""
-    eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
-    return A, torch.cat([eye, C])[order.long()]
-
-
 def pivot_tensors(
     A: Tensor, B: Tensor, dtype: torch.dtype, *, is_embedding: bool = False
 ) -> tuple[dict[str, Tensor], float]:
-    """What the checkpoint stores of W = B A [N, K] in the pivot gauge, by the ends of the names,
-    rounded to `dtype` (see `lillama.checkpoint.format.factor_shapes`); and max |C|.
+    """Return what the checkpoint stores of W = B A [N, K] in the pivot gauge, by the ends of the
+    names, rounded to `dtype` (see `factor_shapes`); and max |C|.
 
     A [R, K] and B [N, R], of any dtype. is_embedding: W is the table [V, H] of the embeddings,
     whose outputs are its columns: W^T = A^T B^T is what is brought into the gauge.
     """
     found = rounded(to_pivot(B.mT, A.mT) if is_embedding else to_pivot(A, B), dtype)
-    first = {"lr_B": found.A.mT.contiguous()} if is_embedding else {"lr_A": found.A}
-    return {**first, "lr_C": found.C, "lr_pivots": found.pivots}, found.largest
+    first = {FACTOR_B: found.A.mT.contiguous()} if is_embedding else {FACTOR_A: found.A}
+    return {**first, FACTOR_C: found.C, PIVOT_MASK: found.pivot_mask}, found.largest
 
 
 def plain_tensors(stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A [R, K] and B [N, R] of what the checkpoint stores of a matrix in either gauge, by the ends
-    of the names, in the dtype that they have."""
-    if "lr_C" not in stored:
-        return stored["lr_A"], stored["lr_B"]
-    C = stored["lr_C"]
-    order = order_of(stored["lr_pivots"], C.shape[1])
-    if "lr_A" in stored:
-        return plain_of(stored["lr_A"], C, order)
-    table, A = plain_of(stored["lr_B"], C, order)
-    return A.mT, table
+    """Return A [R, K] and B [N, R] of what the checkpoint stores of a matrix in either gauge, by
+    the ends of the names, in the dtype that they have."""
+    if FACTOR_C not in stored:
+        return stored[FACTOR_A], stored[FACTOR_B]
+    C = stored[FACTOR_C]
+    rows = pivot_rows(C, permutation_of(stored[PIVOT_MASK], C.shape[1]))
+    return (stored[FACTOR_A], rows) if FACTOR_A in stored else (rows.mT, stored[FACTOR_B])

@@ -4,7 +4,6 @@ config.json, tokenizer and the index of shards come first: what cannot be used i
 weights are downloaded.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -14,15 +13,11 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from lillama.checkpoint.compression import compression_of
 from lillama.checkpoint.folder import recover
-from lillama.checkpoint.format import (
-    SHARD_INDEX,
-    SINGLE_SHARD,
-    TensorHeader,
-    compression_of,
-    read_config,
-)
+from lillama.checkpoint.headers import SHARD_INDEX, TensorHeader, shard_names
 from lillama.errors import InputError, RunError
+from lillama.models.config_json import read_config
 from lillama.models.hub import HubModel, download, hub_errors, hub_model, is_hub_id, literal
 
 __all__ = ["fetch_weights", "find_model", "remote_headers"]
@@ -66,19 +61,8 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
     return found
 
 
-def _shard_names(path: Path) -> list[str]:
-    index = path / SHARD_INDEX
-    if not index.is_file():
-        return [SINGLE_SHARD]
-    try:
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        return sorted(map(str, names))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of shards: {error!r}") from error
-
-
 def _missing_shards(path: Path) -> list[str]:
-    return [name for name in _shard_names(path) if not (path / name).is_file()]
+    return [name for name in shard_names(path) if not (path / name).is_file()]
 
 
 def fetch_weights(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lillama.checkpoint.folder import FolderWriter, differences, disk_errors, staging_of, sync
-from lillama.checkpoint.format import TensorHeader, read_shard_headers
+from lillama.checkpoint.headers import TensorHeader, read_shard_headers
 from lillama.checkpoint.journal import Journal
 from lillama.checkpoint.shard_file import Entry, file_sha256, write_shard
 from lillama.errors import InputError, RunError

@@ -12,8 +12,8 @@ import torch
 
 from lillama.checkpoint.card import config_json, model_card, recipe_json
 from lillama.checkpoint.folder import differences, recover
-from lillama.checkpoint.format import read_config, sentinel
 from lillama.checkpoint.remote import fetch_weights, find_model
+from lillama.checkpoint.sentinel import sentinel
 from lillama.compress.measure.search import measured_curves, search_ranks
 from lillama.compress.plan.memory import peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan.plan import make_plan
@@ -33,11 +33,12 @@ from lillama.compress.session.stop import StopRequest
 from lillama.compress.teacher.blocks import TeacherBlocks
 from lillama.compress.train.finetune import finetune_blocks
 from lillama.config import CompressConfig, FinetuneConfig
-from lillama.data.datasets import find_texts
+from lillama.data.datasets import find_texts, recorded_texts
 from lillama.data.sequences import TokenBlocks, calibration_blocks, held_out_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import read_config
 from lillama.models.detection import family_for
 
 __all__ = ["Progress", "compress"]
@@ -271,7 +272,16 @@ def _compress(session: Session) -> dict[str, Any]:
     plan = session.plan
     session.teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
     session.teacher.check_names(matrix.name for matrix in plan.matrices)
-    recipe = recipe_json(config, plan, session.teacher.headers, device, session.sequences)
+    train, held_out = session.sequences
+    recipe = recipe_json(
+        config,
+        session.teacher.headers,
+        device,
+        strategy=plan.strategy,
+        gauge=plan.gauge,
+        data_sha256={"train": train.sha256, "held_out": held_out.sha256},
+        **recorded_texts(config.text),
+    )
     if config.finetune and config.out.is_dir():
         return _finished(config.out, recipe)
     held = resident_bytes()
@@ -305,10 +315,10 @@ def _compress(session: Session) -> dict[str, Any]:
 
 
 def _finish(session: Session, report: dict[str, Any]) -> None:
-    config, curves = session.config, measured_curves(session.writer)
+    config, plan, curves = session.config, session.plan, measured_curves(session.writer)
     copies = [file for name in COPIED_FILES if (file := config.model / name).is_file()]
     session.writer.finish(
-        config_json(config, session.plan),
+        config_json(config, plan.family, plan.ranks, plan.gauge, plan.reduction),
         report=report if curves is None else {**report, "rank_losses": curves},
         model_card=model_card(config, report),
         copies=copies,

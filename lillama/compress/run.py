@@ -11,7 +11,6 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint.format import dtype_of
 from lillama.checkpoint.shard_file import entries_of
 from lillama.compress.measure.moments import MomentCollector
 from lillama.compress.plan.memory import peak_memory_bytes
@@ -36,6 +35,7 @@ from lillama.compress.train.student import (
     student_structure,
 )
 from lillama.config import Loss
+from lillama.models.config_json import dtype_of
 
 __all__ = ["Run"]
 

@@ -6,13 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import (
-    compression_of,
-    read_config,
-    read_headers,
-    tensor_bytes,
-)
+from lillama.checkpoint.compression import compression_of
+from lillama.checkpoint.headers import read_headers, tensor_bytes
 from lillama.checkpoint.remote import find_model
+from lillama.checkpoint.shapes import count_params
 from lillama.config import EvalConfig
 from lillama.data.datasets import find_texts
 from lillama.errors import InputError
@@ -20,14 +17,9 @@ from lillama.evaluate.generations import check_generations
 from lillama.evaluate.perplexity import Progress, measure_text, scored_text
 from lillama.evaluate.speed import measure_speed
 from lillama.evaluate.tasks import check_harness, run_tasks
-from lillama.integrations.loading import (
-    check_vocabulary,
-    choose_device,
-    count_params,
-    load_model,
-    load_tokenizer,
-)
+from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import read_config
 
 __all__ = ["evaluate", "stored_size"]
 

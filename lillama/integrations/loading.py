@@ -8,27 +8,19 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lillama.checkpoint.format import (
-    check_unquantized,
-    compression_of,
-    dtype_of,
-    read_config,
-    read_headers,
-)
+from lillama.checkpoint.compression import check_unquantized, compression_of
+from lillama.checkpoint.headers import read_headers
 from lillama.errors import InputError
-from lillama.integrations.transformers import dense_shapes, register
-from lillama.models.detection import family_for
-from lillama.models.skeleton import skeleton
+from lillama.integrations.transformers import register
+from lillama.models.config_json import dtype_of, read_config
 
 __all__ = [
     "check_vocabulary",
     "choose_device",
-    "count_params",
     "load_model",
     "load_tokenizer",
 ]
@@ -75,23 +67,6 @@ def check_vocabulary(token_ids: torch.Tensor, vocab_size: int) -> None:
             f"the tokenizer gives token {largest}, the model has {vocab_size}; "
             "they do not belong together"
         )
-
-
-def count_params(
-    config: PretrainedConfig, ranks: dict[str, int] | None = None, gauge: str = "plain"
-) -> int:
-    """Parameters of the dense model of this config, or with `ranks` of the factorised one; tied
-    ones once."""
-    model = skeleton(config)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    if not ranks:
-        return params
-    family = family_for(config, model)
-    for name, (N, K) in dense_shapes(model, family, ranks).items():
-        rank = ranks[name]
-        identity = rank if gauge == "pivot" else 0
-        params -= N * K - rank * (N + K - identity)
-    return params
 
 
 def load_model(path: Path, device: torch.device, dtype: str = "auto") -> PreTrainedModel:

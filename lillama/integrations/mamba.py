@@ -163,9 +163,9 @@ def _mixer_weights(mixer: Any) -> MixerWeights | None:
         return None
     conv, dt = mixer.conv1d, mixer.dt_proj
     return MixerWeights(
-        in_A=into.lr_A, in_B=into.lr_B, in_bias=into.bias, conv=conv.weight.squeeze(1),
+        in_A=into.A, in_B=into.B, in_bias=into.bias, conv=conv.weight.squeeze(1),
         conv_bias=conv.bias, x_proj=inner.weight, dt=dt.weight, dt_bias=dt.bias,
-        A_log=mixer.A_log, D=mixer.D, out_A=out.lr_A, out_B=out.lr_B, out_bias=out.bias,
+        A_log=mixer.A_log, D=mixer.D, out_A=out.A, out_B=out.B, out_bias=out.bias,
     )  # fmt: skip
 
 

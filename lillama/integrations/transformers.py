@@ -7,7 +7,7 @@ factor was really filled and is finite after it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,21 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lillama.checkpoint.format import (
-    FORMAT_VERSION,
-    GAUGES,
-    QUANT_METHOD,
-    check_factors,
-    check_ranks,
-    check_sentinel,
-    read_shard_headers,
-    saved_sentinel,
-)
-from lillama.checkpoint.pivots import is_permutation, marks_of, wrong_marks
+from lillama.checkpoint.compression import FORMAT_VERSION, QUANT_METHOD, check_compression
+from lillama.checkpoint.headers import read_shard_headers
+from lillama.checkpoint.names import PERMUTATION, PIVOT_MASK
+from lillama.checkpoint.pivots import as_stored, is_permutation, wrong_pivot_mask
+from lillama.checkpoint.sentinel import saved_sentinel
+from lillama.checkpoint.shapes import check_factors, stored_shapes
 from lillama.errors import InputError
 from lillama.integrations.stacked_experts import factor_conversions
-from lillama.models.dense_linear import is_transposed
 from lillama.models.detection import family_for
 from lillama.models.families import PROJECTIONS, Family
-from lillama.modules.low_rank_embedding import LowRankEmbedding
+from lillama.modules.factorized import Factorized
 from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import replace_modules
 
-__all__ = [
-    "LillamaConfig",
-    "LillamaQuantizer",
-    "attach_quantizer",
-    "dense_shapes",
-    "kept_dense",
-    "register",
-]
+__all__ = ["LillamaConfig", "LillamaQuantizer", "attach_quantizer", "register"]
 
 # where torch places the tensors it allocates itself
 ALIGNMENT_BYTES = 64
@@ -93,14 +76,8 @@ class LillamaConfig(QuantizationConfigMixin):
                 f"quantization_config has unknown keys {sorted(unknown)}; "
                 "it was written by a newer lillama, upgrade"
             )
-        if format_version != FORMAT_VERSION or gauge not in GAUGES:
-            raise InputError(
-                f"format_version {format_version!r} with gauge {gauge!r} cannot be read; this "
-                f"lillama reads version {FORMAT_VERSION} with gauge {' or '.join(GAUGES)}; "
-                "compress again, or use the lillama that wrote it"
-            )
-        check_ranks(ranks)
-        check_sentinel(sentinel)
+        promised = {"ranks": ranks, "gauge": gauge, "sentinel": sentinel}
+        check_compression({"format_version": format_version, **promised})
         assert ranks is not None and sentinel is not None
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
@@ -118,54 +95,6 @@ class LillamaConfig(QuantizationConfigMixin):
         self.producer = producer if isinstance(producer, dict) else named
 
 
-def dense_shapes(
-    model: nn.Module, family: Family, ranks: Iterable[str]
-) -> dict[str, tuple[int, int]]:
-    """{matrix hub name: (N, K)} of a dense model (meta tensors will do), names as in `ranks`.
-
-    Raises:
-        InputError: a name is not a matrix of this model.
-    """
-    prefix = getattr(model, "base_model_prefix", "")
-    shapes: dict[str, tuple[int, int]] = {}
-    parameters = dict(model.named_parameters())
-    for name in ranks:
-        parsed = None if family.experts is None else family.experts.parse(name)
-        tensor = f"{parsed[0]}.down_proj" if parsed else f"{family.runtime_name(name)}.weight"
-        tensor = tensor if tensor in parameters else tensor.removeprefix(f"{prefix}.")
-        found = parameters.get(tensor)
-        wanted_ndim = 2 if parsed is None else 3
-        if (
-            found is None
-            or found.ndim != wanted_ndim
-            or (parsed is not None and parsed[1] >= found.shape[0])
-        ):
-            raise InputError(f"quantization_config names {name}, which is no matrix of this model")
-        if parsed is None:
-            transposed = is_transposed(model.get_submodule(tensor.rpartition(".")[0]))
-            shapes[name] = (found.shape[transposed], found.shape[not transposed])
-        else:
-            hidden, intermediate = found.shape[1:]
-            down = parsed[2] == "down"
-            shapes[name] = (hidden, intermediate) if down else (intermediate, hidden)
-    return shapes
-
-
-def kept_dense(model: PreTrainedModel, family: Family, ranks: Iterable[str]) -> list[str]:
-    """Hub names of the matrices without a rank in experts modules that have one elsewhere."""
-    naming, ranked = family.experts, set(ranks)
-    if naming is None:
-        return []
-    return [
-        name
-        for block in {name.partition(f".{naming.hub}.")[0] for name in ranked if naming.parse(name)}
-        for expert in range(family.num_experts(model.config))
-        for projection in PROJECTIONS
-        if (name := f"{block}.{naming.hub}.{expert}.{naming.hub_projection(projection)}")
-        not in ranked
-    ]
-
-
 class LillamaQuantizer(HfQuantizer):
     """Builds the factorised modules before the weights are loaded and verifies them afterwards."""
 
@@ -179,7 +108,8 @@ class LillamaQuantizer(HfQuantizer):
         return
 
     def _canonical(self, name: str, model: PreTrainedModel, family: Family) -> str:
-        """Tensor name as config.json would spell it: hub name, with the base model's prefix."""
+        """Return a tensor's name as config.json would spell it: hub name, with the base model's
+        prefix."""
         if family.experts is not None:
             name = name.replace(f".{family.experts.runtime}.", f".{family.experts.hub}.")
         prefix = f"{model.base_model_prefix}."
@@ -190,7 +120,7 @@ class LillamaQuantizer(HfQuantizer):
         return prefix + name if wants_prefix and not has_prefix else name
 
     def _ranks(self, model: PreTrainedModel, family: Family) -> dict[str, int]:
-        """Without the head where the model has none (AutoModel)."""
+        """Return the ranks, without the head where the model has none (AutoModel)."""
         ranks: dict[str, int] = self.quantization_config.ranks
         has_head = model.get_output_embeddings() is not None
         return {name: rank for name, rank in ranks.items() if has_head or name != family.head}
@@ -199,7 +129,7 @@ class LillamaQuantizer(HfQuantizer):
         family = family_for(model.config)
         ranks = self._ranks(model, family)
         gauge = self.quantization_config.gauge
-        shapes = dense_shapes(model, family, [*ranks, *kept_dense(model, family, ranks)])
+        shapes = stored_shapes(model, family, ranks)
         files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
         if files and all(file.suffix == ".safetensors" for file in files):
             dropped = f"{family.head}." if len(ranks) < len(self.quantization_config.ranks) else ()
@@ -246,18 +176,11 @@ class LillamaQuantizer(HfQuantizer):
                 )
         for path, module in _factorised(model):
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta:  # offloaded to disk: nothing in memory to look at
-                    continue
-                if not getattr(parameter, "_is_hf_initialized", False):
+                # offloaded to disk: nothing in memory to look at
+                if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                     raise InputError(f"{path}.{key} is missing from the checkpoint")
-                if not bool(torch.isfinite(parameter).all()):
-                    name = _damaged_name(family, path, module, key, parameter)
-                    name = self._canonical(name, model, family)
-                    raise InputError(f"{name} holds NaN or infinity; the checkpoint is damaged")
-            for name, (order, rank) in _orders(family, path, module).items():
-                if not is_permutation(order):
-                    name = self._canonical(name, model, family)
-                    raise InputError(wrong_marks(name, rank, len(order)))
+            for matrix, rank, tensors in _matrices(family, path, module):
+                _check_loaded(self._canonical(f"{matrix}.", model, family), rank, tensors)
         # tensors that went through a conversion keep the dtype of the file; tensors mapped from a
         # file lie at any address, and products on a CPU then differ in their last bit
         strict_fp32 = model._keep_in_fp32_modules_strict or ()
@@ -274,27 +197,19 @@ class LillamaQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(  # type: ignore[override]
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """For save_pretrained: experts one by one without padding, marks in place of orders, and
-        the sentinel, under a name that stays and that goes into config.json.
-
-        Raises:
-            ValueError: marks cannot express the order of a matrix's outputs.
-        """
+        """Return what save_pretrained writes: experts one by one without padding, pivot masks in
+        place of permutations, and the sentinel, under a name that stays and that goes into
+        config.json. Raises ValueError as `pivot_mask_of`."""
         family = family_for(model.config)
         state = model.state_dict()
         for path, module in _factorised(model):
-            if isinstance(module, _Pivot):
-                order = state.pop(f"{path}.lr_order")
-                state[f"{path}.lr_pivots"] = marks_of(order, module.rank)
-            if not isinstance(module, LowRankExperts) or family.experts is None:
-                continue
             for key in module.state_dict():
                 del state[f"{path}.{key}"]
-            for projection in PROJECTIONS:
-                short = family.experts.hub_projection(projection)
-                for expert in range(module.num_experts):
-                    for key, tensor in module.stored(projection, expert).items():
-                        state[f"{path}.{expert}.{short}.{key}"] = tensor.clone()
+            for matrix, rank, tensors in _matrices(family, path, module):
+                for key, tensor in as_stored(tensors, rank).items():
+                    # a view of a stack would be saved with all of it
+                    own = tensor.clone() if isinstance(module, LowRankExperts) else tensor
+                    state[f"{matrix}.{key}"] = own.detach()
         name, shape = saved_sentinel(family, self.quantization_config.ranks)
         state[name] = torch.zeros(shape)
         self.quantization_config.sentinel = name
@@ -316,46 +231,37 @@ class LillamaQuantizer(HfQuantizer):
         return True
 
 
-_Pivot = PivotLowRankLinear | PivotLowRankEmbedding
-_Factorised = LowRankLinear | LowRankExperts | LowRankEmbedding | _Pivot
-
-
-def _factorised(model: nn.Module) -> list[tuple[str, _Factorised]]:
+def _factorised(model: nn.Module) -> list[tuple[str, Factorized | LowRankExperts]]:
     return [
-        (path, module) for path, module in model.named_modules() if isinstance(module, _Factorised)
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, Factorized | LowRankExperts)
     ]
 
 
-def _damaged_name(family: Family, path: str, module: nn.Module, key: str, parameter: Tensor) -> str:
-    """What the checkpoint calls the first part of a parameter that is not finite."""
-    naming = family.experts
-    if not isinstance(module, LowRankExperts) or naming is None:
-        return f"{path}.{key}"
-    projection, suffix = key.split("_")
-    row = int((~torch.isfinite(parameter)).flatten(1).any(1).nonzero()[0])
-    if suffix == "W":
-        row = [e for e, rank in enumerate(module.ranks[projection]) if rank == 0][row]
-    return f"{path}.{row}.{naming.hub_projection(projection)}.lr_{suffix}"
+def _matrices(
+    family: Family, path: str, module: Factorized | LowRankExperts
+) -> Iterator[tuple[str, int, dict[str, Tensor]]]:
+    """Yield name, rank and tensors of every matrix of a factorised module."""
+    if isinstance(module, Factorized):
+        yield path, module.rank, module.state_dict()
+        return
+    assert family.experts is not None
+    for projection in PROJECTIONS:
+        short = family.experts.hub_projection(projection)
+        for expert, rank in enumerate(module.ranks[projection]):
+            yield f"{path}.{expert}.{short}", rank, module.matrix(projection, expert)
 
 
-def _orders(family: Family, path: str, module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """{hub name of the marks: (order of outputs, rank)} of what is in the pivot gauge, but on the
-    meta device."""
-    if isinstance(module, _Pivot):
-        found = {f"{path}.lr_pivots": (module.lr_order, module.rank)}
-    elif isinstance(module, PivotLowRankExperts) and family.experts is not None:
-        found = {
-            f"{path}.{expert}.{family.experts.hub_projection(projection)}.lr_pivots": (
-                module.order(projection, expert),
-                rank,
-            )
-            for projection in PROJECTIONS
-            for expert, rank in enumerate(module.ranks[projection])
-            if rank
-        }
-    else:
-        found = {}
-    return {name: pair for name, pair in found.items() if not pair[0].is_meta}
+def _check_loaded(prefix: str, rank: int, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            continue
+        if key == PERMUTATION:
+            if not is_permutation(tensor):
+                raise InputError(wrong_pivot_mask(f"{prefix}{PIVOT_MASK}", rank, len(tensor)))
+        elif not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{prefix}{key} holds NaN or infinity; the checkpoint is damaged")
 
 
 def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:

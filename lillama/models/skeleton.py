@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lillama.checkpoint.format import dtype_of
 from lillama.errors import InputError
+from lillama.models.config_json import dtype_of
 
 __all__ = ["block_list", "block_of", "named_blocks", "skeleton"]
 

@@ -1,28 +1,18 @@
-"""nn.Embedding with its table [V, H] replaced by B [V, R] @ A [R, H], and what stands for the
-weight of such a module or of a factorised output head."""
-
-from typing import Any
+"""nn.Embedding with its table [V, H] as low-rank factors."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["FactorizedEmbedding", "LowRankEmbedding", "shape_only"]
+from lillama.modules.factorized import Factorized
 
-
-def shape_only(V: int, H: int, dtype: torch.dtype) -> Tensor:
-    """A weight [V, H] on the meta device, with the factors' dtype: models look at the dtype of the
-    head's and the embeddings' `weight` at every step, where computing it would cost more than the
-    step; whatever would read its numbers fails."""
-    return torch.empty(V, H, dtype=dtype, device="meta")
+__all__ = ["FactorizedEmbedding", "LowRankEmbedding", "PivotLowRankEmbedding"]
 
 
-class FactorizedEmbedding(nn.Module):
-    """What both gauges share: the sizes, and `lr_B` [V, R]. The other factor is a subclass's.
+class FactorizedEmbedding(Factorized):
+    """The part of both gauges: the factors and the sizes. Raises ValueError as `Factorized`."""
 
-    Raises:
-        ValueError: rank outside 1..min(num_embeddings, embedding_dim).
-    """
+    is_embedding = True
 
     def __init__(
         self,
@@ -33,20 +23,15 @@ class FactorizedEmbedding(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        limit = min(num_embeddings, embedding_dim)
-        if not 1 <= rank <= limit:
-            raise ValueError(
-                f"rank must be in 1..min(num_embeddings, embedding_dim) = {limit}, got {rank}"
-            )
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.rank, self.padding_idx = rank, padding_idx
-        self.lr_B = nn.Parameter(torch.empty(num_embeddings, rank, device=device, dtype=dtype))
+        shape = num_embeddings, embedding_dim
+        super().__init__(shape, rank, "num_embeddings, embedding_dim", device, dtype)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
 
     @property
     def weight(self) -> Tensor:
         """Shape and dtype only, see `shape_only`."""
-        return shape_only(self.num_embeddings, self.embedding_dim, self.lr_B.dtype)
+        return self.shape_only(self.B.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -56,13 +41,20 @@ class FactorizedEmbedding(nn.Module):
 
 
 class LowRankEmbedding(FactorizedEmbedding):
-    """y = B[ids] A, parameters `lr_A` [R, H] and `lr_B` [V, R]. Arguments and errors as
-    `FactorizedEmbedding`'s."""
-
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.lr_A = nn.Parameter(self.lr_B.new_empty(self.rank, self.embedding_dim))
+    """y = B[ids] A with A [R, H], B [V, R]."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] integers -> [..., H]."""
-        return F.embedding(ids, self.lr_B) @ self.lr_A
+        return F.embedding(ids, self.B) @ self.A
+
+
+class PivotLowRankEmbedding(FactorizedEmbedding):
+    """y = [z, z C^T][permutation] with z = B[ids], B [V, R] being R columns of the table as they
+    are, C [H - R, R]."""
+
+    gauge = "pivot"
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] integers -> [..., H]."""
+        z = F.embedding(ids, self.B)
+        return torch.cat([z, F.linear(z, self.C)], dim=-1).index_select(-1, self.permutation)

@@ -8,9 +8,17 @@ transformers initialises that class by touching `gate_up_proj`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from lillama_kernels import ExpertFactors, ProjectionFactors, low_rank_experts
+from lillama_kernels import (
+    ExpertFactors,
+    PivotExpertFactors,
+    PivotProjectionFactors,
+    ProjectionFactors,
+    low_rank_experts,
+    pivot_low_rank_experts,
+)
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.integrations.moe import (
@@ -19,9 +27,19 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
+from lillama.checkpoint.names import (
+    FACTOR_A,
+    FACTOR_B,
+    FACTOR_C,
+    KEPT_DENSE,
+    PERMUTATION,
+    STACKED,
+    stacked_name,
+)
+from lillama.checkpoint.pivots import as_stored, pivot_rows
 from lillama.models.families import PROJECTIONS
 
-__all__ = ["LowRankExperts"]
+__all__ = ["LowRankExperts", "PivotLowRankExperts"]
 
 
 class _LowRankExpertsInterface(ExpertsInterface):
@@ -53,12 +71,13 @@ class LowRankExperts(nn.Module):
         config: the model's config; `hidden_act` must be silu.
         num_experts, hidden_size, intermediate_size: E, H, I.
         ranks: for "gate", "up" and "down" the E ranks; 0 keeps that expert's projection dense (in
-        `_W`).
+            `_W`).
 
     Raises:
         ValueError: activation other than silu, or ranks of the wrong number.
     """
 
+    gauge: ClassVar[str] = "plain"
     config: PretrainedConfig  # set by use_experts_implementation
 
     def __init__(
@@ -81,52 +100,70 @@ class LowRankExperts(nn.Module):
         for name, ranks_e in self.ranks.items():
             if len(ranks_e) != num_experts:
                 raise ValueError(f"{name} needs {num_experts} ranks, got {len(ranks_e)}")
-            for suffix, shape in self._shapes(name).items():
-                value = None if shape is None else torch.zeros(shape, device=device, dtype=dtype)
-                self.register_parameter(
-                    f"{name}_{suffix}", None if value is None else nn.Parameter(value)
-                )
+            for key in STACKED[self.gauge]:
+                self._register(name, key, device, dtype)
 
-    def _shapes(self, projection: str) -> dict[str, tuple[int, int, int] | None]:
-        """{suffix: shape} of one projection's parameters; None for one that it does not have."""
+    def _register(
+        self,
+        projection: str,
+        key: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make one tensor of a projection; None where no expert has it."""
         (N, K), ranks = self.projection_shape(projection), self.ranks[projection]
-        num_dense, rank = ranks.count(0), max(ranks)
-        return {
-            "A": (self.num_experts, rank, K) if rank else None,
-            "B": (self.num_experts, N, rank) if rank else None,
-            "W": (num_dense, N, K) if num_dense else None,
-        }
+        E, R, num_dense = self.num_experts, max(ranks), ranks.count(0)
+        name = stacked_name(projection, key)
+        if key == PERMUTATION:
+            order = torch.arange(N, dtype=torch.int32, device=device).repeat(E, 1)
+            self.register_buffer(name, order if R else None)
+            return
+        if key == KEPT_DENSE:
+            shape = (num_dense, N, K) if num_dense else None
+        elif not R:
+            shape = None
+        elif key == FACTOR_A:
+            shape = E, R, K
+        else:
+            shape = E, N - min(filter(None, ranks)) if key == FACTOR_C else N, R
+        value = None if shape is None else torch.zeros(shape, device=device, dtype=dtype)
+        self.register_parameter(name, None if value is None else nn.Parameter(value))
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
-        """(N, K) of one projection: gate and up [I, H], down [H, I]."""
+        """Return (N, K) of one projection: gate and up [I, H], down [H, I]."""
         if projection == "down":
             return self.hidden_dim, self.intermediate_dim
         return self.intermediate_dim, self.hidden_dim
 
+    def _stacked(self, projection: str) -> list[Any]:
+        return [getattr(self, stacked_name(projection, key)) for key in STACKED[self.gauge]]
+
     def factors(self) -> ExpertFactors:
         return ExpertFactors(
-            *(
-                ProjectionFactors(
-                    self.ranks[name], *(getattr(self, f"{name}_{suffix}") for suffix in "ABW")
-                )
-                for name in PROJECTIONS
-            )
+            *(ProjectionFactors(self.ranks[name], *self._stacked(name)) for name in PROJECTIONS)
         )
 
-    def stored(self, projection: str, expert: int) -> dict[str, Tensor]:
-        """Views, without padding, of what the checkpoint stores: {"lr_A": [r, K], "lr_B": [N, r]}
-        or {"lr_W": [N, K]}."""
-        rank = self.ranks[projection][expert]
+    def matrix(self, projection: str, expert: int) -> dict[str, Tensor]:
+        """Return the tensors of one matrix by the ends of their names: views, without padding."""
+        (N, _), rank = self.projection_shape(projection), self.ranks[projection][expert]
+        found = dict(zip(STACKED[self.gauge], self._stacked(projection), strict=True))
         if rank == 0:
             index = self.ranks[projection][:expert].count(0)
-            return {"lr_W": getattr(self, f"{projection}_W")[index]}
-        return {
-            "lr_A": getattr(self, f"{projection}_A")[expert, :rank],
-            "lr_B": getattr(self, f"{projection}_B")[expert, :, :rank],
+            return {KEPT_DENSE: found[KEPT_DENSE][index]}
+        places = {
+            FACTOR_A: (expert, slice(rank)),
+            FACTOR_B: (expert, slice(None), slice(rank)),
+            FACTOR_C: (expert, slice(N - rank), slice(rank)),
+            PERMUTATION: expert,
         }
+        return {key: found[key][place] for key, place in places.items() if key in found}
+
+    def stored(self, projection: str, expert: int) -> dict[str, Tensor]:
+        """As `matrix`, what a checkpoint stores. Raises ValueError as `pivot_mask_of`."""
+        return as_stored(self.matrix(projection, expert), self.ranks[projection][expert])
 
     def combined(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """What `forward` returns, whatever implementation the config names."""
+        """Return what `forward` returns, whatever implementation the config names."""
         return low_rank_experts(hidden_states, top_k_index, top_k_weights, self.factors())
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -143,3 +180,41 @@ class LowRankExperts(nn.Module):
 
 # Edits the class in place; as a decorator it would hide the class from type checkers.
 use_experts_implementation(LowRankExperts, experts_interface=_INTERFACE)
+
+
+class PivotLowRankExperts(LowRankExperts):
+    """As LowRankExperts, a factorised matrix being cat([A, C A])[permutation]; parameters
+    `<projection>_A`, `<projection>_C`, `<projection>_W`, buffers `<projection>_order` [E, N] int32
+    (of a dense expert without a meaning). A checkpoint holds a mask in place of the permutation
+    (`checkpoint/pivots.py`); loading and saving exchange them."""
+
+    gauge = "pivot"
+
+    def factors(self) -> PivotExpertFactors:  # type: ignore[override]
+        return PivotExpertFactors(
+            *(
+                PivotProjectionFactors(self.ranks[name], *self._stacked(name))
+                for name in PROJECTIONS
+            )
+        )
+
+    def combined(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return pivot_low_rank_experts(hidden_states, top_k_index, top_k_weights, self.factors())
+
+    @torch.no_grad()
+    def plain(self) -> LowRankExperts:
+        """Return the same experts with B = cat([identity, C])[permutation] written out: R^2 numbers
+        more for each matrix, and an operation that has a Triton kernel."""
+        like = next(self.parameters())
+        new = LowRankExperts(
+            self.config, self.num_experts, self.hidden_dim, self.intermediate_dim, self.ranks,
+            like.device, like.dtype,
+        )  # fmt: skip
+        for projection in PROJECTIONS:
+            for expert, rank in enumerate(self.ranks[projection]):
+                old = self.matrix(projection, expert)
+                if rank:
+                    old[FACTOR_B] = pivot_rows(old[FACTOR_C], old[PERMUTATION])
+                for key, target in new.matrix(projection, expert).items():
+                    target.copy_(old[key])
+        return new.requires_grad_(like.requires_grad)

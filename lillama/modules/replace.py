@@ -8,12 +8,9 @@ from transformers import PretrainedConfig
 
 from lillama.models.dense_linear import DenseLinear, is_linear, linear_shape
 from lillama.models.families import PROJECTIONS, Family, family_of
-from lillama.modules.low_rank_embedding import LowRankEmbedding
-from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_embedding import LowRankEmbedding, PivotLowRankEmbedding
+from lillama.modules.low_rank_experts import LowRankExperts, PivotLowRankExperts
+from lillama.modules.low_rank_linear import LowRankLinear, PivotLowRankLinear
 
 __all__ = ["dense_expert", "group_ranks", "replace_modules"]
 

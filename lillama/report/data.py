@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import compression_of, read_config
+from lillama.checkpoint.compression import compression_of
 from lillama.compress.plan.allocate import Matrix
 from lillama.compress.plan.targets import find_matrices
 from lillama.config import ReportConfig
 from lillama.errors import InputError
+from lillama.models.config_json import read_config
 from lillama.models.detection import family_for
 from lillama.models.families import Family
 from lillama.models.skeleton import named_blocks, skeleton

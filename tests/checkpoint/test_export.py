@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama import export
-from lillama.checkpoint.format import read_headers
 from lillama.checkpoint.gauge import LARGEST
+from lillama.checkpoint.headers import read_headers
 from lillama.cli import app as cli
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_tokenizer
@@ -240,7 +240,7 @@ def test_export_takes_over_what_a_kill_left_and_nothing_else(sources, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import importlib, os, signal, sys
 import lillama
 module = importlib.import_module("lillama.checkpoint.export")
 write = module.write_shard

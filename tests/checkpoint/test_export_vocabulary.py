@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama import export
-from lillama.checkpoint.pivots import order_of
+from lillama.checkpoint.pivots import permutation_of
 from lillama.errors import InputError
 
 module = importlib.import_module("lillama.checkpoint.export")
@@ -49,7 +49,7 @@ def table_of(tensors: dict[str, Tensor], name: str) -> Tensor:
     found = {key: tensors[f"{name}.{key}"].double() for key in keys}
     if "lr_C" not in found:
         return found["lr_B"] @ found["lr_A"]
-    order = order_of(found["lr_pivots"], found["lr_C"].shape[1]).long()
+    order = permutation_of(found["lr_pivots"], found["lr_C"].shape[1]).long()
     if name == "lm_head":
         return torch.cat([found["lr_A"], found["lr_C"] @ found["lr_A"]])[order]
     return torch.cat([found["lr_B"], found["lr_B"] @ found["lr_C"].mT], -1)[:, order]

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_headers
-from lillama.checkpoint.gauge import LARGEST, plain_of, rounded, to_pivot
-from lillama.checkpoint.pivots import is_permutation, order_of
+from lillama.checkpoint.gauge import LARGEST, PivotFactors, rounded, to_pivot
+from lillama.checkpoint.headers import read_headers
+from lillama.checkpoint.pivots import is_permutation, permutation_of, pivot_rows
 from lillama.compress.plan.matrix import Matrix
 from lillama.errors import InputError
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_linear import PivotLowRankLinear
 from tests.pivot_orders import choose_pivots
 
 SIZES = [(40, 8, 24), (24, 16, 40), (300, 64, 100), (64, 64, 70), (5, 1, 3)]
@@ -28,6 +28,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def plain(found: PivotFactors) -> tuple[Tensor, Tensor]:
+    """A and B."""
+    return found.A, pivot_rows(found.C, found.permutation)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_the_product_stays_and_c_is_bounded(size):
     N, R, K = size
@@ -35,13 +40,13 @@ def test_the_product_stays_and_c_is_bounded(size):
     B[: R // 2] *= 1e-6  # rows that no one should choose
     found = to_pivot(A, B)
     assert found.A.shape == (R, K) and found.C.shape == (N - R, R)
-    assert found.pivots.dtype == torch.uint8 and found.pivots.shape == (N,)
-    assert int(found.pivots.sum()) == R and is_permutation(found.order)
+    assert found.pivot_mask.dtype == torch.uint8 and found.pivot_mask.shape == (N,)
+    assert int(found.pivot_mask.sum()) == R and is_permutation(found.permutation)
     # rows of A and of C in ascending order of their outputs
-    W, is_pivot = B @ A, found.pivots.bool()
+    W, is_pivot = B @ A, found.pivot_mask.bool()
     torch.testing.assert_close(W[is_pivot], found.A, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(W[~is_pivot], found.C @ found.A, rtol=1e-9, atol=1e-9)
-    a, b = plain_of(found.A, found.C, found.order)
+    a, b = plain(found)
     torch.testing.assert_close(b @ a, B @ A, rtol=1e-9, atol=1e-9)
     assert found.largest <= LARGEST
     assert not len(found.C) or found.largest == float(found.C.abs().max())
@@ -59,7 +64,7 @@ def test_factors_of_lower_rank_than_their_size():
     B = random(40, 3) @ random(3, 8, seed=1)
     A = random(8, 20, seed=2)
     found = to_pivot(A, B)
-    a, b = plain_of(found.A, found.C, found.order)
+    a, b = plain(found)
     torch.testing.assert_close(b @ a, B @ A, rtol=1e-8, atol=1e-8)
     zero = to_pivot(A, torch.zeros(40, 8))
     assert torch.isfinite(zero.C).all() and not zero.A.any()
@@ -75,12 +80,12 @@ def test_rounding_costs_about_what_it_costs_plain_factors():
 
     def stored(dtype: torch.dtype) -> float:
         part = rounded(found, dtype)
-        return error(*plain_of(part.A, part.C, part.order), dtype)
+        return error(*plain(part), dtype)
 
     assert stored(torch.float32) < 1e-6
     assert stored(torch.bfloat16) < 2 * error(A, B, torch.bfloat16)
     # fitting C to the rounded A pays
-    a, b = plain_of(found.A, found.C, found.order)
+    a, b = plain(found)
     assert stored(torch.bfloat16) < 0.97 * error(a, b, torch.bfloat16)
 
 
@@ -89,10 +94,10 @@ def test_numbers_of_a_matrix():
     assert plain.saved(16) == 96 * 64 - 16 * 160
     assert pivot.params_saved(16) == 96 * 64 - 16 * (160 - 16)
     # the mark of each of 96 outputs takes a byte, half a number of 16 bits
-    assert pivot.mark_bytes == 96 and plain.mark_bytes == 0
+    assert pivot.mask_bytes == 96 and plain.mask_bytes == 0
     assert pivot.saved(16) == pivot.params_saved(16) - 48
     odd = Matrix("m", 0, 97, 64, pivot=True)
-    assert odd.mark_bytes == 97 and odd.saved(16) == odd.params_saved(16) - 49
+    assert odd.mask_bytes == 97 and odd.saved(16) == odd.params_saved(16) - 49
     assert plain.break_even_rank == 32 and pivot.break_even_rank == 56
     assert all(pivot.saved(rank) > 0 for rank in pivot.ranks)
     for matrix in (plain, pivot):
@@ -173,7 +178,7 @@ def test_conversion_changes_nothing_but_rounding(compressed, monkeypatch):
             if key.endswith(".lr_A") and torch.equal(value, found.A.float())
         )  # fmt: skip
         A, C, marks = (tensors[f"{name}.{key}"] for key in ("lr_A", "lr_C", "lr_pivots"))
-        a, b = plain_of(A, C, order_of(marks, len(A)))
+        a, b = A, pivot_rows(C, permutation_of(marks, len(A)))
         assert float((b.double() @ a.double() - W).norm() / W.norm()) < 1e-5
 
 
@@ -226,7 +231,7 @@ def another_value(tensors: dict[str, Tensor], name: str) -> None:
 
 def as_version_1_had_it(tensors: dict[str, Tensor], name: str) -> None:
     marks = tensors.pop(name)
-    order = order_of(marks, int(marks.sum()))
+    order = permutation_of(marks, int(marks.sum()))
     tensors[name.replace("lr_pivots", "lr_order")] = order
 
 

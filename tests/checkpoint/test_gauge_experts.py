@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.checkpoint.export import export
-from lillama.checkpoint.gauge import LARGEST, plain_of, rounded, to_pivot
+from lillama.checkpoint.gauge import LARGEST, rounded, to_pivot
+from lillama.checkpoint.pivots import pivot_rows
 from lillama.errors import InputError
 from lillama.integrations.loading import load_model
-from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
+from lillama.modules.low_rank_experts import LowRankExperts, PivotLowRankExperts
 from lillama.serve.engine import LocalEngine
 from lillama.serve.models.experts import expand_pivots
 from tests.serve.heard import Heard, greedy
@@ -120,7 +120,7 @@ def test_rounding_to_bf16_costs_at_most_twice_what_plain_factors_lose(compressed
     for name in quantization(plain)["ranks"]:
         A, B = tensors[f"{name}.lr_A"].double(), tensors[f"{name}.lr_B"].double()
         part = rounded(to_pivot(A, B), half)
-        pivot = plain_of(part.A.double(), part.C.double(), part.order)
+        pivot = part.A.double(), pivot_rows(part.C.double(), part.permutation)
         halved = A.to(half).double(), B.to(half).double()
         errors = [float((b @ a - B @ A).norm()) for a, b in (pivot, halved)]
         assert errors[0] <= 2 * errors[1], name

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lillama.checkpoint.pivots import is_permutation, marks_of, order_of
+from lillama.checkpoint.pivots import is_permutation, permutation_of, pivot_mask_of
 from tests.pivot_orders import random_order
 
 
@@ -19,25 +19,25 @@ def test_order_gathers_rows_where_the_marks_put_them(num_outputs, share, device)
     marks[torch.randperm(num_outputs, generator=generator)[:rank]] = 1
     W = torch.randn(num_outputs, 3, generator=generator)
     stored = torch.cat([W[marks == 1], W[marks == 0]])
-    order = order_of(marks.to(device), rank)
+    order = permutation_of(marks.to(device), rank)
     assert order.dtype == torch.int32 and order.device.type == device.type
     assert is_permutation(order)
     assert torch.equal(stored[order.cpu().long()], W)
-    assert torch.equal(marks_of(order, rank).cpu(), marks)
-    assert marks_of(order, rank).dtype == torch.uint8
+    assert torch.equal(pivot_mask_of(order, rank).cpu(), marks)
+    assert pivot_mask_of(order, rank).dtype == torch.uint8
 
 
 def test_an_offloaded_order_is_refused():
     with pytest.raises(ValueError, match="of 6 outputs is offloaded.* without offload_buffers"):
-        marks_of(torch.empty(6, dtype=torch.int32, device="meta"), 3)
+        pivot_mask_of(torch.empty(6, dtype=torch.int32, device="meta"), 3)
 
 
 def test_orders_of_a_batch_are_those_of_its_rows():
     ranks = [1, 4, 9, 16]
-    marks = torch.stack([marks_of(random_order(16, rank), rank) for rank in ranks])
-    found = order_of(marks, torch.tensor(ranks)[:, None])
+    marks = torch.stack([pivot_mask_of(random_order(16, rank), rank) for rank in ranks])
+    found = permutation_of(marks, torch.tensor(ranks)[:, None])
     for row, order, rank in zip(marks, found, ranks, strict=True):
-        assert torch.equal(order, order_of(row, rank))
+        assert torch.equal(order, permutation_of(row, rank))
     assert found.dtype == torch.int32
 
 
@@ -49,7 +49,7 @@ def test_order_is_a_permutation_exactly_where_the_marks_fit(dtype):
         marks = torch.tensor(values, dtype=dtype)
         for rank in range(1, 6):
             fits = max(values) <= 1 and sum(values) == rank
-            assert is_permutation(order_of(marks, rank)) == fits, (values, rank)
+            assert is_permutation(permutation_of(marks, rank)) == fits, (values, rank)
             fit += fits
     assert fit == 31
 
@@ -65,7 +65,5 @@ def test_order_is_a_permutation_exactly_where_the_marks_fit(dtype):
     ],
 )
 def test_an_order_that_marks_cannot_hold_is_refused(order, rank):
-    with pytest.raises(
-        ValueError, match=f"order of 4 outputs at rank {rank} must be a permutation"
-    ):
-        marks_of(torch.tensor(order, dtype=torch.int32), rank)
+    with pytest.raises(ValueError, match=f"of 4 outputs at rank {rank} must name each once"):
+        pivot_mask_of(torch.tensor(order, dtype=torch.int32), rank)

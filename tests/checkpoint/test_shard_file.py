@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lillama.checkpoint.format import read_shard_headers
+from lillama.checkpoint.headers import read_shard_headers
 from lillama.checkpoint.shard_file import DTYPES, Entry, entries_of, file_sha256, write_shard
 
 

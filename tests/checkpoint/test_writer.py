@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lillama.checkpoint.writer as checkpoint_writer
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter, check_space
 from lillama.errors import InputError, RunError

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import lillama.checkpoint.folder as folder_writer
 import lillama.checkpoint.writer as checkpoint_writer
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.errors import InputError

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.errors import InputError

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lillama
 from lillama import config
-from lillama.checkpoint.format import read_config
 from lillama.compress.measure.svd import plain_svd
 from lillama.compress.pipeline import COPIED_FILES
 from lillama.compress.plan.allocate import removed
 from lillama.compress.plan.targets import find_matrices
+from lillama.models.config_json import read_config
 from lillama.models.families import family_of
 from lillama.models.skeleton import skeleton
 from lillama.modules import LowRankExperts, LowRankLinear

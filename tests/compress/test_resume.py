@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.checkpoint import writer as checkpoint_writer
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.journal import Journal
 from lillama.checkpoint.shard_file import Entry
 from lillama.errors import InputError, RunError

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import lillama
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.modules import LowRankExperts, LowRankLinear
 
 EXPERTS = "model.layers.0.block_sparse_moe.experts"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.errors import InputError
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer, register
 
@@ -185,11 +185,11 @@ def test_mis_shaped_dense_tensor_raises(saved, kind):
     ("values", "message"),
     [
         ({"rnaks": {}}, r"unknown keys \['rnaks'\]"),
-        ({"format_version": 2}, "format_version 2 with gauge 'plain' cannot be read; .* again, or"),
+        ({"format_version": 2}, "format_version must be 3, got 2; .* again, or"),
         ({"sentinel": None}, "must name the sentinel, got None; compress again, or"),
         ({"sentinel": 3}, "must name the sentinel, got 3"),
-        ({"format_version": None}, "format_version None"),
-        ({"gauge": "orthogonal"}, "gauge 'orthogonal' cannot be read"),
+        ({"format_version": None}, "format_version must be 3, got None"),
+        ({"gauge": "orthogonal"}, "gauge must be one of plain, pivot, got 'orthogonal'"),
         ({"ranks": {}}, "has no ranks"),
         ({"ranks": None}, "has no ranks"),
         ({"ranks": {"x": "8"}}, "rank of x must be a positive integer, got '8'"),

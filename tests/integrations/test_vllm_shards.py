@@ -10,15 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
+from lillama.checkpoint.pivots import permutation_of, pivot_rows
 from lillama.integrations import vllm
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.shards import (
     Part,
+    is_loaded,
     local_rows,
     multiplied_out,
-    not_loaded,
-    pivot_rows,
+    unset,
 )
 
 
@@ -62,17 +63,28 @@ def test_multiplied_out_is_rounded_once():
     assert torch.equal(found, (B.float() @ A.float()).bfloat16())
 
 
-def test_not_loaded_names_what_is_not_finite_or_no_permutation():
-    good = {"a": torch.ones(3), "o": torch.tensor([2, 0, 1], dtype=torch.int32)}
-    assert not_loaded(good) == []
-    bad = {
-        "nan": torch.tensor([1.0, torch.nan]),
-        "inf": torch.tensor([torch.inf]),
-        "twice": torch.tensor([0, 1, 1], dtype=torch.int32),
-        "unset": torch.tensor([-1, -1]),
-        "": torch.tensor([torch.nan]),
-    }
-    assert not_loaded({**good, **bad}) == ["nan", "inf", "twice", "unset", ""]
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        (torch.ones(3), True),
+        (torch.tensor([1.0, torch.nan]), False),
+        (torch.tensor([torch.inf]), False),
+        (torch.tensor([2, 0, 1], dtype=torch.int32), True),
+        (torch.tensor([0, 1, 1], dtype=torch.int32), False),
+        (torch.tensor([-1, -1]), False),
+    ],
+    ids=str,
+)
+def test_is_loaded_asks_for_finite_numbers_or_a_permutation(values, wanted):
+    assert is_loaded(values) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8], ids=str)
+def test_what_is_unset_is_not_loaded(dtype):
+    found = unset((3, 2), dtype)
+    assert found.dtype == dtype and found.shape == (3, 2) and not found.requires_grad
+    mask = found.flatten()
+    assert not is_loaded(permutation_of(mask, 2) if dtype == torch.uint8 else mask)
 
 
 @pytest.mark.parametrize("producer", [None, "lillama 0.1.0", {"name": "lillama"}], ids=str)

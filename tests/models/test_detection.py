@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_config
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
 from lillama.errors import InputError
 from lillama.integrations.loading import load_model
+from lillama.models.config_json import read_config
 from lillama.models.detection import family_for, find_family
 from lillama.models.families import FAMILIES
 from lillama.models.skeleton import block_list

@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_config
+from lillama.checkpoint.shapes import count_params
 from lillama.compress.plan.plan import make_plan
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
 from lillama.config import PlanConfig
 from lillama.errors import InputError
-from lillama.integrations.loading import count_params, load_model
+from lillama.integrations.loading import load_model
+from lillama.models.config_json import read_config
 from lillama.models.dense_linear import is_linear, is_transposed
 from lillama.models.families import FAMILIES, family_of
 from lillama.models.skeleton import block_list, skeleton

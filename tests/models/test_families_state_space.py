@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lillama
 import lillama.integrations.mamba as integration
-from lillama.checkpoint.format import read_config
 from lillama.compress.plan.plan import make_plan
 from lillama.config import PlanConfig
 from lillama.integrations.loading import load_model
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import read_config
 from lillama.models.families import FAMILIES
 
 OUTER = [f"backbone.layers.{n}.mixer.{p}" for n in (0, 1) for p in ("in_proj", "out_proj")]

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.remote import fetch_weights, find_model
 from lillama.cli import app as cli
 from lillama.errors import InputError, LillamaError, RunError

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from lillama_kernels.testing import check_op
 from torch import Tensor
 
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_embedding import PivotLowRankEmbedding
+from lillama.modules.low_rank_linear import PivotLowRankLinear
 
 V, H = 40, 24
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]

@@ -7,8 +7,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lillama.models.families import PROJECTIONS
-from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
+from lillama.modules.low_rank_experts import LowRankExperts, PivotLowRankExperts
 from tests.pivot_orders import choose_pivots
 
 E, H, INNER = 4, 32, 64
@@ -45,10 +44,10 @@ def dense_of(experts: PivotLowRankExperts, device: torch.device) -> MixtralExper
     for expert in range(E):
         weights = []
         for projection in PROJECTIONS:
-            part = experts.stored(projection, expert)
+            part = experts.matrix(projection, expert)
             if "lr_W" not in part:
-                A, C, order = part["lr_A"], part["lr_C"], experts.order(projection, expert)
-                part = {"lr_W": torch.cat([A, C @ A])[order.long()]}
+                A, C, permutation = part["lr_A"], part["lr_C"], part["lr_order"]
+                part = {"lr_W": torch.cat([A, C @ A])[permutation.long()]}
             weights.append(part["lr_W"])
         dense.get_parameter("gate_up_proj")[expert] = torch.cat(weights[:2])
         dense.get_parameter("down_proj")[expert] = weights[2]
@@ -77,7 +76,7 @@ def test_forward_and_gradients_are_those_of_dense_weights(ranks, implementation,
     for expert, rank in enumerate(ranks["down"]):
         wanted = dense.down_proj.grad[expert]
         part = experts.stored("down", expert)
-        rows = wanted[experts.order("down", expert).argsort()]
+        rows = wanted[experts.matrix("down", expert)["lr_order"].argsort()]
         A, C = part["lr_A"].detach(), part["lr_C"].detach()
         grad_A = experts.get_parameter("down_A").grad[expert, :rank]  # type: ignore[index]
         grad_C = experts.get_parameter("down_C").grad[expert, : H - rank, :rank]  # type: ignore[index]

@@ -6,9 +6,8 @@ from torch import nn
 
 from lillama.models.families import FAMILIES
 from lillama.modules import LowRankExperts, LowRankLinear, replace_modules
-from lillama.modules.low_rank_embedding import LowRankEmbedding
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_embedding import LowRankEmbedding, PivotLowRankEmbedding
+from lillama.modules.low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import dense_expert, group_ranks
 
 EXPERTS = "layers.0.block_sparse_moe.experts"

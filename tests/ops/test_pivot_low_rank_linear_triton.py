@@ -19,7 +19,7 @@ from lillama_kernels.testing import (
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_linear import PivotLowRankLinear
 from lillama.serve.models.runner import projection
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

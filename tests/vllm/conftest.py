@@ -27,8 +27,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from lillama.checkpoint.format import saved_sentinel, sentinel
 from lillama.checkpoint.gauge import pivot_tensors
+from lillama.checkpoint.sentinel import saved_sentinel, sentinel
 from lillama.integrations.transformers import LillamaConfig
 from lillama.models.families import FAMILIES
 

@@ -46,7 +46,7 @@ def made(
         org_vocab_start_index=process * ROWS, org_vocab_end_index=min((process + 1) * ROWS, V)
     )
     method = vocabulary.LowRankVocabularyMethod(
-        NAME, rank, sentinel, gauge, is_embedding=is_embedding
+        NAME, rank, gauge, sentinel, is_embedding=is_embedding
     )
     method.create_weights(layer, H, [ROWS], H, PADDED, torch.float32)
     return method, layer
@@ -72,7 +72,7 @@ def test_each_process_has_the_rows_of_its_tokens(rank, gauge, is_embedding):
         load(layer, **stored, weight=torch.zeros(1))
         method.process_weights_after_loading(layer)
         # 8 (16 + 8) numbers are more than 16 x 8
-        names = {"lr_W"} if rank == 8 else {"lr_A", "lr_B"}
+        names = {"lr_W_0"} if rank == 8 else {"lr_A", "lr_B_0"}
         assert {name for name, _ in layer.named_parameters()} == names
         own = table[process * ROWS : (process + 1) * ROWS]
         close = {"rtol": 1e-5, "atol": 1e-5}
@@ -126,11 +126,11 @@ def test_a_tied_vocabulary_is_refused_and_says_what_to_do(monkeypatch):
         config.get_quant_method(layer, NAME)
     text.tie_word_embeddings = False
     method = config.get_quant_method(layer, NAME)
-    assert method.rank == 4 and method.is_embedding and method.gauge == "plain"
+    assert method.ranks == {NAME: 4} and method.is_embedding and method.gauge == "plain"
     values = LillamaConfig(ranks={"lm_head": 4}, sentinel="a", gauge="pivot").to_dict()
     head = object.__new__(quantization.ParallelLMHead)
     method = quantization.LillamaVllmConfig.from_config(values).get_quant_method(head, "lm_head")
-    assert method.rank == 4 and not method.is_embedding and method.gauge == "pivot"
+    assert method.ranks == {"lm_head": 4} and not method.is_embedding and method.gauge == "pivot"
 
 
 @pytest.mark.parametrize("name", ["embed_out", "lm_head", NAME])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lillama.checkpoint.names import FACTOR_A, FACTOR_B
 from lillama.compress.measure.gradients import GradientCollector, MatrixSensitivity
 from lillama.compress.measure.svd import shrunk, spectrum, whitened_svd
 from lillama.compress.plan.matrix import Matrix, moment_side
@@ -75,7 +76,7 @@ def vocabulary_factors(
     rank: int,
     measured: Callable[[str], Tensor],
 ) -> dict[str, Tensor]:
-    """lr_A [R, H] and lr_B [V, R] of the embeddings or the head in fp64.
+    """Return A [R, H] and B [V, R] of the embeddings or the head in fp64, by the names of names.py.
 
     measured(name) gives the tensors `<matrix>.moment` and `<matrix>.gradient` that the
     sensitivities above found.
@@ -88,4 +89,4 @@ def vocabulary_factors(
         B, A = (f.mT for f in whitened_svd(W.mT, moment, rank, gradient))
     else:
         A, B = whitened_svd(W, moment, rank, gradient)
-    return {"lr_A": A.contiguous(), "lr_B": B.contiguous()}
+    return {FACTOR_A: A.contiguous(), FACTOR_B: B.contiguous()}

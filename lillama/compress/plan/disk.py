@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lillama.checkpoint.format import TensorHeader
+from lillama.checkpoint.headers import TensorHeader
 from lillama.compress.plan.memory import FP32, block_sizes, calibration_rows, sensitivity_rows
 from lillama.compress.plan.plan import Plan
 from lillama.config import PlanConfig
@@ -46,7 +46,7 @@ def _shards(
         if (rank := plan.ranks.get(matrix.name)) is not None:
             index = matrix.block if matrix.block >= 0 else len(places)
             numbers[index] -= matrix.params_saved(rank)
-            marks[index] += matrix.mark_bytes
+            marks[index] += matrix.mask_bytes
     *found, rest = (round(n * item_bytes) + m for n, m in zip(numbers, marks, strict=True))
     return found, rest
 

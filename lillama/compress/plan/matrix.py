@@ -17,7 +17,7 @@ class Matrix:
     is -1 for the token embeddings and the number of blocks for the output head.
 
     pivot: whether its factors are stored in the pivot gauge, R (K + N - R) numbers instead of
-    R (K + N), and a mark for each of the outputs: N, of the embeddings K. counts: what one of its
+    R (K + N), and a byte of mask for each output: N, of the embeddings K. counts: what one of its
     numbers counts in the budget; 1 where that is what is stored.
     """
 
@@ -33,22 +33,22 @@ class Matrix:
         return rank * (self.N + self.K - (rank if self.pivot else 0))
 
     @property
-    def mark_bytes(self) -> int:
+    def mask_bytes(self) -> int:
         """What takes room beside its factors: one byte for each of the outputs."""
         outputs = self.K if self.block < 0 else self.N
         return outputs if self.pivot else 0
 
     @property
-    def marks(self) -> int:
+    def mask_numbers(self) -> int:
         """The same as whole numbers of 16 bits; counted so where numbers are wider, too."""
-        return (self.mark_bytes + 1) // 2
+        return (self.mask_bytes + 1) // 2
 
     def rank_at(self, fraction: float) -> float:
-        """The exact rank whose factors and marks take `fraction` of what the weight takes."""
+        """The exact rank whose factors and mask take `fraction` of what the weight takes."""
         total = self.N + self.K
         if not self.pivot:
             return fraction * self.N * self.K / total
-        left = max(0.0, fraction * self.N * self.K - self.marks)
+        left = max(0.0, fraction * self.N * self.K - self.mask_numbers)
         return (total - math.sqrt(max(0.0, total**2 - 4 * left))) / 2
 
     @property
@@ -71,8 +71,8 @@ class Matrix:
         return self.N * self.K - self.numbers(rank)
 
     def saved(self, rank: int) -> int:
-        """What rank `rank` frees of the budget, where the marks count too."""
-        return self.counts * (self.params_saved(rank) - self.marks)
+        """What rank `rank` frees of the budget, where the masks count too."""
+        return self.counts * (self.params_saved(rank) - self.mask_numbers)
 
 
 def moment_side(N: int, K: int) -> Side:

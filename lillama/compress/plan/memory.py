@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lillama.checkpoint.format import TensorHeader, dtype_of
+from lillama.checkpoint.headers import TensorHeader
 from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.compress.plan.plan import Plan
 from lillama.config import PlanConfig
 from lillama.data.sequences import held_out_blocks
+from lillama.models.config_json import dtype_of
 
 __all__ = [
     "FP32",

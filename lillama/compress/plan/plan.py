@@ -9,15 +9,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lillama.checkpoint.format import (
-    TensorHeader,
-    check_unquantized,
-    compression_of,
-    dtype_of,
-    hub_headers,
-    read_config,
-    read_headers,
-)
+from lillama.checkpoint.compression import check_unquantized, compression_of
+from lillama.checkpoint.headers import TensorHeader, hub_headers, read_headers
 from lillama.checkpoint.remote import remote_headers
 from lillama.compress.plan.allocate import RankRules, allocate, max_removable
 from lillama.compress.plan.budget import active_params, active_saved, of_active, token_share
@@ -25,6 +18,7 @@ from lillama.compress.plan.matrix import Matrix
 from lillama.compress.plan.targets import find_matrices
 from lillama.config import Gauge, PlanConfig, Strategy
 from lillama.errors import InputError
+from lillama.models.config_json import dtype_of, read_config
 from lillama.models.detection import family_for
 from lillama.models.families import FAMILIES, Family
 from lillama.models.skeleton import block_list, named_blocks, skeleton
@@ -82,8 +76,8 @@ class Plan:
     def bytes_after(self) -> int:
         chosen = [m for m in self.matrices if m.name in self.ranks]
         saved = sum(m.params_saved(self.ranks[m.name]) for m in chosen)
-        marks = sum(m.mark_bytes for m in chosen)
-        return self.bytes_before - round(saved * self.item_bytes) + marks
+        masks = sum(m.mask_bytes for m in chosen)
+        return self.bytes_before - round(saved * self.item_bytes) + masks
 
     @property
     def blocks(self) -> list[int]:
@@ -139,7 +133,7 @@ class Plan:
                     "params_before": matrix.N * matrix.K,
                     "params_after": numbers,
                     "bytes_before": round(matrix.N * matrix.K * self.item_bytes),
-                    "bytes_after": round(numbers * self.item_bytes) + matrix.mark_bytes,
+                    "bytes_after": round(numbers * self.item_bytes) + matrix.mask_bytes,
                     "flops_per_token_before": dense,
                     "flops_per_token_after": now,
                 }

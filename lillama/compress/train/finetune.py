@@ -19,15 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lillama.checkpoint.compression import compression_of
 from lillama.checkpoint.folder import FolderWriter, disk_errors
-from lillama.checkpoint.format import (
-    SHARD_INDEX,
-    compression_of,
-    dtype_of,
-    read_config,
-    read_headers,
-    tensor_bytes,
-)
+from lillama.checkpoint.headers import SHARD_INDEX, read_headers, tensor_bytes
 from lillama.checkpoint.remote import find_model
 from lillama.checkpoint.writer import check_space
 from lillama.compress.measure.gradients import without_outliers
@@ -41,6 +35,7 @@ from lillama.data.sequences import TokenBlocks, calibration_blocks, held_out_blo
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
+from lillama.models.config_json import dtype_of, read_config
 from lillama.models.hub import recorded
 from lillama.models.skeleton import named_blocks
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint.format import factor_shapes
 from lillama.checkpoint.gauge import plain_tensors
+from lillama.checkpoint.names import factor_shapes
 from lillama.compress.measure.moments import MomentCollector, key_of
 from lillama.compress.session.processes import STUDENT, TEACHER
 from lillama.compress.session.session import REST, Session

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_linear import LowRankLinear, PivotLowRankLinear
 
 __all__ = ["WholeOptimizer"]
 

@@ -8,8 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lillama.checkpoint.format import sentinel
 from lillama.checkpoint.gauge import pivot_tensors
+from lillama.checkpoint.names import FACTOR_A, FACTOR_B
+from lillama.checkpoint.sentinel import sentinel
 from lillama.checkpoint.shard_file import DTYPES, Entry, entries_of
 from lillama.compress.measure.vocabulary import vocabulary_factors
 from lillama.compress.plan.matrix import Matrix
@@ -85,7 +86,7 @@ class Outside:
         largest = None
         if matrix.pivot:
             dtype, is_embedding = self._dtype_of(f"{matrix.name}.weight"), matrix.block < 0
-            A, B = factors["lr_A"], factors["lr_B"]
+            A, B = factors[FACTOR_A], factors[FACTOR_B]
             factors, largest = pivot_tensors(A, B, dtype, is_embedding=is_embedding)
         return {f"{matrix.name}.{key}": value for key, value in factors.items()}, largest
 
@@ -115,7 +116,7 @@ class Outside:
         trainer = HeadTrainer(
             self.teacher,
             runtime[f"{matrix.name}.weight"],
-            (factors["lr_A"], factors["lr_B"]),
+            (factors[FACTOR_A], factors[FACTOR_B]),
             vectors,
             self.recipe,
             self.seed + len(self.teacher.blocks),
@@ -123,7 +124,7 @@ class Outside:
         with self.teacher.head():
             report = trainer.train(train, held_out, on_step)
         found = {name: trainer.vectors[runtime[name]].detach() for name in self.vectors}
-        factors = {"lr_A": trainer.A.detach(), "lr_B": trainer.B.detach()}
+        factors = {FACTOR_A: trainer.A.detach(), FACTOR_B: trainer.B.detach()}
         del trainer  # its moments and best state: the conversion needs as much
         trained, largest = self._in_gauge(matrix, factors)
         if largest is not None:

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lillama.checkpoint.gauge import plain_of, rounded, to_pivot
-from lillama.checkpoint.pivots import order_of
+from lillama.checkpoint.gauge import rounded, to_pivot
+from lillama.checkpoint.names import FACTOR_A, FACTOR_B, FACTOR_C, KEPT_DENSE, PIVOT_MASK
+from lillama.checkpoint.pivots import permutation_of, pivot_rows
 from lillama.checkpoint.shard_file import DTYPES, Entry
 from lillama.compress.measure.moments import MomentCollector
 from lillama.compress.measure.svd import Moment, plain_svd, shrunk, whitened_svd
@@ -36,8 +37,8 @@ __all__ = [
 ]
 
 
-# attribute of a module that is stored in the pivot gauge: {part: which outputs are pivots}
-PIVOTS = "pivots"
+# attribute of a module that is stored in the pivot gauge: {part: its pivot mask}
+PIVOT_MASKS = "pivot_masks"
 
 
 class _Fill(NamedTuple):
@@ -64,8 +65,8 @@ def _fill_linear(
 ) -> None:
     weight = teacher.matrix(name).to(teacher.device)
     A, B = _factors(weight, new.rank, fill, fill.moments.pop(path), name)
-    new.lr_A.copy_(A)
-    new.lr_B.copy_(B)
+    new.A.copy_(A)
+    new.B.copy_(B)
     if new.bias is not None:
         new.bias.copy_(teacher.read(f"{name}.bias"))
 
@@ -85,11 +86,11 @@ def _fill_experts(
             weight = teacher.read(f"{name}.weight").to(teacher.device)
             stored = new.stored(projection, expert)
             if rank == 0:
-                stored["lr_W"].copy_(weight)
+                stored[KEPT_DENSE].copy_(weight)
                 continue
             A, B = _factors(weight, rank, fill, moment, name)
-            stored["lr_A"].copy_(A)
-            stored["lr_B"].copy_(B)
+            stored[FACTOR_A].copy_(A)
+            stored[FACTOR_B].copy_(B)
 
 
 def student_structure(
@@ -173,12 +174,12 @@ def load_student(
     pivots = _pivots(student, teacher, index, plan)
     with safe_open(shard, "pt", backend="pread") as file:
         for name, part in pivots.items():
-            parts = (file.get_tensor(f"{name}.{key}") for key in ("lr_A", "lr_C", "lr_pivots"))
-            part.set_pivot(*parts)
+            keys = FACTOR_A, FACTOR_C, PIVOT_MASK
+            part.set_pivot(*(file.get_tensor(f"{name}.{key}") for key in keys))
     values = _values(teacher, index, student, plan.ranks_of_block(index))
     with safe_open(shard, "pt", backend="pread") as file:
         for name, value in values.items():
-            if isinstance(value, Tensor) and not name.endswith((".lr_C", ".lr_pivots")):
+            if isinstance(value, Tensor) and not name.endswith((f".{FACTOR_C}", f".{PIVOT_MASK}")):
                 value.copy_(file.get_tensor(name))
 
 
@@ -212,32 +213,30 @@ class _Part(NamedTuple):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [R, K] and B [N, R], the module's own."""
         if isinstance(self.module, LowRankLinear):
-            return self.module.lr_A, self.module.lr_B
+            return self.module.A, self.module.B
         assert self.key is not None
         stored = self.module.stored(*self.key)
-        return stored["lr_A"], stored["lr_B"]
+        return stored[FACTOR_A], stored[FACTOR_B]
 
     @property
-    def pivots(self) -> Tensor | None:
-        """The marks [N] uint8 where it is stored in the pivot gauge."""
-        return self.module.__dict__.get(PIVOTS, {}).get(self.key)
+    def pivot_mask(self) -> Tensor | None:
+        """[N] uint8 where it is stored in the pivot gauge."""
+        return self.module.__dict__.get(PIVOT_MASKS, {}).get(self.key)
 
-    def set_pivot(self, A: Tensor, C: Tensor, pivots: Tensor) -> None:
+    def set_pivot(self, A: Tensor, C: Tensor, pivot_mask: Tensor) -> None:
         own_A, own_B = self.factors
-        pivots = pivots.to(own_A.device)
-        order = order_of(pivots, len(own_A))
-        A, B = plain_of(A.to(own_A.device), C.to(own_A.device), order)
+        pivot_mask = pivot_mask.to(own_A.device)
         own_A.copy_(A)
-        own_B.copy_(B)
-        self.module.__dict__.setdefault(PIVOTS, {})[self.key] = pivots
+        own_B.copy_(pivot_rows(C.to(own_A.device), permutation_of(pivot_mask, len(own_A))))
+        self.module.__dict__.setdefault(PIVOT_MASKS, {})[self.key] = pivot_mask
 
     def stored(self) -> dict[str, Tensor | _Rows]:
         """As the checkpoint has it, without the matrix's name."""
-        (A, B), pivots = self.factors, self.pivots
-        if pivots is None:
-            return {"lr_A": A.detach(), "lr_B": B.detach()}
-        rows = (pivots == 0).nonzero().flatten()
-        return {"lr_A": A.detach(), "lr_C": _Rows(B.detach(), rows), "lr_pivots": pivots}
+        (A, B), mask = self.factors, self.pivot_mask
+        if mask is None:
+            return {FACTOR_A: A.detach(), FACTOR_B: B.detach()}
+        rows = (mask == 0).nonzero().flatten()
+        return {FACTOR_A: A.detach(), FACTOR_C: _Rows(B.detach(), rows), PIVOT_MASK: mask}
 
 
 def _pivots(student: nn.Module, teacher: TeacherBlocks, index: int, plan: Plan) -> dict[str, _Part]:
@@ -266,7 +265,7 @@ def fix_gauge(
     largest = None
     for part in _pivots(student, teacher, index, plan).values():
         found = rounded(to_pivot(*part.factors), dtype)
-        part.set_pivot(found.A, found.C, found.pivots)
+        part.set_pivot(found.A, found.C, found.pivot_mask)
         largest = max(largest or 0.0, found.largest)
     return largest
 
@@ -314,7 +313,8 @@ def _values(
             if matrix in ranks:
                 values.update({f"{matrix}.{key}": value for key, value in part.stored().items()})
             else:
-                values[f"{matrix}.lr_W"] = module.stored(parsed[2], parsed[1])["lr_W"].detach()
+                dense = module.stored(parsed[2], parsed[1])[KEPT_DENSE]
+                values[f"{matrix}.{KEPT_DENSE}"] = dense.detach()
         elif matrix in ranks:
             low_rank = student.get_submodule(one_to_one[name].removesuffix(".weight"))
             assert isinstance(low_rank, LowRankLinear)

@@ -10,6 +10,7 @@ shards.py; vLLM sums the outputs.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,33 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from lillama.checkpoint.pivots import is_permutation, order_of, wrong_marks
-from lillama.integrations.vllm.shards import not_loaded, pivot_rows
+from lillama.checkpoint.names import (
+    FACTOR_A,
+    FACTOR_B,
+    FACTOR_C,
+    KEPT_DENSE,
+    PIVOT_MASK,
+    STACKED,
+    stacked_name,
+)
+from lillama.checkpoint.pivots import (
+    is_permutation,
+    permutation_of,
+    pivot_rows,
+    wrong_pivot_mask,
+)
+from lillama.integrations.vllm.shards import is_loaded
 from lillama.models.families import PROJECTIONS
 
 __all__ = ["LowRankExpertsMethod"]
 
 # vLLM's names of the three, whatever the checkpoint calls them
 SHARD_IDS = {"w1": "gate", "w3": "up", "w2": "down"}
+# {gauge: what the checkpoint has of experts}
+KEYS = {
+    "plain": (FACTOR_A, FACTOR_B, KEPT_DENSE),
+    "pivot": (FACTOR_A, FACTOR_C, PIVOT_MASK, KEPT_DENSE),
+}
 # The Triton kernels want ranks that are multiples of this; the rest is zeros, which add nothing
 RANK_MULTIPLE = 8
 
@@ -70,27 +90,18 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
     Args:
         moe: vLLM's description of the layer.
         prefix: checkpoint name of the experts.
-        gate, up, down: ranks of all experts of the layer, 0 for a dense matrix.
-        pivot: whether factors are in the pivot gauge. They are held as plain ones: the operation
-            has a Triton kernel for these alone.
+        ranks: of gate, up and down those of all experts of the layer, 0 for a dense matrix.
+        gauge: of the checkpoint. Factors are held as plain ones: the operation has a Triton kernel
+            for these alone.
     """
 
-    def __init__(
-        self,
-        moe: Any,
-        prefix: str,
-        gate: Sequence[int],
-        up: Sequence[int],
-        down: Sequence[int],
-        pivot: bool = False,
-    ) -> None:
+    def __init__(self, moe: Any, prefix: str, ranks: Sequence[Sequence[int]], gauge: str) -> None:
         super().__init__(moe)
         if moe.activation != MoEActivation.SILU:
             raise ValueError(f"{prefix} uses {moe.activation}; low-rank experts are silu only")
-        self.prefix = prefix
-        self.all_ranks = dict(zip(PROJECTIONS, (gate, up, down), strict=True))
-        self.suffixes = ("A", "C", "pivots", "W") if pivot else ("A", "B", "W")
-        # what of C and marks came first, by projection and expert
+        self.prefix, self.keys = prefix, KEYS[gauge]
+        self.all_ranks = dict(zip(PROJECTIONS, ranks, strict=True))
+        # what of C and its mask came first, by projection and expert
         self.waiting: dict[tuple[str, int], dict[str, Tensor]] = {}
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -124,18 +135,19 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             for name in PROJECTIONS:
                 self.ranks[name][place] = self.all_ranks[name][expert]
         for name in PROJECTIONS:
-            for suffix, tensor in self._empty(name, params_dtype).items():
-                layer.register_parameter(f"{name}_{suffix}", Parameter(tensor, requires_grad=False))
+            for key, tensor in self._empty(name, params_dtype).items():
+                parameter = Parameter(tensor, requires_grad=False)
+                layer.register_parameter(stacked_name(name, key), parameter)
         # what vLLM looks up by name while it loads
         for name in ("w13", "w2"):
-            for suffix in self.suffixes:
+            for key in self.keys:
                 door = Parameter(torch.empty(0), requires_grad=False)
-                door.weight_loader = self._loader(layer)  # type: ignore[attr-defined]
-                layer.register_parameter(f"{name}_lr_{suffix}", door)
+                door.weight_loader = partial(self._load, layer, key)  # type: ignore[attr-defined]
+                layer.register_parameter(f"{name}_{key}", door)
 
     def _empty(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """A [E, R, K], B [E, N, R] and W [dense experts, N, K]: NaN where something must come,
-        zeros where ranks are padded."""
+        """Return A [E, R, K], B [E, N, R] and W [dense experts, N, K]: NaN where something must
+        come, zeros where ranks are padded."""
         (N, K), ranks = self.shapes[name], self.ranks[name]
         width, num_dense = max(map(_padded, ranks)), ranks.count(0)
         A = torch.zeros(len(ranks), width, K, dtype=dtype)
@@ -143,70 +155,73 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
         for place, rank in enumerate(ranks):
             A[place, :rank] = torch.nan
             B[place, :, :rank] = torch.nan
-        return {"A": A, "B": B, "W": torch.full((num_dense, N, K), torch.nan, dtype=dtype)}
+        W = torch.full((num_dense, N, K), torch.nan, dtype=dtype)
+        return {FACTOR_A: A, FACTOR_B: B, KEPT_DENSE: W}
 
-    def _view(self, layer: Any, name: str, suffix: str, place: int) -> Tensor | None:
-        """Where one expert's tensor belongs; None if config.json promises none."""
-        data, rank = getattr(layer, f"{name}_{suffix}").data, self.ranks[name][place]
-        if (rank == 0) != (suffix == "W"):
+    def _view(self, layer: Any, name: str, key: str, place: int) -> Tensor | None:
+        """Return where one expert's tensor belongs; None if config.json promises none."""
+        data, rank = getattr(layer, stacked_name(name, key)).data, self.ranks[name][place]
+        if (rank == 0) != (key == KEPT_DENSE):
             return None
-        if suffix == "W":
+        if key == KEPT_DENSE:
             return data[self.ranks[name][:place].count(0)]
-        return data[place, :rank] if suffix == "A" else data[place, :, :rank]
+        return data[place, :rank] if key == FACTOR_A else data[place, :, :rank]
 
-    def _loader(self, layer: Any) -> Any:
-        def load(
-            param: Parameter,
-            loaded_weight: Tensor,
-            weight_name: str,
-            shard_id: str,
-            expert_id: int,
-            return_success: bool = False,
-        ) -> bool | None:
-            place = layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if place == -1:
-                return False if return_success else None
-            name, suffix = SHARD_IDS[shard_id], weight_name.rpartition("_")[2]
-            if suffix in ("C", "pivots"):
-                both = self.waiting.setdefault((name, expert_id), {})
-                both[suffix] = loaded_weight.clone()  # its memory may be used again
-                if len(both) < 2:
-                    return True if return_success else None
-                del self.waiting[name, expert_id]
-                loaded_weight, suffix = self._plain(name, expert_id, **both), "B"
-            target = self._view(layer, name, suffix, place)
-            label = f"{self.prefix}.{expert_id} ({name}) lr_{suffix}"
-            if target is None:
-                raise ValueError(f"{label} is in the checkpoint, not in config.json")
-            value = self._share(layer, name, suffix, loaded_weight)
-            if value.shape != target.shape:
-                raise ValueError(
-                    f"{label} is {list(loaded_weight.shape)}, {list(value.shape)} of it for this "
-                    f"process, wanted {list(target.shape)}: it does not fit its config.json"
-                )
-            target.copy_(value)
-            return True if return_success else None
-
-        return load
-
-    def _plain(self, name: str, expert: int, C: Tensor, pivots: Tensor) -> Tensor:
-        """B [N, R] of what the pivot gauge stores of it."""
-        label = f"{self.prefix}.{expert} ({name})"
-        if C.ndim != 2 or pivots.shape != (sum(C.shape),):
+    def _load(
+        self,
+        layer: Any,
+        key: str,
+        param: Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        done = True if return_success else None
+        place = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if place == -1:
+            return False if return_success else None
+        name = SHARD_IDS[shard_id]
+        if key in (FACTOR_C, PIVOT_MASK):
+            both = self.waiting.setdefault((name, expert_id), {})
+            both[key] = loaded_weight.clone()  # its memory may be used again
+            if len(both) < 2:
+                return done
+            del self.waiting[name, expert_id]
+            loaded_weight = self._plain(name, expert_id, both[FACTOR_C], both[PIVOT_MASK])
+            key = FACTOR_B
+        target = self._view(layer, name, key, place)
+        label = f"{self.prefix}.{expert_id} ({name}) {key}"
+        if target is None:
+            raise ValueError(f"{label} is in the checkpoint, not in config.json")
+        value = self._share(layer, name, key, loaded_weight)
+        if value.shape != target.shape:
             raise ValueError(
-                f"{label}: lr_pivots {list(pivots.shape)} are not the marks of the outputs that "
-                f"lr_C {list(C.shape)} belongs to; the checkpoint is damaged"
+                f"{label} is {list(loaded_weight.shape)}, {list(value.shape)} of it for this "
+                f"process, wanted {list(target.shape)}: it does not fit its config.json"
             )
-        order = order_of(pivots, C.shape[1])
-        if not is_permutation(order):
-            raise ValueError(wrong_marks(f"{label} lr_pivots", C.shape[1], len(order)))
-        return pivot_rows(C, order, torch.arange(len(order), device=order.device))
+        target.copy_(value)
+        return done
 
-    def _share(self, layer: Any, name: str, suffix: str, value: Tensor) -> Tensor:
-        """What this process holds of one expert's tensor: the intermediate size is split."""
+    def _plain(self, name: str, expert: int, C: Tensor, mask: Tensor) -> Tensor:
+        """Return B [N, R] of what the pivot gauge stores of it."""
+        label = f"{self.prefix}.{expert} ({name})"
+        if C.ndim != 2 or mask.shape != (sum(C.shape),):
+            raise ValueError(
+                f"{label}: {PIVOT_MASK} {list(mask.shape)} is not the mask of the outputs that "
+                f"{FACTOR_C} {list(C.shape)} belongs to; the checkpoint is damaged"
+            )
+        permutation = permutation_of(mask, C.shape[1])
+        if not is_permutation(permutation):
+            raise ValueError(wrong_pivot_mask(f"{label} {PIVOT_MASK}", C.shape[1], len(mask)))
+        return pivot_rows(C, permutation)
+
+    def _share(self, layer: Any, name: str, key: str, value: Tensor) -> Tensor:
+        """Return what this process holds of one expert's tensor: the intermediate size is split."""
         size = layer.moe_config.tp_size
         dim = 1 if name == "down" else 0
-        if size == 1 or suffix == ("B" if name == "down" else "A"):
+        if size == 1 or key == (FACTOR_B if name == "down" else FACTOR_A):
             return value
         inner = self.shapes["down"][1]
         if value.shape[dim] != size * inner:
@@ -221,29 +236,29 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
                 that the Triton kernels have no tiles for, with CUDA graphs.
         """
         for name in ("w13", "w2"):
-            for suffix in self.suffixes:
-                delattr(layer, f"{name}_lr_{suffix}")
+            for key in self.keys:
+                delattr(layer, f"{name}_{key}")
         for name in PROJECTIONS:
-            for suffix in "ABW":
-                if not_loaded({"it": getattr(layer, f"{name}_{suffix}").data}):
-                    raise ValueError(self._damaged(layer, name, suffix))
+            for key in STACKED["plain"]:
+                if not is_loaded(getattr(layer, stacked_name(name, key)).data):
+                    raise ValueError(self._damaged(layer, name, key))
         self._check_device(layer)
         self.flat_ranks = [_padded(rank) for name in PROJECTIONS for rank in self.ranks[name]]
 
-    def _damaged(self, layer: Any, name: str, suffix: str) -> str:
+    def _damaged(self, layer: Any, name: str, key: str) -> str:
         for place, expert in enumerate(self.numbers):
-            view = self._view(layer, name, suffix, place)
-            if view is not None and not bool(torch.isfinite(view).all()):
-                if suffix == "B" and "C" in self.suffixes:
-                    suffix = "C or lr_pivots"
+            view = self._view(layer, name, key, place)
+            if view is not None and not is_loaded(view):
+                if key == FACTOR_B and FACTOR_C in self.keys:
+                    key = f"{FACTOR_C} or {PIVOT_MASK}"
                 return (
-                    f"the checkpoint lacks lr_{suffix} of {self.prefix}.{expert} ({name}), or "
-                    "holds NaN or infinity there; it is damaged"
+                    f"the checkpoint lacks {key} of {self.prefix}.{expert} ({name}), or holds NaN "
+                    "or infinity there; it is damaged"
                 )
         raise AssertionError("called for finite tensors")
 
     def _check_device(self, layer: Any) -> None:
-        device = layer.down_B.device
+        device = getattr(layer, stacked_name("down", FACTOR_B)).device
         sizes = {"hidden size": self.shapes["down"][0], "intermediate size": self.shapes["down"][1]}
         odd = [f"{name} {size}" for name, size in sizes.items() if size % RANK_MULTIPLE]
         eager = get_current_vllm_config().model_config.enforce_eager
@@ -268,5 +283,9 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             local = layer.expert_map[topk_ids.long()]
             topk_ids = torch.where(local < 0, len(self.numbers), local)
-        tensors = [getattr(layer, f"{name}_{suffix}") for name in PROJECTIONS for suffix in "ABW"]
+        tensors = [
+            getattr(layer, stacked_name(name, key))
+            for name in PROJECTIONS
+            for key in STACKED["plain"]
+        ]
         return torch.ops.vllm.lillama_experts(x, topk_weights, topk_ids, self.flat_ranks, tensors)

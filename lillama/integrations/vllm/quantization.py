@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from lillama.checkpoint.format import QUANT_METHOD
+from lillama.checkpoint.compression import QUANT_METHOD
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.experts import LowRankExpertsMethod
 from lillama.integrations.vllm.linear import LowRankLinearMethod
@@ -53,7 +53,7 @@ class LillamaVllmConfig(QuantizationConfig):
         super().__init__()
         checked = LillamaConfig(**values)
         self.ranks = checked.ranks
-        self.pivot = checked.gauge == "pivot"
+        self.gauge = checked.gauge
         self.sentinel = checked.sentinel
         self._sentinels = {checked.sentinel}  # as it is called at any stage of loading
 
@@ -104,7 +104,7 @@ class LillamaVllmConfig(QuantizationConfig):
             names = self._matrices(prefix)
             if not any(name in self.ranks for name in names):
                 return UnquantizedLinearMethod()
-            return LowRankLinearMethod(names, self.ranks, self.pivot, self.sentinel)
+            return LowRankLinearMethod(names, self.ranks, self.gauge, self.sentinel)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, VocabParallelEmbedding) and prefix in self.ranks:
@@ -118,11 +118,12 @@ class LillamaVllmConfig(QuantizationConfig):
                 f"{name} is factorised and config.json says tie_word_embeddings: vLLM cannot share "
                 "factors; serve what `lillama export --format dense` makes of this checkpoint"
             )
-        gauge, rank = "pivot" if self.pivot else "plain", self.ranks[name]
-        return LowRankVocabularyMethod(name, rank, self.sentinel, gauge, is_embedding=is_embedding)
+        return LowRankVocabularyMethod(
+            name, self.ranks[name], self.gauge, self.sentinel, is_embedding=is_embedding
+        )
 
     def _matrices(self, prefix: str) -> list[str]:
-        """Checkpoint names of the matrices that vLLM has made one layer of."""
+        """Return the checkpoint names of the matrices that vLLM has made one layer of."""
         parent, _, leaf = prefix.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf, [leaf])
         return [f"{parent}.{name}" if parent else name for name in leaves]
@@ -138,7 +139,6 @@ class LillamaVllmConfig(QuantizationConfig):
         ]
         if not any(map(any, ranks)):
             return None  # vLLM's own for dense experts
-        gate, up, down = ranks
-        if self.pivot:
+        if self.gauge == "pivot":
             _say_expanded()
-        return LowRankExpertsMethod(layer.moe_config, prefix, gate, up, down, self.pivot)
+        return LowRankExpertsMethod(layer.moe_config, prefix, ranks, self.gauge)

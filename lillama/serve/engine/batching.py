@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from lillama.checkpoint.format import read_config
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import choose_device, load_model, load_tokenizer
+from lillama.models.config_json import read_config
 from lillama.serve.engine.requests import Busy, Event, Finished, FinishReason, SamplingParams, Token
 from lillama.serve.engine.slots import Chosen, Decoder
 from lillama.serve.engine.text import TextStream

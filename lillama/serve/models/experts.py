@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lillama.modules.low_rank_experts import LowRankExperts
-from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
+from lillama.modules.low_rank_experts import LowRankExperts, PivotLowRankExperts
 from lillama.serve.models.runner import Function, lay_out
 
 __all__ = ["Experts", "expand_pivots", "experts_cpu"]

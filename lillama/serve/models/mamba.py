@@ -204,8 +204,8 @@ def _fused(mixer: Any) -> MixerWeights | None:
         return None
     # a low-rank x_proj is multiplied out: it is small, and the step stays one operation
     return MixerWeights(
-        in_A=into.lr_A, in_B=into.lr_B, in_bias=into.bias, conv=mixer.conv1d.weight.squeeze(1),
+        in_A=into.A, in_B=into.B, in_bias=into.bias, conv=mixer.conv1d.weight.squeeze(1),
         conv_bias=mixer.conv1d.bias, x_proj=x_proj.weight.detach(), dt=mixer.dt_proj.weight,
-        dt_bias=mixer.dt_proj.bias, A_log=mixer.A_log, D=mixer.D, out_A=out.lr_A, out_B=out.lr_B,
+        dt_bias=mixer.dt_proj.bias, A_log=mixer.A_log, D=mixer.D, out_A=out.A, out_B=out.B,
         out_bias=out.bias,
     )  # fmt: skip

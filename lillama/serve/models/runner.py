@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from lillama_kernels import low_rank_linear, low_rank_linears, pivot_low_rank_linear
 from torch import Tensor, nn
 
-from lillama.modules.low_rank_embedding import LowRankEmbedding
-from lillama.modules.low_rank_linear import LowRankLinear
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
-from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
+from lillama.modules.low_rank_embedding import LowRankEmbedding, PivotLowRankEmbedding
+from lillama.modules.low_rank_linear import LowRankLinear, PivotLowRankLinear
 
 __all__ = ["PREFILL_CHUNK", "Function", "Prefilled", "Runner", "lay_out", "lookup"]
 __all__ += ["projection", "projections"]
@@ -100,11 +98,11 @@ def lookup(module: nn.Module) -> Function:
     """Return token embeddings, dense or factorised, as a function of ids; TypeError for another
     kind of layer."""
     if isinstance(module, LowRankEmbedding):
-        A, B = module.lr_A, module.lr_B
+        A, B = module.A, module.B
         return lambda ids: F.embedding(ids, B) @ A
     if isinstance(module, PivotLowRankEmbedding):
-        B, C, order = module.lr_B, lay_out(module.lr_C), module.lr_order
-        return lambda ids: _pivot_outputs(F.embedding(ids, B), C, order)
+        B, C, permutation = module.B, lay_out(module.C), module.permutation
+        return lambda ids: _pivot_outputs(F.embedding(ids, B), C, permutation)
     if type(module) is nn.Embedding:
         weight = module.weight  # the parameter: a tied head lays it out anew
         return lambda ids: F.embedding(ids, weight)
@@ -116,15 +114,15 @@ def projection(module: nn.Module, device: torch.device) -> Function:
     bias: Any = getattr(module, "bias", None)
     on_cpu = device.type == "cpu"
     if isinstance(module, LowRankLinear):
-        A, B = lay_out(module.lr_A), lay_out(module.lr_B)
+        A, B = lay_out(module.A), lay_out(module.B)
         if on_cpu:
             return lambda x: F.linear(F.linear(x, A), B, bias)
         return lambda x: low_rank_linear(x, A, B, bias)
     if isinstance(module, PivotLowRankLinear):
-        A, C, order = lay_out(module.lr_A), lay_out(module.lr_C), module.lr_order
+        A, C, permutation = lay_out(module.A), lay_out(module.C), module.permutation
         if on_cpu:
-            return _plus(lambda x: _pivot_outputs(F.linear(x, A), C, order), bias)
-        return lambda x: pivot_low_rank_linear(x, A, C, order, bias)
+            return _plus(lambda x: _pivot_outputs(F.linear(x, A), C, permutation), bias)
+        return lambda x: pivot_low_rank_linear(x, A, C, permutation, bias)
     if type(module) is nn.Linear:
         weight = lay_out(module.weight)
         return lambda x: F.linear(x, weight, bias)
@@ -139,7 +137,7 @@ def projections(modules: Sequence[nn.Module], device: torch.device) -> Function:
     one after the other, as `projection`. The modules' weights become parts of the joined ones.
     """
     if all(type(module) is nn.Linear for module in modules):
-        weight, bias = _joined(modules, "weight"), _biases(modules)
+        weight, bias = _joined([module.weight for module in modules]), _biases(modules)
         return lambda x: F.linear(x, weight, bias)
     if all(isinstance(module, LowRankLinear) for module in modules):
         return _low_ranks(modules, device)
@@ -148,9 +146,9 @@ def projections(modules: Sequence[nn.Module], device: torch.device) -> Function:
 
 
 def _low_ranks(modules: Sequence[Any], device: torch.device) -> Function:
-    first = _joined(modules, "lr_A")
+    first = _joined([module.A for module in modules])
     ranks = [module.rank for module in modules]
-    Bs = [lay_out(module.lr_B) for module in modules]
+    Bs = [lay_out(module.B) for module in modules]
     if device.type != "cpu":
         As, biases = first.split(ranks), [module.bias for module in modules]
         return lambda x: torch.cat(low_rank_linears(x, As, Bs, biases), dim=-1)
@@ -162,9 +160,8 @@ def _low_ranks(modules: Sequence[Any], device: torch.device) -> Function:
     return _plus(product, _biases(modules))
 
 
-def _joined(modules: Sequence[nn.Module], name: str) -> Tensor:
+def _joined(weights: Sequence[Any]) -> Tensor:
     """Return weights of one K as one [sum of N_i, K]; the modules' own become views of it."""
-    weights = [module.get_parameter(name) for module in modules]
     joined = lay_out(torch.cat([weight.data for weight in weights]))
     for weight, part in zip(weights, joined.split([len(w) for w in weights]), strict=True):
         weight.data = part
@@ -184,6 +181,6 @@ def _plus(product: Function, bias: Tensor | None) -> Function:
     return product if bias is None else lambda x: product(x) + bias
 
 
-def _pivot_outputs(z: Tensor, C: Tensor, order: Tensor) -> Tensor:
-    """The R outputs z [..., R] that are as they are, and the rest, in their order [..., N]."""
-    return torch.cat([z, F.linear(z, C)], dim=-1).index_select(-1, order)
+def _pivot_outputs(z: Tensor, C: Tensor, permutation: Tensor) -> Tensor:
+    """The R outputs z [..., R] that are as they are, and the rest, permuted [..., N]."""
+    return torch.cat([z, F.linear(z, C)], dim=-1).index_select(-1, permutation)

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lillama.checkpoint.format import read_config
 from lillama.compress.measure.moments import MomentCollector
 from lillama.compress.measure.svd import Moment
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
+from lillama.models.config_json import read_config
 from lillama.models.families import family_of
 
 EXPERTS = "mlp.experts"

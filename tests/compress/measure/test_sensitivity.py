@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_config
 from lillama.compress.measure.gradients import (
     GradientCollector,
     MatrixSensitivity,
@@ -27,6 +26,7 @@ from lillama.compress.teacher.blocks import TeacherBlocks
 from lillama.config import PRESETS, PlanConfig
 from lillama.data.sequences import TokenBlocks
 from lillama.errors import RunError
+from lillama.models.config_json import read_config
 from lillama.models.families import family_of
 
 IDS = torch.randint(1, 300, (6, 11), generator=torch.Generator().manual_seed(3))

@@ -25,8 +25,7 @@ from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.config import PRESETS
 from lillama.errors import InputError
 from lillama.models.families import FAMILIES
-from lillama.modules.low_rank_embedding import LowRankEmbedding
-from lillama.modules.pivot_low_rank_embedding import PivotLowRankEmbedding
+from lillama.modules.low_rank_embedding import LowRankEmbedding, PivotLowRankEmbedding
 
 RECIPE = PRESETS["default"]
 SHARE = RECIPE.vocabulary_floor

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import lillama
-from lillama.checkpoint.format import read_headers
+from lillama.checkpoint.headers import read_headers
 from lillama.errors import InputError
 
 

@@ -13,7 +13,7 @@ import torch
 import lillama
 import lillama.checkpoint.writer as checkpoint_writer
 from benchmarks.synthetic import SHAPES, hub_tensors
-from lillama.checkpoint.format import TensorHeader, read_headers
+from lillama.checkpoint.headers import TensorHeader, read_headers
 from lillama.compress.plan.disk import peak_disk
 from lillama.compress.plan.plan import make_plan
 from lillama.config import PlanConfig

@@ -9,7 +9,7 @@ import torch
 
 import lillama
 from benchmarks.synthetic import SHAPES, hub_tensors
-from lillama.checkpoint.format import TensorHeader, read_headers
+from lillama.checkpoint.headers import TensorHeader, read_headers
 from lillama.compress.plan.memory import peak_memory, resident_bytes
 from lillama.compress.plan.plan import make_plan
 from lillama.config import PlanConfig

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lillama.checkpoint.format import read_config
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
 from lillama.errors import InputError, RunError
+from lillama.models.config_json import read_config
 from lillama.models.families import family_of
 
 KINDS = ["mixtral", "mamba"]

@@ -8,7 +8,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_config
 from lillama.checkpoint.gauge import LARGEST, plain_tensors
 from lillama.compress.teacher.activations import stored
 from lillama.compress.teacher.blocks import TeacherBlocks
@@ -18,6 +17,7 @@ from lillama.compress.train.head import HeadTrainer
 from lillama.compress.train.outside import Outside
 from lillama.config import PRESETS
 from lillama.errors import RunError
+from lillama.models.config_json import read_config
 from lillama.models.families import family_of
 
 UNTIED = {"tie_word_embeddings": False}
