@@ -37,22 +37,12 @@ __all__ = ["fast_mamba"]
 
 
 def _scan(
-    hidden_states,
-    dt,
-    A,
-    B,
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    return_last_state=False,
-    **kwargs,
+    hidden_states, dt, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, **kwargs
 ) -> Tensor | tuple[Tensor, Tensor]:
     y, last = selective_scan(
         hidden_states, dt, A, B, C, D, z, delta_bias=delta_bias, delta_softplus=delta_softplus
     )
-    return (y, last) if return_last_state else y
+    return (y, last) if kwargs.get("return_last_state") else y
 
 
 def _scan_step(
@@ -79,28 +69,16 @@ def _ssd(
     D=None,
     z=None,
     dt_bias=None,
-    initial_states=None,
     dt_softplus=False,
-    dt_limit=(0.0, math.inf),
-    return_final_states=False,
     **kwargs,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """chunk_size, how transformers' own cuts time, does not change the result."""
     _refuse_packed("ssd_scan", kwargs)
-    y, last = ssd_scan(
-        hidden_states,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        initial_state=initial_states,
-    )
+    limit, initial = kwargs.get("dt_limit", (0.0, math.inf)), kwargs.get("initial_states")
+    options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": limit}
+    y, last = ssd_scan(hidden_states, dt, A, B, C, D, initial_state=initial, **options)
     y = y if z is None else y * F.silu(z)
-    return (y, last) if return_final_states else y
+    return (y, last) if kwargs.get("return_final_states") else y
 
 
 def _ssd_step(
@@ -108,17 +86,9 @@ def _ssd_step(
 ) -> Tensor:
     """dt [B, nh, P], A [nh, P, S], D and dt_bias [nh, P] are numbers of heads, expanded."""
     _refuse_packed("ssd_state_update", kwargs)
-    y = ssd_state_update(
-        state,
-        hidden_states,
-        dt[:, :, 0],
-        A[:, 0, 0],
-        B,
-        C,
-        None if D is None else D[:, 0],
-        dt_bias=None if dt_bias is None else dt_bias[:, 0],
-        dt_softplus=dt_softplus,
-    )
+    D, dt_bias = (None if vector is None else vector[:, 0] for vector in (D, dt_bias))
+    options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus}
+    y = ssd_state_update(state, hidden_states, dt[:, :, 0], A[:, 0, 0], B, C, D, **options)
     return y if z is None else y * F.silu(z)
 
 
@@ -139,16 +109,14 @@ _MAMBA_1 = _CONVOLUTION | {
     "mamba_selective_scan": ("mamba_ssm", _scan),
     "mamba_selective_state_update": ("mamba_ssm", _scan_step),
 }
+_MAMBA_2 = _CONVOLUTION | {
+    "mamba2_chunk_scan": ("mamba_ssm", _ssd),
+    "mamba2_selective_state_update": ("mamba_ssm", _ssd_step),
+}
 # By transformers' module: the functions replaced, and the package that would provide a faster one
 REPLACED: dict[str, dict[str, tuple[str, Any]]] = {
-    "mamba": _MAMBA_1,
-    "falcon_mamba": _MAMBA_1,
-    "jamba": _MAMBA_1,
-    "mamba2": _CONVOLUTION
-    | {
-        "mamba2_chunk_scan": ("mamba_ssm", _ssd),
-        "mamba2_selective_state_update": ("mamba_ssm", _ssd_step),
-    },
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_1),
+    "mamba2": _MAMBA_2,
 }
 
 

@@ -66,34 +66,33 @@ class ExpertsNaming:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """`targets` maps a short name to the nn.Linear's path inside the block, in the blocks that have
-    it; experts add theirs, where the same short name stands for both. `embedding` and `head` are
-    the hub names of the matrices that the vocabulary has to itself, `runtime_head` where
-    transformers puts the head. `before_blocks`: other modules with weights that the model runs
-    before its first block. `inner_size`, `shared_size`: what the config calls the width of the MLP
-    (of one expert where there are experts), and of the MLP that every token sees beside them, or
-    the width itself. `expand`: what it calls how many times wider than the model a state-space
-    mixer is. `scan_kept`: numbers that autograd keeps of a scan for each of the mixer's width,
-    beyond those of an MLP. `left_out`: what `lillama.models.detection` found and leaves dense, and
-    why. `worth_targets`: targets beside `default_targets` where each rank is chosen by what it is
-    worth to the model's loss.
-    """
+    """What is known of a model type beside its config."""
 
     model_type: str
+    # {short name: path of the nn.Linear inside the block}, in the blocks that have it; experts add
+    # theirs, where the same short name stands for both
     targets: dict[str, str] = field(default_factory=dict)
     default_targets: tuple[str, ...]
+    # further ones where each rank is chosen by what it costs the model's loss
+    worth_targets: tuple[str, ...] = ()
     experts: ExpertsNaming | None = None
     paper_strategy: Strategy
+    # hub names of the two matrices of the vocabulary, and where transformers puts the head
     embedding: str
     head: str = "lm_head"
     runtime_head: str = "lm_head"
+    # other modules with weights that run before the first block
     before_blocks: tuple[str, ...] = ()
+    # what the config calls the width of the MLP (of one expert where there are experts) and of the
+    # MLP that every token sees beside them, or the width itself
     inner_size: str | int | None = "intermediate_size"
     shared_size: str | int | None = None
+    # what it calls how many times wider than the model a state-space mixer is
     expand: str | None = None
+    # numbers that autograd keeps of a scan for each of the mixer's width, beyond those of an MLP
     scan_kept: int = 0
+    # what `lillama.models.detection` leaves dense, and why
     left_out: tuple[str, ...] = ()
-    worth_targets: tuple[str, ...] = ()
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -129,8 +128,14 @@ def _width(config: Any, size: str | int) -> int:
     return size if isinstance(size, int) else getattr(config, size)
 
 
-_ATTENTION = {name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-_MLP = {name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
+def _in(module: str, *names: str) -> dict[str, str]:
+    """Return {short name: path} of layers in one module of the block."""
+    return {name: f"{module}.{name}" for name in names}
+
+
+_ATTENTION = _in("self_attn", "q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = _in("mlp", "gate_proj", "up_proj", "down_proj")
+_GATED = _in("mlp", "gate_up_proj", "down_proj")
 
 
 def _dense(model_type: str, targets: Mapping[str, str], **more: Any) -> Family:
@@ -174,27 +179,27 @@ def _state_space(model_type: str, targets: Mapping[str, str], **more: Any) -> Fa
     )
 
 
-_W_EXPERTS = ExpertsNaming(
-    runtime="mlp.experts",
+_PROJ_EXPERTS = ExpertsNaming(
+    runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
+)
+_W_EXPERTS = replace(
+    _PROJ_EXPERTS,
     hub="block_sparse_moe.experts",
     gate="w1",
     up="w3",
     down="w2",
     count="num_local_experts",
 )
-_PROJ_EXPERTS = ExpertsNaming(
-    runtime="mlp.experts", hub="mlp.experts", gate="gate_proj", up="up_proj", down="down_proj"
-)
 # dt_proj and conv1d are read as tensors by the mixer and are tiny: never targets.
-_MIXER = {name: f"mixer.{name}" for name in ("in_proj", "out_proj", "x_proj")}
+_MIXER = _in("mixer", "in_proj", "out_proj", "x_proj")
 _SHARED = {f"shared_{name}": f"mlp.shared_expert.{name}" for name in _MLP}
 
 # of DeepSeek
 _ROUTED_EXPERTS = replace(_PROJ_EXPERTS, count="n_routed_experts")
 _LATENT_ATTENTION = {
-    **{name: f"self_attn.{name}" for name in ("q_proj", "q_a_proj", "q_b_proj")},
-    **{"kv_a_proj": "self_attn.kv_a_proj_with_mqa", "kv_b_proj": "self_attn.kv_b_proj"},
-    "o_proj": "self_attn.o_proj",
+    **_in("self_attn", "q_proj", "q_a_proj", "q_b_proj"),
+    "kv_a_proj": "self_attn.kv_a_proj_with_mqa",
+    **_in("self_attn", "kv_b_proj", "o_proj"),
 }
 _SHARED_EXPERTS = {f"shared_{name}": f"mlp.shared_experts.{name}" for name in _MLP}
 _DEEPSEEK: dict[str, Any] = {
@@ -205,6 +210,7 @@ _DEEPSEEK: dict[str, Any] = {
     "shared_size": "intermediate_size",
 }
 
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "cohere")
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_type="mixtral",
@@ -214,57 +220,27 @@ FAMILIES: dict[str, Family] = {
         embedding="model.embed_tokens",
     ),
     "mamba": _state_space("mamba", _MIXER),
-    "llama": _dense("llama", {**_ATTENTION, **_MLP}),
-    "mistral": _dense("mistral", {**_ATTENTION, **_MLP}),
-    "qwen2": _dense("qwen2", {**_ATTENTION, **_MLP}),
-    "qwen3": _dense("qwen3", {**_ATTENTION, **_MLP}),
+    **{name: _dense(name, {**_ATTENTION, **_MLP}) for name in _LLAMA_LIKE},
     # q, k, v are one matrix here, gate and up another: one pair of factors each
-    "phi3": _dense(
-        "phi3",
-        {
-            "qkv_proj": "self_attn.qkv_proj",
-            "o_proj": "self_attn.o_proj",
-            "gate_up_proj": "mlp.gate_up_proj",
-            "down_proj": "mlp.down_proj",
-        },
-    ),
+    "phi3": _dense("phi3", {**_in("self_attn", "qkv_proj", "o_proj"), **_GATED}),
     "phi": _dense(
-        "phi",
-        {
-            **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "dense")},
-            "fc1": "mlp.fc1",
-            "fc2": "mlp.fc2",
-        },
+        "phi", _in("self_attn", "q_proj", "k_proj", "v_proj", "dense") | _in("mlp", "fc1", "fc2")
     ),
-    "gemma": _dense("gemma", {**_ATTENTION, **_MLP}),
-    "gemma2": _dense("gemma2", {**_ATTENTION, **_MLP}),
     "gpt_neox": _dense(
         "gpt_neox",
-        {
-            "query_key_value": "attention.query_key_value",
-            "dense": "attention.dense",
-            "dense_h_to_4h": "mlp.dense_h_to_4h",
-            "dense_4h_to_h": "mlp.dense_4h_to_h",
-        },
+        _in("attention", "query_key_value", "dense") | _in("mlp", "dense_h_to_4h", "dense_4h_to_h"),
         embedding="gpt_neox.embed_in",
         head="embed_out",
     ),
     "opt": _dense(
         "opt",
-        {
-            **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")},
-            "fc1": "fc1",
-            "fc2": "fc2",
-        },
+        {**_in("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"), "fc1": "fc1", "fc2": "fc2"},
         embedding="model.decoder.embed_tokens",
         before_blocks=("model.decoder.embed_positions", "model.decoder.project_in"),
         inner_size="ffn_dim",
     ),
-    "cohere": _dense("cohere", {**_ATTENTION, **_MLP}),
-    "glm4": _dense(
-        "glm4", {**_ATTENTION, "gate_up_proj": "mlp.gate_up_proj", "down_proj": "mlp.down_proj"}
-    ),
-    "starcoder2": _dense("starcoder2", {**_ATTENTION, "c_fc": "mlp.c_fc", "c_proj": "mlp.c_proj"}),
+    "glm4": _dense("glm4", {**_ATTENTION, **_GATED}),
+    "starcoder2": _dense("starcoder2", {**_ATTENTION, **_in("mlp", "c_fc", "c_proj")}),
     # multi-head latent attention: queries through one narrow matrix or two, keys and values through
     # two; the first blocks may be dense
     "deepseek_v2": _moe("deepseek_v2", _ROUTED_EXPERTS, {**_MLP, **_SHARED_EXPERTS}, **_DEEPSEEK),
@@ -299,7 +275,7 @@ FAMILIES: dict[str, Family] = {
     # steps, B and C come out of in_proj; `scan_kept` is for the state size of 128 that is usual
     "mamba2": _state_space(
         "mamba2",
-        {name: _MIXER[name] for name in ("in_proj", "out_proj")},
+        _in("mixer", "in_proj", "out_proj"),
         inner_size=None,
         expand="expand",
         scan_kept=17,
@@ -307,17 +283,8 @@ FAMILIES: dict[str, Family] = {
     # every block has a mixer or attention, and experts or one MLP
     "jamba": _moe(
         "jamba",
-        ExpertsNaming(
-            runtime="feed_forward.experts",
-            hub="feed_forward.experts",
-            gate="gate_proj",
-            up="up_proj",
-            down="down_proj",
-        ),
-        {
-            **{name: f"feed_forward.{name}" for name in _MLP},
-            **{name: f"mamba.{name}" for name in _MIXER},
-        },
+        replace(_PROJ_EXPERTS, runtime="feed_forward.experts", hub="feed_forward.experts"),
+        _in("feed_forward", *_MLP) | _in("mamba", *_MIXER),
         default=("in_proj", "out_proj"),
         worth_targets=("x_proj",),
         expand="mamba_expand",
