@@ -6,7 +6,6 @@ base model's size. Formats "plain" and "pivot" change the gauge and keep the pro
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from lillama.checkpoint.headers import (
     SINGLE_SHARD,
     TensorHeader,
     read_headers,
-    read_shard_headers,
+    tensor_bytes,
 )
 from lillama.checkpoint.names import FACTOR_SUFFIXES, KEPT_DENSE, PIVOT_MASK, factor_shapes
 from lillama.checkpoint.pivots import is_permutation, permutation_of, wrong_pivot_mask
@@ -74,42 +73,34 @@ class _Source:
         dtype = DTYPES[header.dtype]
         return Entry(new_name or name, dtype, header.shape, lambda: self.read(name))
 
-    def is_embedding(self, matrix: str) -> bool:
-        return matrix == self.family.embedding
+    @property
+    def files(self) -> list[Path]:
+        return sorted({header.file for header in self.headers.values()})
 
     def parts(self, matrix: str, gauge: str) -> dict[str, tuple[int, ...]]:
-        """{end of the name: shape} of what a gauge stores of a matrix."""
-        shape, rank = self.shapes[matrix], self.ranks[matrix]
-        return factor_shapes(shape, rank, gauge, self.is_embedding(matrix))
+        """Return {end of the name: shape} of what a gauge stores of a matrix."""
+        is_embedding = matrix == self.family.embedding
+        return factor_shapes(self.shapes[matrix], self.ranks[matrix], gauge, is_embedding)
 
     def first(self, matrix: str) -> str:
-        """The tensor that stands for all that is stored of a matrix: of its dtype, in its shard."""
+        """Return the tensor that stands for all that is stored of a matrix: of its dtype, in its
+        shard."""
         return f"{matrix}.{next(iter(self.parts(matrix, self.gauge)))}"
 
     def dtype(self, matrix: str) -> torch.dtype:
         return DTYPES[self.headers[self.first(matrix)].dtype]
 
     def factors(self, matrix: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [R, K] and B [N, R], in whichever gauge they are stored."""
-        stored = {
-            key: self.read(f"{matrix}.{key}").to(dtype)
-            for key in self.parts(matrix, self.gauge)
-            if key != PIVOT_MASK
-        }
-        if self.gauge == "pivot":
-            stored[PIVOT_MASK] = self.pivot_mask(matrix)
-        return plain_tensors(stored)
-
-    def pivot_mask(self, matrix: str) -> Tensor:
-        name, rank = f"{matrix}.{PIVOT_MASK}", self.ranks[matrix]
-        mask = self.read(name)
-        if not is_permutation(permutation_of(mask, rank)):
-            raise InputError(wrong_pivot_mask(name, rank, len(mask)))
-        return mask
+        """Return A [R, K] and B [N, R], in whichever gauge they are stored."""
+        stored = {key: self.read(f"{matrix}.{key}") for key in self.parts(matrix, self.gauge)}
+        mask, rank = stored.get(PIVOT_MASK), self.ranks[matrix]
+        if mask is not None and not is_permutation(permutation_of(mask, rank)):
+            raise InputError(wrong_pivot_mask(f"{matrix}.{PIVOT_MASK}", rank, len(mask)))
+        return plain_tensors({k: t if t is mask else t.to(dtype) for k, t in stored.items()})
 
     def product(self, matrix: str) -> Tensor:
-        """B A from fp32 products, in the dtype of the factors, as a dense checkpoint holds it; what
-        the pivot gauge stores as it is comes out so."""
+        """Return B A from fp32 products, in the dtype of the factors, as a dense checkpoint holds
+        it; what the pivot gauge stores as it is comes out so."""
         A, B = self.factors(matrix, torch.float32)
         dense = _finite(matrix, (B @ A).to(self.dtype(matrix)))
         return dense.mT.contiguous() if matrix in self.transposed else dense
@@ -136,39 +127,39 @@ def _open_source(path: Path, format: str) -> _Source:
         raise InputError(f"{path} is in the {gauge} gauge already; choose another --format")
     headers = read_headers(path)
     shapes = stored_shapes(model, family, ranks)
-    check_factors(
-        {name: header.shape for name, header in headers.items()},
-        ranks,
-        shapes,
-        gauge,
-        family.embedding,
-        values["sentinel"],
-    )
+    present, sentinel_name = {name: h.shape for name, h in headers.items()}, values["sentinel"]
+    check_factors(present, ranks, shapes, gauge, family.embedding, sentinel_name)
     transposed = {name for name, module in model.named_modules() if is_transposed(module)}
-    return _Source(path, family, ranks, gauge, headers, shapes, values["sentinel"], transposed)
+    return _Source(path, family, ranks, gauge, headers, shapes, sentinel_name, transposed)
 
 
 def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
-    """Factors in the pivot gauge wait in the file `part`: made once, although a shard's tensors are
-    not written in the order they are made in."""
-    A, B = source.factors(matrix, torch.float64)
-    is_embedding = source.is_embedding(matrix)
-    tensors, _ = pivot_tensors(A, B, source.dtype(matrix), is_embedding=is_embedding)
-    write_shard(part, entries_of({key: _finite(matrix, value) for key, value in tensors.items()}))
-    shapes = {key: (DTYPES[h.dtype], h.shape) for key, h in read_shard_headers(part).items()}
+    """Return factors in the pivot gauge. They wait in the file `part`: made once, although a
+    shard's tensors are not written in the order they are made in."""
+    dtype = source.dtype(matrix)
 
     def read(key: str) -> Tensor:
+        if not part.exists():
+            A, B = source.factors(matrix, torch.float64)
+            is_embedding = matrix == source.family.embedding
+            tensors, _ = pivot_tensors(A, B, dtype, is_embedding=is_embedding)
+            write_shard(part, entries_of({k: _finite(matrix, t) for k, t in tensors.items()}))
         with safe_open(part, "pt", backend="pread") as file:
             return file.get_tensor(key)
 
     return [
-        Entry(f"{matrix}.{key}", dtype, shape, lambda key=key: read(key))
-        for key, (dtype, shape) in shapes.items()
+        Entry(
+            f"{matrix}.{key}",
+            torch.uint8 if key == PIVOT_MASK else dtype,
+            shape,
+            lambda key=key: read(key),
+        )
+        for key, shape in source.parts(matrix, "pivot").items()
     ]
 
 
 def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[Entry]:
-    """What takes the place of a matrix's factors."""
+    """Return what takes the place of a matrix's factors."""
     dtype, (N, K) = source.dtype(matrix), source.shapes[matrix]
     if format == "dense":
         shape = (K, N) if matrix in source.transposed else (N, K)
@@ -184,8 +175,8 @@ def _converted(source: _Source, matrix: str, format: str, part: Path) -> list[En
 
 
 def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entry]:
-    """The tensors of a new shard: what the old one `file` held, a matrix where its first factor
-    was."""
+    """Return the tensors of a new shard: what the old one `file` held, a matrix where its first
+    factor was."""
     entries = []
     for name, header in source.headers.items():
         if header.file != file or name == source.sentinel:
@@ -202,37 +193,16 @@ def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entr
     return entries
 
 
-def _new_bytes(source: _Source, format: str) -> int:
-    """Bytes of the result's tensors."""
-    total = 0
-    for name, header in source.headers.items():
-        matrix, _, suffix = name.rpartition(".")
-        if matrix in source.ranks and name == source.first(matrix):
-            dense = {"weight": source.shapes[matrix]}
-            parts = dense if format == "dense" else source.parts(matrix, format)
-            for key, shape in parts.items():
-                dtype = torch.uint8 if key == PIVOT_MASK else source.dtype(matrix)
-                total += math.prod(shape) * dtype.itemsize
-        elif matrix not in source.ranks and name != source.sentinel:
-            total += header.num_bytes
-        elif suffix == "bias":
-            total += header.num_bytes
-    return total
-
-
 def _write_shards(source: _Source, staging: Path, format: str) -> int:
     """Write every shard and their index; returns the bytes of the tensors without the sentinel."""
     names: dict[str, str] = {}
     num_bytes = 0
-    files = sorted({header.file for header in source.headers.values()})
-    for file in files:
+    for file in source.files:
         entries = _entries(source, file, format, staging)
         num_bytes += sum(entry.num_bytes for entry in entries)
-        if format != "dense" and file == files[0]:
+        if format != "dense" and file == source.files[0]:
             name, shape = sentinel(source.family, source.ranks)
-            entries.append(
-                Entry(name, torch.float32, shape, lambda shape=shape: torch.zeros(shape))
-            )
+            entries += entries_of({name: torch.zeros(shape)})
         if not entries:
             continue  # held nothing but parts of matrices that another shard begins
         write_shard(staging / file.name, entries)
@@ -285,13 +255,12 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 
 def _copies(path: Path) -> Iterable[Path]:
-    """Tokenizer, generation_config.json, recipe.json and whatever else lies beside the weights."""
+    """Yield tokenizer, generation_config.json, recipe.json and what else lies beside the weights."""
     written = {"config.json", "README.md", "report.html", SHARD_INDEX}
     for file in sorted(path.iterdir()):
-        hidden = file.name.startswith(".")
-        if file.is_file() and file.suffix != ".safetensors" and not hidden:
-            if file.name not in written:
-                yield file
+        is_new = file.name in written or file.suffix == ".safetensors"
+        if file.is_file() and not is_new and not file.name.startswith("."):
+            yield file
 
 
 @torch.no_grad()
@@ -316,17 +285,17 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
     config = ExportConfig(model=find_model(model), out=Path(out), **options)
     source = _open_source(config.model, config.format)
     with FolderWriter(config.out, {"command": "export"}, overwrite=None) as folder:
-        check_space(config.out, _new_bytes(source, config.format))
+        new = (_entries(source, file, config.format, folder.staging) for file in source.files)
+        check_space(config.out, sum(entry.num_bytes for entries in new for entry in entries))
         return _export(source, config, folder)
 
 
 def _export(source: _Source, config: ExportConfig, folder: FolderWriter) -> dict[str, Any]:
     model_config = read_config(source.path)
     values: Mapping[str, Any] = compression_of(model_config) or {}
+    ranks = source.ranks if config.format != "dense" else None
     before = count_params(model_config)
-    params = before
-    if config.format != "dense":
-        params = count_params(model_config, source.ranks, config.format)
+    params = count_params(model_config, ranks, config.format)
     base = Path(str(values.get("base_model") or "the base model"))
     # only a model of the Hub has a revision
     hub_id = str(base) if values.get("base_revision") else None
@@ -334,20 +303,16 @@ def _export(source: _Source, config: ExportConfig, folder: FolderWriter) -> dict
         num_bytes = _write_shards(source, folder.staging, config.format)
         for file in _copies(source.path):
             shutil.copyfile(file, folder.staging / file.name)
-        texts = {
-            "README.md": _card(source, config.format, base, hub_id),
-            "config.json": json.dumps(
-                _config_json(source, config.format, 1 - params / before), indent=2
-            )
-            + "\n",
-        }
-        for name, text in texts.items():
-            (folder.staging / name).write_text(text, "utf-8")
+        card = _card(source, config.format, base, hub_id)
+        (folder.staging / "README.md").write_text(card, "utf-8")
+        new_config = _config_json(source, config.format, 1 - params / before)
+        text = json.dumps(new_config, indent=2) + "\n"
+        (folder.staging / "config.json").write_text(text, "utf-8")
     folder.finish()
     return {
         "format": config.format,
         "matrices": len(source.ranks),
         "params": params,
-        "bytes_before": sum(h.num_bytes for n, h in source.headers.items() if n != source.sentinel),
+        "bytes_before": tensor_bytes(source.headers, skip=[source.sentinel]),
         "bytes_after": num_bytes,
     }
