@@ -255,7 +255,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 
 
 def _copies(path: Path) -> Iterable[Path]:
-    """Yield tokenizer, generation_config.json, recipe.json and what else lies beside the weights."""
+    """Yield tokenizer, recipe.json and whatever else lies beside the weights."""
     written = {"config.json", "README.md", "report.html", SHARD_INDEX}
     for file in sorted(path.iterdir()):
         is_new = file.name in written or file.suffix == ".safetensors"
