@@ -26,6 +26,7 @@ __all__ = [
     "factor_shapes",
     "stacked_name",
     "stacked_place",
+    "stacked_shape",
 ]
 
 FACTOR_A, FACTOR_B, FACTOR_C = "lr_A", "lr_B", "lr_C"
@@ -62,12 +63,26 @@ def stacked_name(projection: str, key: str) -> str:
     return f"{projection}_{key.removeprefix('lr_')}"
 
 
+def stacked_shape(key: str, shape: tuple[int, int], ranks: Sequence[int]) -> tuple | None:
+    """Return the shape of the stack of all experts' tensors of one projection [N, K], padded to the
+    largest rank; None where no expert has one."""
+    (N, K), E, R, num_dense = shape, len(ranks), max(ranks), ranks.count(0)
+    if key == KEPT_DENSE:
+        return (num_dense, N, K) if num_dense else None
+    if R == 0:
+        return None
+    rest = N - min(filter(None, ranks))
+    shapes = {FACTOR_A: (E, R, K), FACTOR_B: (E, N, R), FACTOR_C: (E, rest, R), PERMUTATION: (E, N)}
+    return shapes[key]
+
+
 def stacked_place(key: str, ranks: Sequence[int], expert: int, N: int) -> tuple | None:
-    """Return the index of one expert's tensor in the stack of all, which is padded to the largest
-    rank; None where it has none. N: outputs of the projection."""
+    """Return the index of one expert's tensor in that stack; None where it has none."""
     rank = ranks[expert]
-    if rank == 0 or key == KEPT_DENSE:
-        return (ranks[:expert].count(0),) if rank == 0 and key == KEPT_DENSE else None
+    if key == KEPT_DENSE:
+        return None if rank else (ranks[:expert].count(0),)
+    if rank == 0:
+        return None
     places = {
         FACTOR_A: (expert, slice(rank)),
         FACTOR_B: (expert, slice(None), slice(rank)),

@@ -69,10 +69,9 @@ def find_family(model: PreTrainedModel) -> Family:
     shorts = _short_names(linears)
     targets = {short: path for path, short in shorts.items()}
     inside = () if experts is None else experts.projections
-    embedding, head = (
-        _path_of(model, module)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
+    paths = {module: path for path, module in model.named_modules()}
+    embedding = paths[model.get_input_embeddings()]
+    head = paths[model.get_output_embeddings()]
     widest = max((width for path in dense for width in linears[path][0]), default=0)
     return Family(
         model_type=kind,
@@ -81,7 +80,7 @@ def find_family(model: PreTrainedModel) -> Family:
         experts=experts,
         paper_strategy="bottom",
         embedding=embedding,
-        head=_hub_names(model, [head])[0],
+        head=_hub_name(model, head),
         runtime_head=head,
         before_blocks=_outside(model, block_path, (embedding, head)),
         inner_size=widest if experts is None else _expert_width(blocks, experts),
@@ -91,7 +90,7 @@ def find_family(model: PreTrainedModel) -> Family:
 
 
 def _problem(model: PreTrainedModel) -> str | None:
-    """Why a model is none that blocks can be taken out of; None where it is."""
+    """Return why blocks cannot be taken out of a model; None where they can."""
     absent = [name for name in FIELDS if not isinstance(getattr(model.config, name, None), int)]
     if absent:
         return f"its config has no {absent[0]} of its own"
@@ -101,36 +100,35 @@ def _problem(model: PreTrainedModel) -> str | None:
     owners = [{id(p) for p in block.parameters()} for block in blocks]
     if any(a & b for place, a in enumerate(owners) for b in owners[:place]):
         return "its blocks share weights"
-    path = ""
-    for part in ("", *block_list(model)[0].split(".")[:-1]):
-        path = f"{path}.{part}".strip(".")
-        if any(True for _ in model.get_submodule(path).parameters(recurse=False)):
+    parents = block_list(model)[0].split(".")[:-1]
+    for depth in range(len(parents) + 1):
+        if _own_parameters(model.get_submodule(".".join(parents[:depth]))):
             return "it has weights outside its blocks that belong to no module of their own"
     return None
 
 
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False))
+
+
 def _has_matrix(module: nn.Module) -> bool:
-    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-
-
-def _path_of(model: nn.Module, wanted: nn.Module | None) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return any(parameter.ndim >= 2 for parameter in _own_parameters(module).values())
 
 
 def _outside(model: PreTrainedModel, block_path: str, vocabulary: Iterable[str]) -> tuple[str, ...]:
-    """Every module with weights outside the blocks but embeddings and head: which of them run
-    before the blocks is not known, and all are small."""
+    """Return every module with weights outside the blocks but embeddings and head: which of them
+    run before the blocks is not known, and all are small."""
     return tuple(
         name
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
+        if _own_parameters(module)
         and not f"{name}.".startswith(f"{block_path}.")
         and name not in vocabulary
     )
 
 
 def _linears(blocks: nn.ModuleList, left_out: list[str]) -> dict[str, tuple[tuple[int, int], bool]]:
-    """{path in the block: ((N, K), whether it is a part of attention)}."""
+    """Return {path in the block: ((N, K), whether it is a part of attention)}."""
     found: dict[str, tuple[tuple[int, int], bool]] = {}
     for block in blocks:
         modules = dict(block.named_modules())
@@ -153,13 +151,12 @@ def _linears(blocks: nn.ModuleList, left_out: list[str]) -> dict[str, tuple[tupl
 
 
 def _reads_weight(parent: nn.Module, leaf: str) -> bool:
-    """Whether a module looks at the weight of its linear layer `leaf`, which factors do not
-    have."""
+    """Return whether a module looks at the weight of its layer `leaf`, which factors have not."""
     return f"self.{leaf}.weight" in inspect.getsource(type(parent))
 
 
 def _short_names(paths: Iterable[str]) -> dict[str, str]:
-    """{path: its last parts joined by "_", as many as tell it from the others}."""
+    """Return {path: its last parts joined by "_", as many as tell it from the others}."""
 
     def short(path: str, count: int) -> str:
         return "_".join(path.split(".")[-count:])
@@ -174,20 +171,17 @@ def _short_names(paths: Iterable[str]) -> dict[str, str]:
         counts |= {path: counts[path] + 1 for path in longer}
 
 
-def _hub_names(model: PreTrainedModel, paths: list[str]) -> list[str]:
-    """What a checkpoint calls the weights of these modules, by transformers' own renaming."""
-    found = []
-    for path in paths:
-        names = revert_weight_conversion(model, {f"{path}.weight": torch.empty(0)})
-        found.append(next(iter(names)).removesuffix(".weight"))
-    return found
+def _hub_name(model: PreTrainedModel, path: str) -> str:
+    """Return what a checkpoint calls a module's weight, by transformers' own renaming."""
+    names = revert_weight_conversion(model, {f"{path}.weight": torch.empty(0)})
+    return next(iter(names)).removesuffix(".weight")
 
 
 def _stacked(blocks: nn.ModuleList) -> Iterator[tuple[int, str, nn.Module]]:
-    """(block, path in it, module) of everything that holds stacked matrices."""
+    """Yield (block, path in it, module) of everything that holds stacked matrices."""
     for index, block in enumerate(blocks):
         for path, module in block.named_modules():
-            stacked = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+            stacked = any(p.ndim == 3 for p in _own_parameters(module).values())
             if stacked and not isinstance(module, nn.Conv1d):
                 yield index, path, module
 
@@ -195,7 +189,7 @@ def _stacked(blocks: nn.ModuleList) -> Iterator[tuple[int, str, nn.Module]]:
 def _experts(
     model: PreTrainedModel, block_path: str, blocks: nn.ModuleList
 ) -> tuple[ExpertsNaming | None, list[str]]:
-    """The naming of the stacked experts, if they are of the common form, and what is not."""
+    """Return the naming of the stacked experts, if they are of the common form, and what is not."""
     found: dict[str, ExpertsNaming] = {}
     left_out: list[str] = []
     for index, path, module in _stacked(blocks):
@@ -206,16 +200,14 @@ def _experts(
             found[path] = naming
         elif naming is not None:
             left_out.append(f"{path} stays dense: {type(module).__name__} {naming}")
-    first, *others = found.values() or [None]
-    left_out += [
-        f"{other.runtime} stays dense: other experts are found" for other in others if other
-    ]
+    first, *others = [*found.values()] or [None]
+    left_out += [f"{o.runtime} stays dense: other experts are found" for o in others if o]
     return first, left_out
 
 
 def _uncommon(model: PreTrainedModel, module: Any) -> str | None:
-    """What sets stacked matrices apart from transformers' common experts; None if nothing does."""
-    shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+    """Return what sets stacked matrices apart from transformers' common experts, if anything."""
+    shapes = {name: p.shape for name, p in _own_parameters(module).items()}
     if shapes.keys() != {"gate_up_proj", "down_proj"} or any(len(s) != 3 for s in shapes.values()):
         return f"holds {', '.join(shapes)}, not gate_up_proj and down_proj alone"
     (E, double, H), (E_down, H_down, inner) = shapes["gate_up_proj"], shapes["down_proj"]
@@ -237,7 +229,7 @@ def _uncommon(model: PreTrainedModel, module: Any) -> str | None:
 
 
 def _count(config: PretrainedConfig, experts: int) -> str | None:
-    """What the config calls the number of experts."""
+    """Return what the config calls the number of experts."""
     own = config.to_dict()
     return next((name for name in COUNTS if own.get(name) == experts), None)
 
@@ -245,8 +237,8 @@ def _count(config: PretrainedConfig, experts: int) -> str | None:
 def _naming(
     model: PreTrainedModel, block: str, path: str, module: nn.Module
 ) -> ExpertsNaming | str:
-    """How checkpoints call each expert's matrices, seen in what transformers makes of marked ones;
-    or why that does not fit."""
+    """Return how checkpoints call each expert's matrices, seen in what transformers makes of marked
+    ones; or why that does not fit."""
     num_experts = module.get_parameter("down_proj").shape[0]
     marked = {"gate_up_proj": [[[0.0], [1.0]]], "down_proj": [[[2.0]]]}
     # with numbers, also where models are being built on the meta device

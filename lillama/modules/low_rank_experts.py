@@ -27,17 +27,15 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
+from lillama.checkpoint.gauge import plain_tensors
 from lillama.checkpoint.names import (
-    FACTOR_A,
-    FACTOR_B,
-    FACTOR_C,
-    KEPT_DENSE,
     PERMUTATION,
     STACKED,
     stacked_name,
     stacked_place,
+    stacked_shape,
 )
-from lillama.checkpoint.pivots import as_stored, pivot_rows
+from lillama.checkpoint.pivots import as_stored
 from lillama.models.families import PROJECTIONS
 
 __all__ = ["LowRankExperts", "PivotLowRankExperts"]
@@ -112,23 +110,17 @@ class LowRankExperts(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         """Make one tensor of a projection; None where no expert has it."""
-        (N, K), ranks = self.projection_shape(projection), self.ranks[projection]
-        E, R, num_dense = self.num_experts, max(ranks), ranks.count(0)
-        name = stacked_name(projection, key)
+        shape = stacked_shape(key, self.projection_shape(projection), self.ranks[projection])
+        name, value = stacked_name(projection, key), None
         if key == PERMUTATION:
-            order = torch.arange(N, dtype=torch.int32, device=device).repeat(E, 1)
-            self.register_buffer(name, order if R else None)
+            if shape is not None:
+                value = torch.arange(shape[1], dtype=torch.int32, device=device)
+                value = value.repeat(self.num_experts, 1)
+            self.register_buffer(name, value)
             return
-        if key == KEPT_DENSE:
-            shape = (num_dense, N, K) if num_dense else None
-        elif not R:
-            shape = None
-        elif key == FACTOR_A:
-            shape = E, R, K
-        else:
-            shape = E, N - min(filter(None, ranks)) if key == FACTOR_C else N, R
-        value = None if shape is None else torch.zeros(shape, device=device, dtype=dtype)
-        self.register_parameter(name, None if value is None else nn.Parameter(value))
+        if shape is not None:
+            value = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        self.register_parameter(name, value)
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """Return (N, K) of one projection: gate and up [I, H], down [H, I]."""
@@ -207,9 +199,9 @@ class PivotLowRankExperts(LowRankExperts):
         )  # fmt: skip
         for projection in PROJECTIONS:
             for expert, rank in enumerate(self.ranks[projection]):
-                old = self.matrix(projection, expert)
+                old = self.stored(projection, expert)
                 if rank:
-                    old[FACTOR_B] = pivot_rows(old[FACTOR_C], old[PERMUTATION])
+                    old = dict(zip(STACKED["plain"], plain_tensors(old), strict=False))
                 for key, target in new.matrix(projection, expert).items():
                     target.copy_(old[key])
         return new.requires_grad_(like.requires_grad)

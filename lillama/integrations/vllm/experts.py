@@ -27,12 +27,12 @@ from lillama.checkpoint.names import (
     FACTOR_A,
     FACTOR_B,
     FACTOR_C,
-    KEPT_DENSE,
     PERMUTATION,
     PIVOT_MASK,
     STACKED,
     stacked_name,
     stacked_place,
+    stacked_shape,
 )
 from lillama.checkpoint.pivots import is_permutation, permutation_of, pivot_rows, wrong_pivot_mask
 from lillama.integrations.vllm.shards import is_loaded
@@ -119,38 +119,32 @@ class LowRankExpertsMethod(FusedMoEMethodBase):
             raise ValueError(f"{self.prefix}: router weights on the input are not supported")
         wide = intermediate_size_per_partition, hidden_size
         self.shapes = {"gate": wide, "up": wide, "down": wide[::-1]}
-        self.ranks = {name: [0] * num_experts for name in PROJECTIONS}
-        self.numbers = [-1] * num_experts
-        for expert in range(len(self.all_ranks["gate"])):
-            place = layer._map_global_expert_id_to_local_expert_id(expert)
-            if place == -1:
-                continue  # of another process
-            self.numbers[place] = expert
-            for name in PROJECTIONS:
-                self.ranks[name][place] = self.all_ranks[name][expert]
+        experts = range(len(self.all_ranks["gate"]))
+        # by place here; what is of another process has the place -1
+        numbers = {layer._map_global_expert_id_to_local_expert_id(e): e for e in experts}
+        self.numbers = [numbers.get(place, -1) for place in range(num_experts)]
+        self.ranks = {
+            name: [ranks[e] if e >= 0 else 0 for e in self.numbers]
+            for name, ranks in self.all_ranks.items()
+        }
+        # NaN where something must come, zeros where ranks are padded
         for name in PROJECTIONS:
-            for key, tensor in self._empty(name, params_dtype).items():
-                parameter = Parameter(tensor, requires_grad=False)
+            padded = [_padded(rank) for rank in self.ranks[name]]
+            for key in STACKED["plain"]:
+                stack = torch.zeros(
+                    stacked_shape(key, self.shapes[name], padded) or (0,), dtype=params_dtype
+                )
+                parameter = Parameter(stack, requires_grad=False)
                 layer.register_parameter(stacked_name(name, key), parameter)
+                for place in range(num_experts):
+                    if (view := self._view(layer, name, key, place)) is not None:
+                        view.fill_(torch.nan)
         # what vLLM looks up by name while it loads
         for name in ("w13", "w2"):
             for key in self.keys:
                 door = Parameter(torch.empty(0), requires_grad=False)
                 door.weight_loader = partial(self._load, layer, key)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{name}_{key}", door)
-
-    def _empty(self, name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return A [E, R, K], B [E, N, R] and W [dense experts, N, K]: NaN where something must
-        come, zeros where ranks are padded."""
-        (N, K), ranks = self.shapes[name], self.ranks[name]
-        width, num_dense = max(map(_padded, ranks)), ranks.count(0)
-        A = torch.zeros(len(ranks), width, K, dtype=dtype)
-        B = torch.zeros(len(ranks), N, width, dtype=dtype)
-        for place, rank in enumerate(ranks):
-            A[place, :rank] = torch.nan
-            B[place, :, :rank] = torch.nan
-        W = torch.full((num_dense, N, K), torch.nan, dtype=dtype)
-        return {FACTOR_A: A, FACTOR_B: B, KEPT_DENSE: W}
 
     def _view(self, layer: Any, name: str, key: str, place: int) -> Tensor | None:
         """Return where one expert's tensor belongs; None if config.json promises none."""
