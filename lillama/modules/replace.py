@@ -1,9 +1,10 @@
 """Exchange dense modules for factorised ones, by hub name."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lillama.models.dense_linear import DenseLinear, is_linear, linear_shape
@@ -18,7 +19,8 @@ ExpertRanks = dict[str, list[int]]
 
 
 def _find(root: nn.Module, name: str, base_prefix: str) -> tuple[str, nn.Module | None]:
-    """The submodule called `name`, with or without the base model's prefix (AutoModel drops it)."""
+    """Return the submodule called `name`, with or without the base model's prefix, which AutoModel
+    drops."""
     for candidate in (name, name.removeprefix(f"{base_prefix}."), f"{base_prefix}.{name}"):
         try:
             return candidate, root.get_submodule(candidate)
@@ -71,51 +73,39 @@ def replace_modules(
     family = family_of(config.model_type) if family is None else family
     linears, experts = group_ranks(family, ranks, family.num_experts(config))
     replaced: dict[str, nn.Module] = {}
+
+    def put(path: str, old: nn.Module, weight: Tensor, kind: Any, *sizes: Any, **more: Any) -> None:
+        own = weight.device if device is None else device
+        root.set_submodule(path, kind(*sizes, **more, device=own, dtype=dtype or weight.dtype))
+        replaced[path] = old
+
     for name, rank in linears.items():
         path, old = _find(root, family.runtime_name(name), base_prefix)
-        exact = is_linear(old) or type(old) is nn.Embedding  # what a subclass does would be lost
-        if not exact or not isinstance(old, DenseLinear | nn.Embedding):
+        if type(old) is nn.Embedding:
+            sizes = old.num_embeddings, old.embedding_dim, rank, old.padding_idx
+            put(path, old, old.weight, PivotLowRankEmbedding if pivot else LowRankEmbedding, *sizes)
+        elif isinstance(old, DenseLinear) and is_linear(old):
+            N, K = linear_shape(old)
+            more = {"bias": old.bias is not None, "is_head": name == family.head}
+            kind = PivotLowRankLinear if pivot else LowRankLinear
+            put(path, old, old.weight, kind, K, N, rank, **more)
+        else:  # what a subclass does would be lost
             raise ValueError(
                 f"{name} is not a linear layer of this model; cannot give it rank {rank}"
             )
-        made = {"device": device if device is not None else old.weight.device,
-                "dtype": dtype or old.weight.dtype}  # fmt: skip
-        if isinstance(old, nn.Embedding):
-            sizes = old.num_embeddings, old.embedding_dim
-            kind = PivotLowRankEmbedding if pivot else LowRankEmbedding
-            new = kind(*sizes, rank, old.padding_idx, **made)
-        else:
-            N, K = linear_shape(old)
-            sizes, bias = (K, N), old.bias is not None
-            kind = PivotLowRankLinear if pivot else LowRankLinear
-            new = kind(*sizes, rank, bias=bias, is_head=name == family.head, **made)
-        root.set_submodule(path, new)
-        replaced[path] = old
     for name, expert_ranks in experts.items():
         path, old = _find(root, name, base_prefix)
         if old is None or not hasattr(old, "gate_up_proj"):
             raise ValueError(f"{name} is not a stacked experts module of this model")
         weight = old.get_parameter("down_proj")
-        num_experts, hidden_size, intermediate_size = weight.shape
-        new_experts = (PivotLowRankExperts if pivot else LowRankExperts)(
-            getattr(
-                old, "config", config
-            ),  # the module's own: it knows the experts implementation in use
-            num_experts,
-            hidden_size,
-            intermediate_size,
-            expert_ranks,
-            device=device if device is not None else weight.device,
-            dtype=dtype or weight.dtype,
-        )
-        root.set_submodule(path, new_experts)
-        replaced[path] = old
+        # the module's own: it knows the experts implementation in use
+        sizes = getattr(old, "config", config), *weight.shape, expert_ranks
+        put(path, old, weight, PivotLowRankExperts if pivot else LowRankExperts, *sizes)
     return replaced
 
 
 def dense_expert(experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
-    """The weight [N, K] of one projection of one expert in a transformers stacked experts
-    module."""
+    """Return the weight [N, K] of one projection of one expert in transformers' stacked experts."""
     if projection == "down":
         return experts.get_parameter("down_proj")[expert]
     gate_up = experts.get_parameter("gate_up_proj")[expert]
