@@ -22,7 +22,10 @@ class _Then(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        getattr(import_module(self.module), self.function)()
+        ours = import_module(self.module)
+        # half imported where it is what imports the watched module: it then calls this at its end
+        if hasattr(ours, self.function):
+            getattr(ours, self.function)()
 
 
 class _Watch(MetaPathFinder):

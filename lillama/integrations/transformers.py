@@ -368,3 +368,7 @@ def register() -> None:
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(LillamaConfig)
         register_quantizer(QUANT_METHOD)(LillamaQuantizer)
+
+
+# Whoever imports this module first: see on_import
+register()

@@ -1,11 +1,8 @@
-"""CheckpointWriter killed with SIGKILL before each of its file operations in turn."""
+"""CheckpointWriter killed before each of its file operations in turn."""
 
 import json
-import os
 import shutil
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from lillama.checkpoint.journal import Journal
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.errors import InputError
+from tests.forked import Forked
 
 RECIPE = {"command": "compress"}
 CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
@@ -50,26 +48,23 @@ def mark(out: Path) -> float:
     return float(load_file(out / names["mark"])["mark"][0])
 
 
-def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
-    """Run `work` in a forked process that SIGKILLs itself just before file operation `moment` in
-    `folder`; half a file written is a moment too. False when it ended before that."""
-    pid = os.fork()
-    if pid:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        return status != 0
-    signal.alarm(60)
-    count = 0
+def left_by_kills(work: Callable[[], None], folder: Path, copies: Path) -> list[Path]:
+    """Run `work` in a process that copies `folder` just before each of its operations on a file in
+    it, to copies/1, copies/2, ..: what a SIGKILL would leave. Half a file written is a moment too.
+    """
+    taken = 0
+    is_copying = False
 
     def step() -> None:
-        nonlocal count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal taken, is_copying
+        taken, is_copying = taken + 1, True
+        shutil.copytree(folder, copies / str(taken))
+        is_copying = False
 
     def watch(event: str, args: tuple) -> None:
-        if event in FILE_EVENTS and str(args[0]).startswith((str(folder), *FILES)):
-            step()
+        if event in FILE_EVENTS and not is_copying:
+            if str(args[0]).startswith((str(folder), *FILES)):
+                step()
 
     write_shard, write_text = checkpoint_writer.write_shard, Path.write_text
     append = Journal.append
@@ -96,43 +91,37 @@ def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
         step()
         write_text(path, text, *args)
 
-    code = 1
-    try:
+    def watched() -> None:
         checkpoint_writer.write_shard = slow_save
         Journal.append = slow_append
         Path.write_text = slow_write  # pyright: ignore[reportAttributeAccessIssue]
         sys.addaudithook(watch)
         work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+
+    ended = Forked(watched, copies.with_name("said")).wait()
+    assert ended.code == 0, ended.stderr
+    return [copies / str(number) for number in range(1, len(list(copies.iterdir())) + 1)]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
 def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
     tmp_path, monkeypatch, start
 ):
     monkeypatch.setattr(checkpoint_writer, "sync", lambda path: None)
-    overwrite = start == "old"
-    write(tmp_path / "old", fill=1)
-    CheckpointWriter(tmp_path / "new", RECIPE, list(SHARDS)).add_shard(
-        "one", entries_of(SHARDS["one"])
-    )
-    found, moment = set(), 0
-    while True:
-        moment += 1
-        folder = tmp_path / str(moment)
-        out = folder / "out"
-        folder.mkdir()
-        if overwrite:
-            shutil.copytree(tmp_path / "old", out)
-        if start == "unfinished":
-            shutil.copytree(tmp_path / "new.unfinished", folder / "out.unfinished")
-        if not killed_at(moment, folder, lambda out=out: write(out, overwrite=overwrite, fill=2)):
-            break
+    overwrite, folder = start == "old", tmp_path / "folder"
+    out = folder / "out"
+    folder.mkdir()
+    if overwrite:
+        write(out, fill=1)
+    if start == "unfinished":
+        CheckpointWriter(out, RECIPE, list(SHARDS)).add_shard("one", entries_of(SHARDS["one"]))
+    copies = left_by_kills(lambda: write(out, overwrite=overwrite, fill=2), folder, tmp_path / "at")
+    assert mark(out) == 2
+    assert len(copies) > 30
+    found = set()
+    for copy in copies:
+        shutil.rmtree(folder)
+        copy.rename(folder)
         state = mark(out) if out.exists() else None
         found.add(state)
         if overwrite and state is None:
@@ -146,7 +135,5 @@ def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
         assert mark(out) in (2, 3)
         assert [path.name for path in folder.iterdir()] == ["out"]
         assert not (out / ".replaced").exists()
-    assert mark(out) == 2
-    assert moment > 30
     # the exchange of old and new is the only moment without OUT; the journal goes after it
     assert found == ({None, 1, 2} if overwrite else {None, 2})
