@@ -183,6 +183,9 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
         **{"expert_layer_period": 2, "expert_layer_offset": 0, "mamba_proj_bias": True},
         **{"attn_layer_period": 2, "attn_layer_offset": 1},
     },
+    # not declared
+    "stablelm": {"use_qkv_bias": True},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
 }
 
 

@@ -52,7 +52,9 @@ def together(
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world}
     shared |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
     processes = [
-        Forked(lambda rank=rank: work(rank), folder / str(rank), RANK=rank, LOCAL_RANK=rank, **shared)
+        Forked(
+            lambda rank=rank: work(rank), folder / str(rank), RANK=rank, LOCAL_RANK=rank, **shared
+        )
         for rank in range(world)
     ]
     return [process.wait() for process in processes]
