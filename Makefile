@@ -29,7 +29,7 @@ test: setup ## run the tests on the CPU, side by side on its cores
 	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable
 
 test-web: setup ## test the pages in Chromium, which must be there (chromium, chromium-driver)
-	@$(BIN)/pytest tests/serve/test_web.py tests/test_report.py -rs
+	@$(BIN)/pytest tests/serve/http/test_web.py tests/report/test_page.py -rs
 
 # In a venv of its own (3.4 GB): vLLM wants its own torch. One test after another, each starts vLLM
 test-vllm: $(VLLM_VENV)/.installed ## run the tests of the vLLM plugin on the CPU, TP and EP on 2 cores
@@ -100,7 +100,7 @@ gpu: ## tests, then every benchmark, on the CUDA device here; installs nothing; 
 	$(PYTHON) -m benchmarks.tables --results "$(RESULTS)" || failed="$$failed tables"; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed: $$failed" >&2; exit 1; fi
 
-tables: ## write the measured tables of the READMEs and the roofline plot from benchmarks/results
+tables: ## write the measured tables of the READMEs and of docs/ from benchmarks/results
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.tables
 
 clean: ## remove .venv and everything else that these targets made

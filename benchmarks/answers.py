@@ -1,15 +1,12 @@
-"""Whole answers by our engine, by transformers' generate and by vLLM: prompts in, greedy tokens
-out, and when each of them was there.
+"""Whole answers by our engine and by transformers' generate: prompts in, greedy tokens out, and
+when each of them was there.
 
-All three give every token to the host as soon as it is chosen, so the host's clock times them.
+Both give every token to the host as soon as it is chosen, so the host's clock times them.
 """
 
 import gc
-import importlib.util
-import os
 import time
 from collections.abc import Callable
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,20 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from benchmarks.decode_models import ranks_of
-from lillama.integrations.transformers import LillamaConfig, attach_quantizer
-from lillama.serve.attention import AttentionRunner
-from lillama.serve.decode import Decoder
-from lillama.serve.mamba import MambaRunner
-from lillama.serve.request import SamplingParams
-from lillama.serve.runner import Runner
+from lillama.serve.engine.requests import SamplingParams
+from lillama.serve.engine.slots import Decoder
+from lillama.serve.models import AttentionRunner, MambaRunner, Runner
 
-__all__ = ["Answer", "Cache", "Once", "assert_same", "has_vllm", "ours", "theirs", "vllm"]
+__all__ = ["Answer", "Cache", "Once", "assert_same", "ours", "theirs"]
 
 Cache = Literal["static", "own"]
 # Of the largest logit, fp32: tokens nearer than that may be chosen either way
 TOLERANCE = 1e-3
-KV_BYTES = 2**30  # vLLM's at least
 
 
 class Answer(NamedTuple):
@@ -47,11 +39,11 @@ def ours(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> Answering:
     """Prompts [b, T] one after the other, then steps of all, captured on a GPU: as the engine does
     for requests that arrive together. The model's weights are laid out anew in place."""
     batch, length = prompts.shape
-    runner: Runner
-    if model.config.model_type == "mamba":
-        runner = MambaRunner(model, batch, None)
-    else:
-        runner = AttentionRunner(model, batch, length + new_tokens)
+    runner: Runner = (
+        MambaRunner(model, batch, None)
+        if model.config.model_type == "mamba"
+        else AttentionRunner(model, batch, length + new_tokens)
+    )
     decoder = Decoder(runner, batch)
     greedy = SamplingParams(max_new_tokens=new_tokens)
 
@@ -115,77 +107,6 @@ def theirs(
     return answer
 
 
-# vLLM
-def has_vllm() -> bool:
-    return importlib.util.find_spec("vllm") is not None
-
-
-def vllm(
-    make: Callable[[], PreTrainedModel], keep: float, prompts: Tensor, new_tokens: int
-) -> Answering:
-    """vLLM's engine with the plugin, in this process, on a checkpoint of a model made for it; its
-    cache has room for these prompts."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # or its memory is another process's
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
-    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
-
-    batch, length = prompts.shape
-    with TemporaryDirectory() as folder:
-        model = make()
-        if keep < 1:
-            attach_quantizer(model, LillamaConfig(ranks=ranks_of(model, keep)))
-        model.save_pretrained(folder)
-        dtype = str(model.dtype).removeprefix("torch.")
-        kv_bytes = max(KV_BYTES, 2 * _kv_bytes(model, prompts, new_tokens))
-        del model
-        if prompts.device.type == "cuda":
-            torch.cuda.empty_cache()
-        llm: Any = LLM(
-            folder,
-            skip_tokenizer_init=True,
-            dtype=dtype,
-            max_model_len=length + new_tokens,
-            max_num_seqs=batch,
-            kv_cache_memory_bytes=kv_bytes,
-            enable_prefix_caching=False,  # the same prompts come again
-        )
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=new_tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.CUMULATIVE,
-    )
-    given = [{"prompt_token_ids": prompt} for prompt in prompts.tolist()]
-    engine = llm.llm_engine
-
-    def answer() -> Answer:
-        start = time.perf_counter()
-        for row, prompt in enumerate(given):
-            engine.add_request(str(row), prompt, sampling)
-        tokens: list[list[int]] = [[] for _ in given]
-        stamps_s: list[float] = []
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
-            now = time.perf_counter() - start
-            stamps_s += [now] * (min(map(len, tokens)) - len(stamps_s))
-        return Answer(tokens, stamps_s)
-
-    return answer
-
-
-def _kv_bytes(model: PreTrainedModel, prompts: Tensor, new_tokens: int) -> int:
-    """Keys and values, or a Mamba's states in fp32, of all rows."""
-    config: Any = model.config
-    batch, positions = prompts.shape[0], prompts.shape[1] + new_tokens
-    if config.model_type == "mamba":
-        each = config.intermediate_size * (config.state_size + config.conv_kernel)
-        return 4 * config.num_hidden_layers * batch * each
-    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    return 2 * model.dtype.itemsize * config.num_hidden_layers * heads * batch * positions
-
-
 # What is made of them
 class Once:
     """A variant's call: answers, and keeps the times and the peak memory of every answer.
@@ -193,7 +114,7 @@ class Once:
     Args:
         build: makes the answering at the first call, whose memory is counted too.
         device: of the model.
-        weights_bytes: of a model that was there before, 0 where build makes it.
+        weights_bytes: of the model, which was there before.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Whole answers: prompts of so many tokens and 64 new ones, by the serving engine, by transformers'
-generate and, where it is installed, by vLLM, each with the dense and the compressed models.
+"""Whole answers: prompts of so many tokens and 64 new ones, by the serving engine and by
+transformers' generate, each with the dense and the compressed models.
 
 Random weights. A row's `modes` have the time of a token after the first; `answers` have the rest.
 """
@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.answers import Cache, Once, assert_same, has_vllm, ours, theirs, vllm
-from benchmarks.decode_models import STEPS, model_of, prompt_of, work_of
-from benchmarks.decode_shapes import GENERATIONS, DecodeShape
+from benchmarks.answers import Cache, Once, assert_same, ours, theirs
+from benchmarks.decode_models import (
+    GENERATIONS,
+    STEPS,
+    DecodeShape,
+    model_of,
+    prompt_of,
+    work_of,
+)
 from benchmarks.rows import Variant, Work, compare
 from benchmarks.timing import Call, Mode
 from lillama.integrations.mamba import fast_mamba
@@ -51,8 +57,8 @@ def _variants(
     # on a CPU ours lays the weights out anew, which others would not
     mine = model if cuda else copy.deepcopy(model)
 
-    def variant(build: Callable[[], Any], weights: int = size, **given: Any) -> Variant:
-        return Variant(calls=[Once(build, device, weights)], work=work, **given)
+    def variant(build: Callable[[], Any], **given: Any) -> Variant:
+        return Variant(calls=[Once(build, device, size)], work=work, **given)
 
     found = {
         "ours" if name == "ours" else f"ours_{name}": variant(
@@ -64,12 +70,6 @@ def _variants(
         called = "transformers" if len(found) == 1 else "transformers_static"
         found[f"{called}_{name}"] = variant(
             lambda cache=cache: theirs(model, prompts, STEPS, cache, compiled=cuda)
-        )
-    if has_vllm():
-        # another model: saving one with factors tells generate that it is quantised
-        found[f"vllm_{name}"] = variant(
-            lambda: vllm(lambda: model_of(shape, keep, dtype, device), keep, prompts, STEPS),
-            weights=0,
         )
     return found
 
@@ -108,7 +108,7 @@ def _answers(
 
 
 def _notes(shape: DecodeShape, device: torch.device) -> dict[str, str]:
-    notes = {"vllm": "as installed" if has_vllm() else "not installed"}
+    notes = {}
     if device.type == "cpu":
         notes["transformers"] = "not compiled: generate compiles on a GPU only"
         notes["peak_gib"] = "not measured on a CPU"

@@ -6,8 +6,8 @@ teacher nor the compression has seen.
 One line of JSON is added to --out for every finished cell; cells that are there are not run again,
 so the command can be stopped and repeated. With --models the models are kept, and rows that only
 round a model's numbers take the one that is there. At the end (with --table at once) the table is
-printed; --plot FILE.png draws quality against bytes. All cells of a file must have been made with
-the same tokens and texts: a line that was not is an error.
+printed. All cells of a file must have been made with the same tokens and texts: a line that was not
+is an error.
 
 `excess` is what a model's mean loss is over its teacher's, in nats a token: 0 keeps everything;
 bits per byte is that mean loss by the bytes that a token of the text has.
@@ -25,16 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 import lillama
-from benchmarks.markdown import table
-from benchmarks.quality_table import COLUMNS, draw, read_cells, rows
+from benchmarks.quality_table import COLUMNS, read_cells, rows, table
 from benchmarks.quantized import round_checkpoint
 from lillama.config import PRESETS, Recipe
 from lillama.data.sequences import evaluation_blocks
-from lillama.evaluate import stored_size
+from lillama.evaluate.evaluate import stored_size
+from lillama.evaluate.perplexity import ScoredText, measure_text
 from lillama.integrations.loading import load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
 
@@ -74,34 +73,22 @@ BITS = {"dense, int8": 8, "dense, int4": 4, "default, int8": 8, "default, int4":
 BLOCKS = 200
 
 
-def held_out(path: Path, file: Path, seq_len: int) -> tuple[torch.Tensor, float]:
-    """BLOCKS rows of the text, and how many bytes one of its tokens has."""
+def held_out(path: Path, file: Path, seq_len: int) -> ScoredText:
+    """BLOCKS rows of the text, and how many bytes its tokens have."""
     text = evaluation_blocks((file,), load_tokenizer(path), seq_len=seq_len)
     rows = torch.linspace(0, len(text.input_ids) - 1, min(BLOCKS, len(text.input_ids))).long()
-    return text.input_ids[rows], text.num_bytes / text.num_tokens
+    ids = text.input_ids[rows]
+    batches = [(part, part[:, 1:]) for part in ids.split(8)]
+    return ScoredText(batches, ids.flatten(), text.num_tokens, text.num_bytes)
 
 
-@torch.no_grad()
-def measure(
-    model: PreTrainedModel, base: PreTrainedModel, blocks: torch.Tensor, bytes_per_token: float
-) -> dict[str, float]:
+def measure(model: PreTrainedModel, base: PreTrainedModel, text: ScoredText) -> dict[str, float]:
     """Mean loss over that of `base` and KL(base || model), nats a token, and bits per byte."""
-    excess = divergence = loss = 0.0
-    count = 0
     with fast_mamba():
-        for ids in blocks.split(8):
-            ours, theirs = (
-                F.log_softmax(m(input_ids=ids, use_cache=False).logits[:, :-1].float(), -1)
-                for m in (model, base)
-            )
-            labels = ids[:, 1:, None]
-            excess += float((theirs - ours).gather(-1, labels).double().sum())
-            loss -= float(ours.gather(-1, labels).double().sum())
-            divergence += float((theirs.exp() * (theirs - ours)).double().sum())
-            count += labels.numel()
-    bits = loss / count / math.log(2) / bytes_per_token
-    found = {"excess": excess / count, "kl": divergence / count, "bits_per_byte": bits}
-    return {key: round(value, 5) for key, value in found.items()}
+        found = measure_text(text, model, base)
+    excess = -math.log(found["retained"]) + 0.0  # not -0.0
+    values = {"excess": excess, "kl": found["kl"], "bits_per_byte": found["bits_per_byte"]}
+    return {key: round(value, 5) for key, value in values.items()}
 
 
 def compress(
@@ -145,7 +132,7 @@ def run_cell(arguments: argparse.Namespace, cell: dict[str, Any]) -> dict[str, A
             report["bytes_after"] = round_checkpoint(source, out, BITS[cell["method"]])
         base, model = load_model(arguments.teacher, cpu), load_model(out, cpu)
         texts = {
-            file.name: measure(model, base, *held_out(arguments.teacher, file, arguments.seq_len))
+            file.name: measure(model, base, held_out(arguments.teacher, file, arguments.seq_len))
             for file in arguments.held_out
         }
     kept = ("params_after", "bytes_after", "reduction", "seconds", "predicted_loss_increase")
@@ -174,7 +161,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--models", type=Path, help="keep the compressed models here")
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args(argv)
     shared = conditions(arguments)
@@ -204,8 +190,6 @@ def main(argv: list[str] | None = None) -> int:
         cells.append(found)
         print(json.dumps(found), file=sys.stderr, flush=True)
     print(table(COLUMNS, [list(row.values()) for row in rows(cells, list(METHODS))]))
-    if arguments.plot:
-        draw(cells, arguments.plot)
     return 0
 
 

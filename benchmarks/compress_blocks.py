@@ -63,22 +63,19 @@ def measure(name: str, layers: int, tokens: int, device: str, folder: Path) -> d
     )
     plan = make_plan(PlanConfig(model=model, reduction=REDUCTION, **options))
     seconds = [row["seconds"] for row in report["blocks"]]
-    last = report["blocks"][-1]["index"]  # its inputs differ, as most blocks' do
-    taken = seconds[-1]
+    # of the last, whose inputs differ, as most blocks' do
+    taken, last = seconds[-1], report["blocks"][-1]["index"]
     on = torch.device(report["device"])
-    dtype = "bfloat16" if on.type == "cuda" else "float32"
-    flops = step_flops_per_token(plan, last) * report["tokens"]
-    block_params = report["params_before"] - report["params_after"]
+    peak = ceilings(on)[f"{'bfloat16' if on.type == 'cuda' else 'float32'}_tflop_per_s"]
+    tflop = step_flops_per_token(plan, last) * report["tokens"] / 1e12
     return {
         "tokens": report["tokens"],
         "block_seconds": seconds,
         "search_and_rest_seconds": round(report["seconds"] - sum(seconds), 2),
         "tokens_per_s": round(report["tokens"] / taken, 1),
-        "percent_of_ceiling": round(
-            100 * flops / taken / (ceilings(on)[f"{dtype}_tflop_per_s"] * 1e12), 2
-        ),
+        "percent_of_ceiling": round(100 * tflop / taken / peak, 2),
         "peak_memory_bytes": report["peak_memory_bytes"],
-        "params_removed_per_block": block_params // layers,
+        "params_removed": report["params_before"] - report["params_after"],
         "implied_seconds_for_all_blocks": round(taken * REAL_LAYERS[name], 1),
     }
 
@@ -89,17 +86,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="+", default=[500_000, 2_000_000])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--folder", type=Path, help="for the checkpoint; a temporary one")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     rows = []
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for tokens in arguments.tokens:
-            row = measure(
-                arguments.shapes, arguments.layers, tokens, arguments.device, Path(folder)
-            )
-            print(json.dumps(row), flush=True)
-            rows.append(row)
+            given = (arguments.shapes, arguments.layers, tokens, arguments.device, Path(folder))
+            rows.append(measure(*given))
+            print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
         used = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         found = {"shapes": arguments.shapes, "machine": describe(used), "rows": rows}

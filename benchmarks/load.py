@@ -21,6 +21,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+SETTINGS = ("clients", "rate", "max_tokens", "timeout_s")
 RSS = b"process_resident_memory_bytes "
 
 
@@ -85,7 +86,7 @@ async def ask(load: Load) -> float:
     load.sent += 1
     begin_s = time.perf_counter()
     first_s: float | None = None
-    usage, done, pause_s = None, False, 0.0
+    usage, done = None, False
     try:
         async with asyncio.timeout(load.timeout_s):
             async for status, headers, line in exchange(load, "POST", load.path, load.body):
@@ -100,19 +101,19 @@ async def ask(load: Load) -> float:
                 event = json.loads(line[6:])
                 if "error" in event:
                     load.errors[f"stream: {event['error']['code']}"] += 1
-                    return pause_s
+                    return 0.0
                 usage = event.get("usage") or usage
                 if first_s is None:
                     first_s = time.perf_counter()
     except TimeoutError:
         load.errors["timeout"] += 1
-        return pause_s
+        return 0.0
     except (OSError, ValueError, IndexError) as error:
         load.errors[type(error).__name__] += 1
         return 1.0  # a server that is gone is not asked in a tight loop
     if not done or first_s is None or usage is None:
         load.errors["incomplete"] += 1
-        return pause_s
+        return 0.0
     end_s = time.perf_counter()
     tokens = usage["completion_tokens"]
     load.tokens += tokens
@@ -120,7 +121,7 @@ async def ask(load: Load) -> float:
     load.total_s.append(end_s - begin_s)
     if tokens > 1:
         load.between_tokens_s.append((end_s - first_s) / (tokens - 1))
-    return pause_s
+    return 0.0
 
 
 async def client(load: Load, end_s: float) -> None:
@@ -128,18 +129,15 @@ async def client(load: Load, end_s: float) -> None:
         await asyncio.sleep(min(await ask(load), left_s))
 
 
-async def watch_memory(load: Load, begin_s: float) -> None:
-    while True:
-        await note_memory(load, begin_s)
-        await asyncio.sleep(5)
-
-
-async def note_memory(load: Load, begin_s: float) -> None:
-    with contextlib.suppress(OSError):
-        async for _, _, line in exchange(load, "GET", "/metrics", None):
-            if line.startswith(RSS):
-                found = int(float(line[len(RSS) :]))
-                load.rss_bytes.append((round(time.perf_counter() - begin_s, 1), found))
+async def watch_memory(load: Load, begin_s: float, times: float = math.inf) -> None:
+    while times > 0:
+        with contextlib.suppress(OSError):
+            async for _, _, line in exchange(load, "GET", "/metrics", None):
+                if line.startswith(RSS):
+                    found = int(float(line[len(RSS) :]))
+                    load.rss_bytes.append((round(time.perf_counter() - begin_s, 1), found))
+        times -= 1
+        await asyncio.sleep(5 if times > 0 else 0)
 
 
 async def run(load: Load, clients: int | None, rate: float | None, seconds: float) -> float:
@@ -147,18 +145,15 @@ async def run(load: Load, clients: int | None, rate: float | None, seconds: floa
     begin_s = time.perf_counter()
     memory = asyncio.create_task(watch_memory(load, begin_s))
     end_s = begin_s + seconds
-    tasks: list[asyncio.Task[Any]] = []
-    if clients is not None:
-        tasks = [asyncio.create_task(client(load, end_s)) for _ in range(clients)]
-    else:
-        assert rate is not None
-        for i in range(int(seconds * rate)):
-            await asyncio.sleep(max(0.0, begin_s + i / rate - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(load)))
+    tasks = [asyncio.create_task(client(load, end_s)) for _ in range(clients or 0)]
+    rate = rate or 0.0
+    for i in range(int(seconds * rate)):
+        await asyncio.sleep(max(0.0, begin_s + i / rate - time.perf_counter()))
+        tasks.append(asyncio.create_task(ask(load)))
     await asyncio.gather(*tasks)
     elapsed_s = time.perf_counter() - begin_s
     memory.cancel()
-    await note_memory(load, begin_s)
+    await watch_memory(load, begin_s, times=1)
     return elapsed_s
 
 
@@ -194,25 +189,12 @@ def main() -> None:
     parser.add_argument("--api-key", help="if the server asks for one")
     options = parser.parse_args()
     address = urllib.parse.urlsplit(options.url)
-    body = {
-        "prompt": options.prompt,
-        "max_tokens": options.max_tokens,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    load = Load(
-        address.hostname or "",
-        address.port or 80,
-        "/v1/completions",
-        body,
-        options.timeout_s,
-        options.api_key,
-    )
+    body = {"prompt": options.prompt, "max_tokens": options.max_tokens, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    host, port = address.hostname or "", address.port or 80
+    load = Load(host, port, "/v1/completions", body, options.timeout_s, options.api_key)
     elapsed_s = asyncio.run(run(load, options.clients, options.rate, options.seconds))
-    settings = {
-        key: getattr(options, key) for key in ("clients", "rate", "max_tokens", "timeout_s")
-    }
+    settings = {name: getattr(options, name) for name in SETTINGS}
     print(json.dumps({**settings, **report(load, elapsed_s)}))
 
 

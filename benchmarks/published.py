@@ -11,7 +11,6 @@ kept, not the one with the lowest loss of a single batch.
 
 import copy
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from lillama.config import PlanConfig
 from lillama.models.skeleton import block_list
 from lillama.modules.replace import dense_expert
 
-__all__ = ["PublishedExperts", "PublishedRun", "published_loop"]
+__all__ = ["PublishedExperts", "published_loop"]
 
-PROJECTIONS = ("gate", "up", "down")
+HUB = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 class PublishedExperts(nn.Module):
@@ -49,8 +48,7 @@ class PublishedExperts(nn.Module):
             return nn.Sequential(*found)
 
         self.projections = nn.ModuleList(
-            nn.ModuleList(layers(name, expert) for name in PROJECTIONS)
-            for expert in range(num_experts)
+            nn.ModuleList(layers(name, expert) for name in HUB) for expert in range(num_experts)
         )
 
     def forward(self, hidden: Tensor, topk_index: Tensor, topk_weight: Tensor) -> Tensor:
@@ -63,24 +61,14 @@ class PublishedExperts(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class PublishedRun:
-    """model: the compressed one, dense where nothing was factorised. seconds: of the loop alone."""
-
-    model: PreTrainedModel
-    tokens: int
-    seconds: float
-
-
 def _experts(block: Any, ranks: dict[str, int], prefix: str) -> PublishedExperts:
     experts = block.mlp.experts
     number = experts.down_proj.shape[0]
-    hub = {"gate": "w1", "up": "w3", "down": "w2"}
     weights = {}
     for expert in range(number):
-        for projection in PROJECTIONS:
+        for projection in HUB:
             weight = dense_expert(experts, projection, expert).detach()
-            rank = ranks.get(f"{prefix}.block_sparse_moe.experts.{expert}.{hub[projection]}")
+            rank = ranks.get(f"{prefix}.block_sparse_moe.experts.{expert}.{HUB[projection]}")
             found = [weight] if rank is None else list(plain_svd(weight, rank))
             weights[projection, expert] = [factor.to(weight.dtype) for factor in found]
     return PublishedExperts(weights, number)
@@ -96,16 +84,15 @@ def published_loop(
     input_ids: Tensor,
     *,
     reduction: float,
-    strategy: str | None = None,
     learning_rate: float = 8.6e-5,
     batch_size: int = 8,
-) -> PublishedRun:
+) -> tuple[PreTrainedModel, float]:
     """Compress a small Mixtral in fp32 with the tokens [n, T], in their order.
 
-    strategy: None for the published one (bottom-first).
+    Returns:
+        The compressed model, dense where nothing was factorised, and the seconds of the loop alone.
     """
-    options: dict[str, Any] = {"preset": "paper", "strategy": strategy}
-    plan = make_plan(PlanConfig(model=path, reduction=reduction, **options))
+    plan = make_plan(PlanConfig(model=path, reduction=reduction, preset="paper"))
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     block_path, blocks = block_list(model)
     model.requires_grad_(False)
@@ -139,13 +126,11 @@ def published_loop(
                 with torch.no_grad():
                     own = target if own is hidden else _first(teacher(own, **kwargs))
             else:
-                loss = _loss(_first(student(hidden, **kwargs)), target)
-                loss.item()
-                loss.backward()
-                output = _first(student(own, **kwargs))
-                loss = _loss(output, target)
-                loss.item()
-                loss.backward()
+                for given in (hidden, own):
+                    output = _first(student(given, **kwargs))
+                    loss = _loss(output, target)
+                    loss.item()
+                    loss.backward()
                 own = output.detach()
                 optimizers[index].step()
                 optimizers[index].zero_grad(set_to_none=True)
@@ -153,7 +138,7 @@ def published_loop(
     seconds = time.perf_counter() - started
     for index, student in students.items():
         blocks[index] = student.requires_grad_(False)
-    return PublishedRun(model, input_ids.numel(), seconds)
+    return model, seconds
 
 
 def _first(output: Any) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COLUMNS", "draw", "read_cells", "rows"]
+__all__ = ["COLUMNS", "draw", "read_cells", "rows", "table"]
 
 COLUMNS = [
     *("teacher", "removed", "method", "excess by text", "retained", "bits per byte by text"),
@@ -24,6 +24,12 @@ STYLES = {
 }
 # points: nothing is removed, only rounded
 ROUNDED = {"dense, int8": "8", "dense, int4": "4"}
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table of Markdown."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def read_cells(file: Path) -> list[dict[str, Any]]:

@@ -11,16 +11,8 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.timing import SAMPLE_S, Call, Mode, measure, modes_of, quantiles, step
 
-__all__ = [
-    "Variant",
-    "Work",
-    "check_call",
-    "compare",
-    "compiled",
-    "headline",
-    "headline_mode",
-    "variant",
-]
+__all__ = ["Variant", "Work", "check_call", "compare", "compiled"]
+__all__ += ["headline", "headline_mode", "variant"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +183,6 @@ def compare(
         "flop": work.flop,
         "bytes_moved": work.bytes_moved,
         "floor_us": work.floor_us(limits, name_of_dtype),
-        "intensities": {
-            name: each.flop / each.bytes_moved for name, each in works.items() if each.bytes_moved
-        },
         "modes": found,
         "speedup": {
             mode: {name: v["median_us"] / each["ours"]["median_us"] for name, v in each.items()}

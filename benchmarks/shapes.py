@@ -7,14 +7,12 @@ ones are those of published models, from one row (decoding) to 16384 (prefill).
 from dataclasses import dataclass
 
 __all__ = [
-    "COMPRESS_STEPS",
     "EXPERTS",
     "LINEARS",
     "LOSSES",
     "MAMBA_BLOCKS",
     "SCANS",
     "SHARED_LINEARS",
-    "CompressStepShape",
     "ExpertsShape",
     "LinearShape",
     "LossShape",
@@ -100,20 +98,6 @@ class MambaBlockShape(Shape):
     state_size: int
     time_step_rank: int
     ranks: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompressStepShape(Shape):
-    """One training step of a Mixtral student block; batch counts blocks of seq_len tokens."""
-
-    batch: int = 8
-    seq_len: int
-    hidden_size: int
-    intermediate_size: int
-    heads: int
-    num_experts: int
-    top_k: int
-    rank: int
 
 
 # Mixtral-8x7B: mistralai/Mixtral-8x7B-v0.1 config.json
@@ -345,28 +329,3 @@ MAMBA_BLOCKS += [
     )
     for batch, steps in ((1, 1), (16, 1), (1, 4096))
 ]
-
-# a small Mixtral of 5.5M parameters, at 20% of the whole model; and the published one
-COMPRESS_STEPS = (
-    CompressStepShape(
-        name="tiny",
-        needs_gpu=False,
-        seq_len=256,
-        hidden_size=128,
-        intermediate_size=256,
-        heads=4,
-        num_experts=8,
-        top_k=2,
-        rank=64,
-    ),
-    CompressStepShape(
-        name="mixtral_8x7b",
-        seq_len=512,
-        hidden_size=MIXTRAL_8X7B_HIDDEN,
-        intermediate_size=MIXTRAL_8X7B_INTERMEDIATE,
-        heads=32,
-        num_experts=MIXTRAL_8X7B_EXPERTS,
-        top_k=MIXTRAL_8X7B_TOP_K,
-        rank=1024,
-    ),
-)

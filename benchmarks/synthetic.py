@@ -8,7 +8,7 @@ Quality measured on such a model means nothing.
 """
 
 import argparse
-import json
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,45 +17,29 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MambaConfig, MixtralConfig, PretrainedConfig
 
+from lillama.checkpoint.format import SINGLE_SHARD
 from lillama.checkpoint.shard_file import Entry, write_shard
 
 __all__ = ["SHAPES", "hub_tensors", "write_checkpoint"]
 
-# The published config.json of mistralai/Mixtral-8x7B-v0.1 and state-spaces/mamba-2.8b-hf
+_EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 8}
+_MINI = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+# The published config.json of mistralai/Mixtral-8x7B-v0.1 and state-spaces/mamba-2.8b-hf, and what
+# is to try out what measures these
 SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
     "mixtral-8x7b": (
         MixtralConfig,
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "vocab_size": 32000,
-        },
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, **_EIGHT}
+        | {"vocab_size": 32000},
     ),
     "mamba-2.8b": (
         MambaConfig,
-        {
-            "hidden_size": 2560,
-            "state_size": 16,
-            "time_step_rank": 160,
-            "vocab_size": 50280,
-        },
+        {"hidden_size": 2560, "state_size": 16, "time_step_rank": 160, "vocab_size": 50280},
     ),
-    # for trying out what measures the others
     "mixtral-mini": (
         MixtralConfig,
-        {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "vocab_size": 1024,
-        },
+        {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **_MINI}
+        | {"vocab_size": 1024},
     ),
 }
 TOKENIZER = Path(__file__).parents[1] / "examples" / "teachers" / "mixtral"
@@ -105,26 +89,15 @@ def write_checkpoint(name: str, out: Path, layers: int) -> int:
         "MixtralForCausalLM" if name.startswith("mixtral") else "MambaForCausalLM"
     ]
     out.mkdir(parents=True)
-    shapes = hub_tensors(config)
-    groups: dict[str, list[Entry]] = {}
-    for seed, (tensor, shape) in enumerate(shapes.items()):
-        parts = tensor.split(".layers.")
-        group = "rest" if len(parts) == 1 else parts[1].partition(".")[0]
-        make = lambda t=tensor, s=shape, n=seed: _value(t, s, n)  # noqa: E731
-        groups.setdefault(group, []).append(Entry(tensor, torch.bfloat16, shape, make))
-    weight_map, total = {}, 0
-    for number, entries in enumerate(groups.values(), start=1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_shard(out / file, entries)
-        weight_map |= {entry.name: file for entry in entries}
-        total += sum(entry.num_bytes for entry in entries)
-        print(f"{file}: {total / 1e9:.1f} GB so far", flush=True)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+    entries = [
+        Entry(tensor, torch.bfloat16, shape, functools.partial(_value, tensor, shape, seed))
+        for seed, (tensor, shape) in enumerate(hub_tensors(config).items())
+    ]
+    write_shard(out / SINGLE_SHARD, entries)
     config.save_pretrained(out)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, out / file)
-    return total
+    return sum(entry.num_bytes for entry in entries)
 
 
 def main() -> None:

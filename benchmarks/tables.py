@@ -1,41 +1,95 @@
-"""Turn benchmarks/results/ into the tables of the READMEs and of docs/quality.md, and into plots.
+"""Turn benchmarks/results/ into the tables of the READMEs and of docs/quality.md, and its picture.
 
     python -m benchmarks.tables [--check] [--results DIR]
 
-The tables stand between `<!-- benchmarks:begin NAME -->` and `<!-- benchmarks:end NAME -->`. Of
-each GPU and suite the newest file counts; of quality/*.jsonl every cell. Prints the headline rows.
---check writes nothing and fails where a file is out of date.
+The tables stand between `<!-- benchmarks:begin NAME -->` and `<!-- benchmarks:end NAME -->`. Files
+are called <gpu>-<date>-<suite>.json, as `make gpu` writes them: of each GPU and suite the newest
+counts; of quality/*.jsonl every cell. --check writes nothing and fails where a file is out of date.
 """
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import quality_table
 from benchmarks.bench_quality import METHODS
-from benchmarks.markdown import table
-from benchmarks.results import Suite, read_results
-from benchmarks.roofline import draw
-from benchmarks.rows import headline, headline_mode
+from benchmarks.quality_table import table
+from benchmarks.rows import headline_mode
 from benchmarks.targets import COLUMNS, GPU, TARGETS, Verdict, judge
 
-__all__ = ["main", "render", "suite_table", "targets_table"]
+__all__ = ["Suite", "main", "read_results", "render", "suite_table", "targets_table"]
 
 ROOT = Path(__file__).parents[1]
 SUITES = [
     *("low_rank_linear", "low_rank_linears", "pivot_low_rank_linear", "distill_loss"),
-    *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block", "compress"),
-    *("decode", "generate"),
+    *("low_rank_experts", "selective_scan", "causal_conv1d", "mamba_block", "generate"),
 ]
-# suites with no more rows are printed whole
-FEW = 12
+ROW_KEYS = frozenset("ceilings commit device failed floor_us modes".split())
+VARIANT_KEYS = frozenset("gb_per_s median_us p20_us p80_us percent_of_ceiling tflop_per_s".split())
 # what README.md shows of the cells of bench_quality; docs/quality.md shows all
 QUALITY_METHODS = [
     *("dense", "dense, int4", "whitened svd", "paper, rate 1e-3", "fast", "default", "best"),
 ]
 LEFT_OUT = ["bits per byte by text", "parameters"]
+
+
+# The files
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """One file. gpu: as in its name. rows: extra_info by benchmark name."""
+
+    gpu: str
+    date: str
+    name: str
+    rows: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def where(self) -> str:
+        row = next(iter(self.rows.values()))
+        return f"{row['device']}, {self.date}, commit {row['commit']}"
+
+
+def _rows_of(path: Path) -> dict[str, Mapping[str, Any]]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        rows = {row["name"]: row["extra_info"] for row in data["benchmarks"]}
+        for name, row in rows.items():
+            missing = ROW_KEYS - row.keys()
+            for mode in row.get("modes", {}).values():
+                missing |= {"ours"} - mode.keys()
+                for variant in mode.values():
+                    missing |= VARIANT_KEYS - variant.keys()
+            if missing:
+                raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = repr(error) if type(error) is KeyError else str(error)
+        raise ValueError(f"{path.name} is no benchmark result: {reason}; remove it") from None
+    return rows
+
+
+def read_results(folder: Path) -> list[Suite]:
+    """The newest file of each GPU and suite that has rows, in the order of their names.
+
+    Raises:
+        ValueError: a file is not a result of these benchmarks, or is called otherwise.
+    """
+    newest: dict[tuple[str, str], Suite] = {}
+    for path in sorted(folder.glob("*.json")):
+        found = re.fullmatch(r"(.+)-(\d{4}-\d\d-\d\d)-(\w+)\.json", path.name)
+        if found is None:
+            raise ValueError(
+                f"{path.name} is no benchmark result: they are called <gpu>-<date>-<suite>.json"
+            )
+        gpu, date, name = found.groups()
+        # sorted by GPU, then by date: the last one stays
+        if rows := _rows_of(path):
+            newest[gpu, name] = Suite(gpu=gpu, date=date, name=name, rows=rows)
+    return [newest[key] for key in sorted(newest)]
 
 
 # README.md
@@ -44,12 +98,9 @@ def _cell(verdict: Verdict) -> str:
     if verdict.worst is None:
         return f"{goal.least:g}{unit}: not measured"
     rows = f"{verdict.num_rows} of {len(goal.rows)} rows"
-    if verdict.met:
-        said = "met"
-    elif verdict.worst >= goal.least:
-        said = "**open**"  # so far met, but rows are missing
-    else:
-        said = "**missed**"
+    # open: so far met, but rows are missing
+    so_far = "**open**" if verdict.worst >= goal.least else "**missed**"
+    said = "met" if verdict.met else so_far
     return f"{goal.least:g}{unit}: {verdict.worst:.3g}{unit} in {rows}, {said}"
 
 
@@ -79,14 +130,10 @@ def _row_cells(name: str, row: Mapping[str, Any], rivals: Sequence[str]) -> list
         other = found.get(rival, {}).get("median_us")
         failed = "failed" if rival in row["failed"] else ""
         cells.append(failed if other is None else f"{other:.1f} = {other / median_us:.2f}x")
+    cells += [f"{ours['gb_per_s']:.0f}", f"{ours['tflop_per_s']:.1f}"]
     eager = row["modes"].get("eager", {})
-    cells += [
-        f"{ours['gb_per_s']:.0f}",
-        f"{ours['tflop_per_s']:.1f}",
-        f"{ours['percent_of_ceiling']:.0f}%",
-        f"{eager['ours']['median_us']:.1f}" if eager else "",
-    ]
-    return cells
+    eager_us = f"{eager['ours']['median_us']:.1f}" if eager else ""
+    return [*cells, f"{ours['percent_of_ceiling']:.0f}%", eager_us]
 
 
 def _answer_lines(name: str, row: Mapping[str, Any]) -> list[list[str]]:
@@ -94,18 +141,11 @@ def _answer_lines(name: str, row: Mapping[str, Any]) -> list[list[str]]:
     called = name.partition("[")[2].removesuffix("]")
     lines = []
     for variant, found in row["answers"].items():
-        peak = found["peak_gib"]
-        cells = [
-            f"{found['first_token_ms']:.1f}",
-            f"{found['token_ms']:.2f}",
-            f"{found['tokens_per_s']:.0f}",
-            "not measured" if peak is None else f"{peak:.1f}",
-            f"{found['copy_bandwidth_percent']:.0f}%",
-        ]
-        lines.append([called, variant, *cells])
-    lines += [[called, f"{variant}: failed", *[""] * 5] for variant in row["failed"]]
-    said = row["notes"].get("vllm")
-    return lines + ([[called, f"vllm: {said}", *[""] * 5]] if said == "not installed" else [])
+        times = f"{found['first_token_ms']:.1f}", f"{found['token_ms']:.2f}"
+        peak = "not measured" if found["peak_gib"] is None else f"{found['peak_gib']:.1f}"
+        rates = f"{found['tokens_per_s']:.0f}", peak, f"{found['copy_bandwidth_percent']:.0f}%"
+        lines.append([called, variant, *times, *rates])
+    return lines + [[called, f"{variant}: failed", *[""] * 5] for variant in row["failed"]]
 
 
 def suite_table(suite: Suite) -> str:
@@ -170,16 +210,6 @@ def render(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
-def _print_headlines(suites: Sequence[Suite]) -> None:
-    """The rows that targets speak of, or all of a small suite."""
-    named = {row for target in TARGETS for goal in target.goals for row in goal.rows}
-    for suite in suites:
-        print(f"\n{suite.name}: {suite.where}")
-        for name, row in suite.rows.items():
-            if len(suite.rows) <= FEW or name in named:
-                print("  " + headline(name, row))
-
-
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Write or check the tables; the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks.tables", description=__doc__)
@@ -205,15 +235,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     for path in stale:
         (root / path).write_text(after[path], "utf-8")
         print(f"tables: wrote {path}")
-    for gpu in sorted({suite.gpu for suite in suites}):
-        of_gpu = [suite for suite in suites if suite.gpu == gpu]
-        plot = folder / f"{gpu}-{max(suite.date for suite in of_gpu)}-roofline.png"
-        if draw(of_gpu, plot):
-            print(f"tables: wrote {plot}")
     if cells:
         quality_table.draw(cells, root / "docs" / "quality.png")
         print("tables: wrote docs/quality.png")
-    _print_headlines(suites)
     return 0
 
 

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lillama.errors import InputError, LillamaError, RunError
-from lillama.integrations.on_import import when_imported
+from lillama.integrations.registration import announce
 from lillama.version import __version__
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from lillama.checkpoint.export import export
     from lillama.compress.pipeline import compress
-    from lillama.compress.plan.plan import plan
+    from lillama.compress.plan.document import plan
     from lillama.compress.train.finetune import finetune
     from lillama.data.sample import sample
-    from lillama.evaluate import evaluate as eval
-    from lillama.generate import generate
-    from lillama.report import report
+    from lillama.evaluate.evaluate import evaluate as eval
+    from lillama.report.page import report
+    from lillama.serve.generate import generate
 
 __all__ = [
     "InputError",
@@ -55,34 +55,36 @@ __all__ = [
 # {public name: (module, its name there)}
 _FUNCTIONS = {
     "compress": ("lillama.compress.pipeline", "compress"),
-    "eval": ("lillama.evaluate", "evaluate"),
+    "eval": ("lillama.evaluate.evaluate", "evaluate"),
     "export": ("lillama.checkpoint.export", "export"),
     "finetune": ("lillama.compress.train.finetune", "finetune"),
-    "generate": ("lillama.generate", "generate"),
+    "generate": ("lillama.serve.generate", "generate"),
     "kernels_impl": ("lillama_kernels", "kernels_impl"),
-    "plan": ("lillama.compress.plan.plan", "plan"),
-    "report": ("lillama.report", "report"),
+    "plan": ("lillama.compress.plan.document", "plan"),
+    "report": ("lillama.report.page", "report"),
     "sample": ("lillama.data.sample", "sample"),
 }
 
 
 class _Package(ModuleType):
-    """This module's class. Importing a subpackage assigns it to its name here, which for some is
-    the name of a function: a property of the class stands above what is assigned."""
+    """This module's class: finds a function when it is first asked for, and does not let importing
+    a subpackage put that in the place of the function of its name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _FUNCTIONS:
+            raise AttributeError(f"module 'lillama' has no attribute {name!r}")
+        module, called = _FUNCTIONS[name]
+        found = getattr(import_module(module), called)
+        setattr(self, name, found)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _FUNCTIONS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *_FUNCTIONS})
 
 
-def _lazy(module: str, name: str) -> property:
-    def get(package: ModuleType) -> Any:
-        return getattr(import_module(module), name)
-
-    return property(get, lambda package, value: None)
-
-
-for _name, _place in _FUNCTIONS.items():
-    setattr(_Package, _name, _lazy(*_place))
 sys.modules[__name__].__class__ = _Package
-# not before: the quantizer's classes are made of transformers'
-when_imported("transformers.modeling_utils", "lillama.integrations.transformers", "register")
+announce()

@@ -40,6 +40,8 @@ __all__ = [
     "parse_bytes",
 ]
 
+# hidden states of a batch that gradients go through: 512 tokens of 4096
+GRADIENT_NUMBERS = 2**21
 # what `Recipe.tokens_per_width` leaves a narrow model
 LEAST_TOKENS = 65_536
 Preset = Literal["default", "fast", "best", "whitened", "paper"]
@@ -125,6 +127,11 @@ class Recipe:
         """Calibration tokens that gradients are taken from, of as many as there are."""
         most = self.most_tokens(hidden_size)
         return self.sensitivity_tokens if most is None else min(self.sensitivity_tokens, most // 4)
+
+    def gradient_rows(self, seq_len: int, hidden_size: int) -> int:
+        """Sequences of a batch that gradients go through: what autograd keeps of it must stay small
+        beside a large block."""
+        return max(1, min(self.batch_size, GRADIENT_NUMBERS // (seq_len * hidden_size)))
 
     def peak_learning_rate(self, hidden_size: int) -> float:
         if self.learning_rate_width is None:

@@ -26,8 +26,10 @@ from transformers import (
 )
 
 import lillama
+from lillama.checkpoint.format import sentinel
 from lillama.integrations.mamba import fast_mamba
 from lillama.integrations.transformers import LillamaConfig, attach_quantizer
+from lillama.models.detection import family_for
 from lillama.models.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
@@ -317,7 +319,8 @@ def make_low_rank(make_model):
             for tensors in stored:
                 for key in sorted(tensors.keys() & {"lr_A", "lr_B", "lr_C"}):
                     tensors[key].normal_(std=tensors[key].shape[-1] ** -0.5)
-        attach_quantizer(model, LillamaConfig(ranks=ranks, gauge=gauge))
+        name, _ = sentinel(family_for(model.config), ranks)
+        attach_quantizer(model, LillamaConfig(ranks=ranks, gauge=gauge, sentinel=name))
         return model.eval()
 
     return make

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lillama
+from lillama.checkpoint.format import FORMAT_VERSION
 from lillama.config import PRESETS, PlanConfig
 from lillama.errors import InputError, LillamaError, RunError
 
@@ -21,7 +22,7 @@ SUBMODULES = [
     "lillama.compress.pipeline",
     "lillama.evaluate",
     "lillama.checkpoint.export",
-    "lillama.generate",
+    "lillama.serve.generate",
     "lillama.report",
     "lillama.cli.app",
 ]
@@ -57,16 +58,21 @@ def test_import_loads_nothing_heavy():
     assert _python(inspect.cleandoc(code)) == "[]"
 
 
-@pytest.mark.parametrize("first", ["import lillama", "import transformers"])
-def test_import_teaches_transformers_the_format_once_it_loads_models(first):
+@pytest.mark.parametrize(
+    "first",
+    ["lillama", "transformers", "transformers.modeling_layers", "lillama.compress.pipeline"],
+)
+def test_transformers_knows_the_format_whoever_is_imported_first(first):
     code = f"""
-        {first}
+        import {first}
+        import transformers, lillama
         from transformers import PreTrainedModel
-        import lillama
-        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-        print("lillama" in AUTO_QUANTIZER_MAPPING)
+        from transformers.quantizers.auto import AutoHfQuantizer
+        values = dict(quant_method="lillama", format_version={FORMAT_VERSION}, ranks=dict(a=1))
+        found = AutoHfQuantizer.from_config(values | dict(sentinel="a.weight"))
+        print(type(found).__name__, type(found.quantization_config).__name__)
     """
-    assert _python(inspect.cleandoc(code)) == "True"
+    assert _python(inspect.cleandoc(code)) == "LillamaQuantizer LillamaConfig"
 
 
 def test_help_and_version_start_in_half_a_second():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from lillama.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, TensorHeader
+from lillama.checkpoint.format import FORMAT_VERSION, QUANT_METHOD, TensorHeader, sentinel
 from lillama.compress.plan.plan import Plan
 from lillama.config import CompressConfig
 from lillama.data.datasets import recorded_texts
@@ -137,6 +137,7 @@ def config_json(options: CompressConfig, plan: Plan) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "ranks": plan.ranks,
         "gauge": plan.gauge,
+        "sentinel": sentinel(plan.family, plan.ranks)[0],
         "reduction": plan.reduction,
         "base_model": str(options.model) if found is None else found.hub_id,
         "base_revision": None if found is None else found.commit,

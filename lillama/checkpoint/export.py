@@ -29,7 +29,6 @@ from lillama.checkpoint.format import (
     read_headers,
     read_shard_headers,
     sentinel,
-    sentinel_names,
 )
 from lillama.checkpoint.gauge import pivot_tensors, plain_tensors
 from lillama.checkpoint.journal import locked
@@ -66,7 +65,7 @@ class _Source:
     gauge: str
     headers: dict[str, TensorHeader]
     shapes: dict[str, tuple[int, int]]
-    sentinels: set[str]
+    sentinel: str
     transposed: set[str]
     _open: dict[Path, Any] = field(default_factory=dict)
 
@@ -149,10 +148,10 @@ def _open_source(path: Path, format: str) -> _Source:
         shapes,
         gauge,
         family.embedding,
+        values["sentinel"],
     )
-    sentinels = set(sentinel_names(headers, family, ranks))
     transposed = {name for name, module in model.named_modules() if is_transposed(module)}
-    return _Source(path, family, ranks, gauge, headers, shapes, sentinels, transposed)
+    return _Source(path, family, ranks, gauge, headers, shapes, values["sentinel"], transposed)
 
 
 def _pivot_entries(source: _Source, matrix: str, part: Path) -> list[Entry]:
@@ -195,7 +194,7 @@ def _entries(source: _Source, file: Path, format: str, parts: Path) -> list[Entr
     was."""
     entries = []
     for name, header in source.headers.items():
-        if header.file != file or name in source.sentinels:
+        if header.file != file or name == source.sentinel:
             continue
         matrix, _, suffix = name.rpartition(".")
         factorised = matrix in source.ranks and f".{suffix}" in FACTOR_SUFFIXES
@@ -220,7 +219,7 @@ def _new_bytes(source: _Source, format: str) -> int:
             for key, shape in parts.items():
                 dtype = torch.uint8 if key == "lr_pivots" else source.dtype(matrix)
                 total += math.prod(shape) * dtype.itemsize
-        elif matrix not in source.ranks and name not in source.sentinels:
+        elif matrix not in source.ranks and name != source.sentinel:
             total += header.num_bytes
         elif suffix == "bias":
             total += header.num_bytes
@@ -259,6 +258,7 @@ def _config_json(source: _Source, format: str, reduction: float) -> dict[str, An
     else:
         values["quantization_config"] |= {
             "gauge": format,
+            "sentinel": sentinel(source.family, source.ranks)[0],
             "reduction": reduction,
             "producer": {"name": "lillama", "version": __version__},
         }
@@ -384,11 +384,10 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
         }
         for name, text in texts.items():
             (staging / name).write_text(text, "utf-8")
-    skipped = source.sentinels
     return {
         "format": config.format,
         "matrices": len(source.ranks),
         "params": params,
-        "bytes_before": sum(h.num_bytes for n, h in source.headers.items() if n not in skipped),
+        "bytes_before": sum(h.num_bytes for n, h in source.headers.items() if n != source.sentinel),
         "bytes_after": num_bytes,
     }

@@ -9,7 +9,8 @@ of `.lr_B`: the rows of B where it is 1 are those of the identity, the others th
 [H - R, R] and `.lr_pivots` [H] that of `.lr_A`, whose columns they are in the same way.
 Inside a stacked experts module that is only partly factorised, a matrix that stays dense is
 `<name>.lr_W` [N, K] (as `.weight` transformers would try to stack it). One mis-shaped tensor under
-a dense name, the sentinel, makes a load without lillama fail instead of serving random weights.
+a dense name, the sentinel, makes a load without lillama fail instead of serving random weights;
+`config.json` names it.
 """
 
 import json
@@ -35,6 +36,7 @@ __all__ = [
     "TensorHeader",
     "check_factors",
     "check_ranks",
+    "check_sentinel",
     "check_unquantized",
     "compression_of",
     "dtype_of",
@@ -43,15 +45,14 @@ __all__ = [
     "read_config",
     "read_headers",
     "read_shard_headers",
+    "saved_sentinel",
     "sentinel",
-    "sentinel_names",
-    "sentinel_pattern",
     "tensor_bytes",
 ]
 
 QUANT_METHOD = "lillama"
-# 1 stored the order of a pivot gauge's outputs as int32
-FORMAT_VERSION = 2
+# 1 stored the order of a pivot gauge's outputs as int32, 2 did not name the sentinel
+FORMAT_VERSION = 3
 FACTOR_SUFFIXES = (".lr_A", ".lr_B", ".lr_C", ".lr_pivots", ".lr_W")
 GAUGES = ("plain", "pivot")
 SINGLE_SHARD = "model.safetensors"
@@ -119,7 +120,7 @@ def compression_of(config: PretrainedConfig) -> dict | None:
 
     Raises:
         InputError: the model is quantized by something else, its format version is unknown, or its
-            ranks cannot be used.
+            ranks or its sentinel cannot be used.
     """
     found: Any = getattr(config, "quantization_config", None)
     if found is None and getattr(config, "compression_config", None) is not None:
@@ -145,6 +146,7 @@ def compression_of(config: PretrainedConfig) -> dict | None:
             "the checkpoint was written by another version of lillama"
         )
     check_ranks(values.get("ranks"))
+    check_sentinel(values.get("sentinel"))
     return values
 
 
@@ -279,25 +281,22 @@ def sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, 
     return f"{parsed[0]}.down_proj", (1, 1, 1)
 
 
-def sentinel_pattern(family: Family, ranks: Mapping[str, int]) -> re.Pattern[str]:
-    """What the sentinel may be called, however the checkpoint was written; whole names.
-
-    save_pretrained of transformers renames an experts module's sentinel, or splits it into one
-    tensor an expert.
-    """
+def saved_sentinel(family: Family, ranks: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
+    """As `sentinel`, under a name that save_pretrained of transformers leaves as it is; it renames
+    what it knows by its name in the model, as experts."""
     first = _first(family, ranks)
-    own = re.escape(sentinel(family, ranks)[0])
     if family.experts is None or family.experts.parse(first) is None:
-        return re.compile(f"^{own}$")
-    block = first.partition(f".{family.experts.hub}.")[0]
-    inside = rf"{re.escape(block)}\.{re.escape(family.experts.hub)}"
-    return re.compile(rf"^({own}|{inside}\.(\d+\.[^.]+\.weight|down_proj))$")
+        return sentinel(family, ranks)
+    return f"{first.rpartition('.')[0]}.{family.experts.down}.weight", (1, 1)
 
 
-def sentinel_names(names: Iterable[str], family: Family, ranks: Mapping[str, int]) -> list[str]:
-    """The sentinel among a checkpoint's tensors (see `sentinel_pattern`)."""
-    pattern = sentinel_pattern(family, ranks)
-    return [name for name in names if pattern.fullmatch(name)]
+def check_sentinel(name: object) -> None:
+    """Raises InputError unless `name` can be a tensor's."""
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"quantization_config must name the sentinel, got {name!r}; compress again, or use the "
+            "config.json that was written with the checkpoint"
+        )
 
 
 def check_factors(
@@ -306,6 +305,7 @@ def check_factors(
     shapes: Mapping[str, tuple[int, int]],
     gauge: str = "plain",
     embedding: str | None = None,
+    sentinel: str | None = None,
 ) -> None:
     """Compare the factors present ({tensor name: shape}) with the ranks that config.json promises.
 
@@ -316,10 +316,11 @@ def check_factors(
             those stored as `lr_W`.
         gauge: of the checkpoint.
         embedding: name of the token embeddings.
+        sentinel: the one tensor that may lie under the dense name of a factorised matrix.
 
     Raises:
-        InputError: a factor is missing, unexpected, or mis-shaped; all are named (at most 5 of
-        each).
+        InputError: a factor is missing, unexpected, or mis-shaped, or a matrix is dense as well;
+        all are named (at most 5 of each).
     """
     wanted: dict[str, tuple[int, ...]] = {}
     for name, (N, K) in shapes.items():
@@ -337,6 +338,9 @@ def check_factors(
             f"{name} {list(found[name])} instead of {list(shape)}"
             for name, shape in wanted.items()
             if name in found and found[name] != shape
+        ],
+        "dense tensors of factorised matrices": [
+            name for matrix in ranks if (name := f"{matrix}.weight") in names and name != sentinel
         ],
     }
     texts = []

@@ -110,7 +110,7 @@ def compress(
             events=events,
             overwrite=overwrite,
         )
-    if report.pop("rank", 0):
+    if report.pop("process", 0):
         return  # under torchrun the first one speaks
     if as_json:
         print_json(report)

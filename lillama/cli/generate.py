@@ -24,7 +24,7 @@ def generate(
     device: DeviceOption = _DEFAULTS["device"],
 ) -> None:
     """Continue a prompt."""
-    from lillama.generate import generate as run
+    from lillama.serve.generate import generate as run
 
     text = run(
         at_revision(model, revision),

@@ -49,7 +49,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a compression would do and need; reads headers only."""
-    from lillama.compress.plan.plan import plan as run
+    from lillama.compress.plan.document import plan as run
 
     which: Any = {"preset": preset, "strategy": strategy, "gauge": gauge}
     document = run(

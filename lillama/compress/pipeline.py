@@ -14,25 +14,20 @@ from lillama.checkpoint.card import config_json, model_card, recipe_json
 from lillama.checkpoint.format import read_config, sentinel
 from lillama.checkpoint.remote import fetch_weights, find_model
 from lillama.checkpoint.writer import CheckpointWriter, check_out, check_space, differences
-from lillama.compress.distributed import Ranks
-from lillama.compress.events import Events
 from lillama.compress.measure.search import measured_curves, search_ranks
-from lillama.compress.own_text import own_text_of, write_own_text
-from lillama.compress.plan.memory import (
-    held_out_blocks,
-    peak_memory,
-    peak_memory_bytes,
-    resident_bytes,
-)
-from lillama.compress.plan.plan import Plan, make_plan
-from lillama.compress.run import Progress, Run, pieces_of
-from lillama.compress.stop import StopRequest
-from lillama.compress.teacher.activations import ActivationMemory
+from lillama.compress.plan.memory import peak_memory, peak_memory_bytes, resident_bytes
+from lillama.compress.plan.plan import make_plan
+from lillama.compress.run import Run
+from lillama.compress.session.events import Events
+from lillama.compress.session.own_text import own_text_of, write_own_text
+from lillama.compress.session.processes import Processes
+from lillama.compress.session.session import Progress, Session, shard_names
+from lillama.compress.session.stop import StopRequest
 from lillama.compress.teacher.blocks import TeacherBlocks
 from lillama.compress.train.finetune import finetune_blocks
 from lillama.config import CompressConfig, FinetuneConfig
 from lillama.data.datasets import find_texts
-from lillama.data.sequences import TokenBlocks, calibration_blocks
+from lillama.data.sequences import TokenBlocks, calibration_blocks, held_out_blocks
 from lillama.errors import InputError, LillamaError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_tokenizer
 from lillama.integrations.mamba import fast_mamba
@@ -55,10 +50,9 @@ COPIED_FILES = (
 )
 
 
-def _calibration(
-    options: CompressConfig, plan: Plan, own_text: Path | None
-) -> tuple[TokenBlocks, TokenBlocks]:
-    """Training and held-out tokens, of what the model wrote where that is given."""
+def _calibration(session: Session) -> tuple[TokenBlocks, TokenBlocks]:
+    """Training and held-out tokens, of what the model wrote where it did."""
+    options, plan, own_text = session.config, session.plan, session.own_text
     tokenizer = load_tokenizer(options.model)
     limit = getattr(plan.config, "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
@@ -87,26 +81,26 @@ def _at_width(config: CompressConfig, hidden_size: int) -> CompressConfig:
     return found
 
 
-def _bytes_to_write(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> int:
+def _bytes_to_write(session: Session, writer: CheckpointWriter) -> int:
     """What is still to come of the result."""
-    item = plan.item_bytes
-    if options.dtype != "auto":
-        item = getattr(torch, options.dtype).itemsize
+    plan, dtype = session.plan, session.save_dtype
+    item = plan.item_bytes if dtype is None else dtype.itemsize
     written = sum(header.num_bytes for header in writer.headers.values())
     return round(plan.params_after * item) - written
 
 
-def _sizes(options: CompressConfig, plan: Plan, writer: CheckpointWriter) -> dict[str, Any]:
+def _sizes(session: Session) -> dict[str, Any]:
     """The report's first part."""
+    plan = session.plan
     _, sentinel_shape = sentinel(plan.family, plan.ranks)
-    written = sum(header.num_bytes for header in writer.headers.values())
+    written = sum(header.num_bytes for header in session.writer.headers.values())
     return {
         "params_before": plan.params_before,
         "params_after": plan.params_after,
         "active_params_before": plan.active_params_before,
         "active_params_after": plan.active_params_after,
         "reduction": plan.reduction,
-        "target_reduction": options.reduction,
+        "target_reduction": session.config.reduction,
         "target_weights_reduction": plan.target_weights_reduction,
         "bytes_before": plan.bytes_before,
         "bytes_after": written - torch.zeros(sentinel_shape).nbytes,
@@ -150,7 +144,7 @@ def compress(
             device, activation_memory, checkpoint_seconds, events, overwrite.
 
     Returns:
-        The report, as in report.json but for `rank_losses` (under torchrun with the "rank" of this
+        The report, as in report.json but for `rank_losses` (under torchrun with the number of this
         process):
         `params_before, params_after, reduction, target_reduction, tokens, seconds,
         peak_memory_bytes, blocks[]` and more.
@@ -174,77 +168,59 @@ def compress(
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
     events = Events(config.events)
-    ranks = Ranks()
+    processes = Processes()
     try:
         with fast_mamba(), StopRequest() as stop:
-            run = _compress_whole if config.finetune else _compress
-            own_text = _own_text(config, plan, ranks, stop, progress)
-            report = run(config, plan, ranks, stop, events, progress, own_text)
+            session = Session(config, plan, processes, stop, events, progress)
+            session.own_text = _own_text(session)
+            report = _compress_whole(session) if config.finetune else _compress(session)
     finally:
-        ranks.close()
-    if ranks.is_first:
-        if own_text is not None:  # finetune removes what it read
-            own_text.unlink(missing_ok=True)
+        processes.close()
+    if processes.is_first:
+        if session.own_text is not None:  # finetune removes what it read
+            session.own_text.unlink(missing_ok=True)
         events("finished", **{key: value for key, value in report.items() if key != "blocks"})
-    return report if ranks.world == 1 else {**report, "rank": ranks.rank}
+    return report if processes.world_size == 1 else {**report, "process": processes.process}
 
 
-def _own_text(
-    config: CompressConfig,
-    plan: Plan,
-    ranks: Ranks,
-    stop: StopRequest,
-    progress: Progress | None,
-) -> Path | None:
-    """What the model wrote to calibrate on, where the text given is not for that. Written once: a
-    run of the same command finds it."""
-    if config.finetune and ranks.world > 1:
+def _own_text(session: Session) -> Path | None:
+    """Return what the model wrote to calibrate on, where the text given is not for that. It is
+    written once: a run of the same command finds it."""
+    config, world_size = session.config, session.processes.world_size
+    if config.finetune and world_size > 1:
         raise InputError(
-            f"preset {config.preset} trains the whole model in one process, got {ranks.world} "
-            "ranks; use preset default under torchrun, then lillama finetune"
+            f"preset {config.preset} trains the whole model in one process, got {world_size}; use "
+            "preset default under torchrun, then lillama finetune"
         )
     if config.text and not (config.finetune and config.recipe.finetune_own_text):
         return None
-    if ranks.world > 1:
+    if world_size > 1:
         raise InputError(
-            "several ranks need calibration text; give --text FILE (lillama sample writes one)"
+            "several processes need calibration text; give --text FILE (lillama sample writes one)"
         )
     if not config.out.parent.is_dir():
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
     check_out(config.out, config.overwrite)
     if config.text:  # what `finetune` would write, too, once the text given is known to be usable
-        _calibration(config, plan, None)
+        _calibration(session)
         file, seed = own_text_of(config.out, config.seed)
     else:
         file, seed = config.out.with_name(config.out.name + ".sample.jsonl"), config.seed
-    write_own_text(file, config.model, config.num_tokens, seed, config, stop, progress)
+    tokens, stop, progress = config.num_tokens, session.stop, session.progress
+    write_own_text(file, config.model, tokens, seed, config, stop, progress)
     return file
 
 
-def _compress_whole(
-    config: CompressConfig,
-    plan: Plan,
-    ranks: Ranks,
-    stop: StopRequest,
-    events: Events,
-    progress: Progress | None,
-    own_text: Path | None,
-) -> dict[str, Any]:
+def _compress_whole(session: Session) -> dict[str, Any]:
     """The blocks first, to `OUT.blocks`, then the whole model. Where OUT.blocks is there, the same
     command was killed while it trained the whole, and goes on from there."""
+    config, own_text = session.config, session.own_text
     if not config.out.parent.is_dir():
         raise InputError(f"the folder {config.out.parent} does not exist; create it first")
     check_out(config.out, config.overwrite)
     blocks = config.out.with_name(config.out.name + ".blocks")
-    report = _compress(
-        dataclasses.replace(config, out=blocks, overwrite=False),
-        plan,
-        ranks,
-        stop,
-        events,
-        progress,
-        own_text,
-    )
+    session.config = dataclasses.replace(config, out=blocks, overwrite=False)
+    report = _compress(session)
     started = time.monotonic()
     given = (own_text,) if own_text is not None and not config.text else config.text
     end = FinetuneConfig(
@@ -262,9 +238,9 @@ def _compress_whole(
         overwrite=config.overwrite,
     )
     try:
-        found = finetune_blocks(end, stop, progress)
+        found = finetune_blocks(end, session.stop, session.progress)
     except LillamaError as error:
-        events("failed", error=str(error))
+        session.events("failed", error=str(error))
         raise type(error)(
             f"{error}; the blocks are finished in {blocks}: the same command goes on from there"
         ) from error
@@ -275,7 +251,7 @@ def _compress_whole(
 
 
 def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """The report of a finished run of this very command.
+    """Return the report of a finished run of this very command.
 
     Raises:
         InputError: the folder holds something else.
@@ -294,86 +270,73 @@ def _finished(out: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _compress(
-    config: CompressConfig,
-    plan: Plan,
-    ranks: Ranks,
-    stop: StopRequest,
-    events: Events,
-    progress: Progress | None,
-    own_text: Path | None,
-) -> dict[str, Any]:
-    """Everything between the checks and the report, which rank 0 also writes."""
+def _compress(session: Session) -> dict[str, Any]:
+    """Everything between the checks and the report, which the first process also writes."""
     started = time.monotonic()
-    device = choose_device(ranks.device(config.device))
-    blocks = _calibration(config, plan, own_text)
-    teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
-    teacher.check_names(matrix.name for matrix in plan.matrices)
-    recipe = recipe_json(config, plan, teacher.headers, device, blocks)
+    config, processes = session.config, session.processes
+    device = choose_device(processes.device(config.device))
+    session.sequences = _calibration(session)
+    plan = session.plan
+    session.teacher = TeacherBlocks(config.model, plan.config, plan.family, device, torch.float32)
+    session.teacher.check_names(matrix.name for matrix in plan.matrices)
+    recipe = recipe_json(config, plan, session.teacher.headers, device, session.sequences)
     if config.finetune and config.out.is_dir():
         return _finished(config.out, recipe)
     held = resident_bytes()
-    ranks.agree("the run", recipe)
-    with _open_writer(config, plan, recipe, len(teacher.blocks), ranks) as writer:
-        shown = progress if ranks.is_first else None
+    processes.agree("the run", recipe)
+    with _open_writer(session, recipe) as session.writer:
         try:
-            plan, increase = search_ranks(
-                config, plan, teacher, blocks[0], writer, ranks, stop, shown
-            )
-            predicted = peak_memory(plan, config, teacher.headers, held)["peak"]
-            memory = ActivationMemory.for_run(device, config.activation_memory, writer.staging)
-            run = Run(config, plan, teacher, blocks, memory, stop, events, ranks, shown)
-            rows = run.run(writer)
+            increase = search_ranks(session)
+            predicted = peak_memory(session.plan, config, session.teacher.headers, held)["peak"]
+            run = Run(session)
+            rows = run.run()
         except LillamaError as error:
-            events("failed", error=str(error))
-            raise type(error)(f"{error}{_how_to_go_on(writer)}") from error
+            session.events("failed", error=str(error))
+            raise type(error)(f"{error}{_how_to_go_on(session.writer)}") from error
         report = {
-            **_sizes(config, plan, writer),
-            "tokens": blocks[0].num_tokens,
+            **_sizes(session),
+            "tokens": session.sequences[0].num_tokens,
             "seconds": round(time.monotonic() - started, 2),
             "peak_memory_bytes": peak_memory_bytes(device),
             "predicted_host_memory_bytes": predicted,
             "predicted_loss_increase": increase,
             "device": str(device),
-            "ranks": ranks.world,
+            "world_size": processes.world_size,
             "blocks": rows,
-            **({} if (head := run.head_report(writer)) is None else {"head": head}),
+            **({} if (head := run.head_report()) is None else {"head": head}),
         }
-        if ranks.is_first:
-            _finish(writer, config, plan, report)
-        ranks.barrier()
+        if processes.is_first:
+            _finish(session, report)
+        processes.barrier()
     return report
 
 
-def _open_writer(
-    options: CompressConfig, plan: Plan, recipe: dict[str, Any], num_blocks: int, ranks: Ranks
-) -> CheckpointWriter:
-    """Rank 0 makes or takes over the unfinished folder; what it refuses, all refuse."""
-    pieces = pieces_of(num_blocks)
+def _open_writer(session: Session, recipe: dict[str, Any]) -> CheckpointWriter:
+    """The first process makes or takes over the unfinished folder; what it refuses, all refuse."""
+    config, processes = session.config, session.processes
+    shards = shard_names(len(session.teacher.blocks))
     writer, problem = None, None
-    if ranks.is_first:
+    if processes.is_first:
         try:
-            writer = CheckpointWriter(options.out, recipe, pieces, overwrite=options.overwrite)
-            check_space(options.out, _bytes_to_write(options, plan, writer))
+            writer = CheckpointWriter(config.out, recipe, shards, overwrite=config.overwrite)
+            check_space(config.out, _bytes_to_write(session, writer))
         except LillamaError as error:
             problem = error
     if problem is not None and writer is not None:
         writer.__exit__(type(problem), problem, None)
-    ranks.raise_together(problem)
+    processes.raise_together(problem)
     if writer is None:
-        writer = CheckpointWriter(options.out, recipe, pieces, worker=ranks.rank)
-    ranks.barrier()  # nobody adds to the journals before all have read them
+        writer = CheckpointWriter(config.out, recipe, shards, worker=processes.process)
+    processes.barrier()  # nobody adds to the journals before all have read them
     return writer
 
 
-def _finish(
-    writer: CheckpointWriter, options: CompressConfig, plan: Plan, report: dict[str, Any]
-) -> None:
-    curves = measured_curves(writer)
-    copies = [file for name in COPIED_FILES if (file := options.model / name).is_file()]
-    writer.finish(
-        config_json(options, plan),
+def _finish(session: Session, report: dict[str, Any]) -> None:
+    config, curves = session.config, measured_curves(session.writer)
+    copies = [file for name in COPIED_FILES if (file := config.model / name).is_file()]
+    session.writer.finish(
+        config_json(config, session.plan),
         report=report if curves is None else {**report, "rank_losses": curves},
-        model_card=model_card(options, report),
+        model_card=model_card(config, report),
         copies=copies,
     )

@@ -1,32 +1,106 @@
 """Text, jsonl and chat files in, documents out.
 
 A plain text file is read in pieces of about 64 KiB that end at line ends, so a large one is never
-in memory whole.
+in memory whole. Where a document lies is told with it: `DocumentIndex` holds that in place of its
+text.
 """
 
+import itertools
 import json
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import stat
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lillama.errors import InputError
 
-__all__ = ["Document", "chat_of", "document_of", "read_documents"]
+__all__ = [
+    "Document",
+    "DocumentIndex",
+    "Place",
+    "chat_of",
+    "document_of",
+    "read_documents",
+    "samples",
+]
 
 _PIECE_BYTES = 64 * 1024
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
+class Place(NamedTuple):
+    """The bytes of a file that are a document: its line `line`, or with 0 some plain text."""
+
+    path: Path
+    start: int
+    num_bytes: int
+    line: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A jsonl row (where: FILE:LINE; text or messages) or a piece of a text file (where: FILE)."""
+    """A jsonl row (where: FILE:LINE; text or messages) or a piece of a text file (where: FILE).
+    place: where it can be read again; None for what comes once, as from a pipe or the network."""
 
     where: str
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     is_piece: bool = False
+    place: Place | None = None
+
+
+class DocumentIndex:
+    """Documents by number, in the order they were added. Those with a place are not held but read
+    again, so that there may be more of them than fit into memory."""
+
+    def __init__(self, text_key: str = "text") -> None:
+        self.text_key = text_key
+        self._paths: list[Path] = []
+        self._numbers: dict[Path, int] = {}
+        self._held: list[Document] = []
+        # four numbers each: path (or -1), start (or the place in `_held`), bytes, line
+        self._places = array("q")
+
+    def __len__(self) -> int:
+        return len(self._places) // 4
+
+    def add(self, document: Document) -> None:
+        place = document.place
+        if place is None:
+            self._places.extend((-1, len(self._held), 0, 0))
+            self._held.append(document)
+        else:
+            number = self._numbers.setdefault(place.path, len(self._paths))
+            if number == len(self._paths):
+                self._paths.append(place.path)
+            self._places.extend((number, *place[1:]))
+
+    def read(self, number: int) -> Document:
+        """Document `number`.
+
+        Raises:
+            InputError: its file is not what it was.
+        """
+        file, start, num_bytes, line = self._places[4 * number : 4 * number + 4]
+        if file < 0:
+            return self._held[start]
+        path = self._paths[file]
+        try:
+            with path.open("rb") as stream:
+                stream.seek(start)
+                raw = stream.read(num_bytes)
+        except OSError as error:
+            raise InputError(f"text file {path}: {error.strerror}; check the path") from error
+        if len(raw) != num_bytes:
+            raise InputError(f"text file {path} was changed while it was read; run again")
+        text = _decode(raw, path, start)
+        if line:
+            return _row(text.strip(), f"{path}:{line}", self.text_key)
+        return Document(str(path), text=text, is_piece=True)
 
 
 def read_documents(path: Path | str, *, text_key: str = "text") -> Iterator[Document]:
@@ -49,11 +123,54 @@ def read_documents(path: Path | str, *, text_key: str = "text") -> Iterator[Docu
     is_rows = path.suffix.lower() in (".jsonl", ".json")
     has_text = False
     with file:
+        # a pipe cannot be read again
+        has_places = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         for document in _rows(file, path, text_key) if is_rows else _pieces(file, path):
+            if not has_places:
+                document = replace(document, place=None)
             has_text = has_text or document.text is None or not document.text.isspace()
             yield document
     if not has_text:
         raise InputError(f"text file {path} is empty or only white space; give a file with text")
+
+
+def samples(documents: Iterable[Document], max_chars: int) -> Iterator[Document]:
+    """Rows as they are; plain text split at blank lines, whatever pieces it came in, of which no
+    more is kept than `max_chars` need."""
+    groups = itertools.groupby(documents, key=lambda d: (d.where, d.is_piece))
+    for (where, is_piece), group in groups:
+        yield from _paragraphs(where, group, max_chars) if is_piece else group
+
+
+def _paragraphs(where: str, pieces: Iterable[Document], max_chars: int) -> Iterator[Document]:
+    for is_blank, run in itertools.groupby(_lines(pieces), key=lambda line: line[0].isspace()):
+        if is_blank:
+            continue
+        lines: list[str] = []
+        place, num_chars, is_cut = None, 0, False
+        for line, found in run:
+            place = place if lines else found
+            is_cut = num_chars >= max_chars
+            lines += [] if is_cut else [line]
+            num_chars += len(line)
+        text = "".join(lines)
+        text = text if is_cut else text.rstrip("\r\n")
+        place = place and place._replace(num_bytes=len(text.encode()))
+        yield Document(where, text=text, is_piece=True, place=place)
+
+
+def _lines(pieces: Iterable[Document]) -> Iterator[tuple[str, Place | None]]:
+    """Lines with their ends, of which a piece may hold a part, and where each begins."""
+    for piece in pieces:
+        text, place = piece.text or "", piece.place
+        lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+        if place is None:
+            yield from zip(lines, itertools.repeat(None))
+            continue
+        start = place.start + place.num_bytes - len(text.encode())  # behind a byte order mark
+        for line in lines:
+            yield line, place._replace(start=start)
+            start += len(line.encode())
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
@@ -71,7 +188,8 @@ def _pieces(file: BinaryIO, path: Path) -> Iterator[Document]:
     while buffer := buffer + file.read(_PIECE_BYTES - len(buffer)):
         cut = len(buffer) if len(buffer) < _PIECE_BYTES else _cut(buffer)
         if text := _decode(buffer[:cut], path, offset):
-            yield Document(str(path), text=text, is_piece=True)
+            place = Place(path, offset, cut)
+            yield Document(str(path), text=text, is_piece=True, place=place)
         buffer, offset = buffer[cut:], offset + cut
 
 
@@ -92,11 +210,12 @@ def _rows(file: BinaryIO, path: Path, text_key: str) -> Iterator[Document]:
     offset = 0
     for number, raw in enumerate(file, start=1):
         line = _decode(raw, path, offset).strip()
+        place = Place(path, offset, len(raw), number)
         offset += len(raw)
         if line:
             document = _row(line, f"{path}:{number}", text_key)
             if document.text is None or document.text.strip():
-                yield document
+                yield replace(document, place=place)
 
 
 def _row(line: str, where: str, text_key: str) -> Document:

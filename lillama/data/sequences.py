@@ -1,17 +1,18 @@
 """Documents in, blocks of token ids out.
 
 The one thing to know: a plain text file comes in pieces of about 64 KiB that are tokenised one by
-one, so a seeded sample comes from all over a large file without tokenising the whole of
-it. The same texts, tokenizer and seed give the same blocks on every machine.
+one, so a seeded sample comes from all over a large file without tokenising the whole of it. Of the
+text only where it lies is held: what the sample needs is read again. The same texts, tokenizer and
+seed give the same blocks on every machine.
 Letters: n blocks, T = seq_len.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import logging
 import math
 import random
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lillama.data.datasets import HubText
-from lillama.data.documents import Document, read_documents
+from lillama.data.documents import Document, DocumentIndex, read_documents, samples
 from lillama.errors import InputError
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "TokenBlocks",
     "calibration_blocks",
     "evaluation_blocks",
+    "held_out_blocks",
     "read_documents",
 ]
 
@@ -122,12 +124,13 @@ def _enough(
     documents: Iterable[Document], tokenizer: Any, tokens: float, longest: float
 ) -> Iterator[Document]:
     """The first documents that hold so many tokens, each counted up to `longest`; a stream of the
-    Hub may have no end."""
+    Hub may have no end. No more of their text is kept than counts."""
     found = 0.0
     # as the blocks are made: longer text is cut
     chars = None if longest == math.inf else int(longest) * _MAX_CHARS_PER_TOKEN
-    for document, _, row in _encoded(documents, tokenizer, special=False, max_chars=chars):
-        yield document
+    for document, text, row in _encoded(documents, tokenizer, special=False, max_chars=chars):
+        is_chat = document.messages is not None
+        yield document if is_chat else dataclasses.replace(document, text=text)
         found += min(len(row), longest) if len(row) >= 2 else 0
         if found >= tokens:
             return
@@ -190,19 +193,10 @@ def _stream(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[lis
         yield ids, len(text.encode())
 
 
-def _samples(documents: Iterable[Document]) -> Iterator[Document]:
-    """Rows as they are; plain text split at blank lines, whatever pieces it came in."""
-    for where, group in itertools.groupby(documents, key=lambda document: document.where):
-        lines: list[str] = []
-        for document in group:
-            if not document.is_piece:
-                yield document
-                continue
-            # keep the line ends: a piece may end within a line
-            lines += re.findall(r"[^\n]*\n|[^\n]+", document.text or "")
-        for is_blank, run in itertools.groupby(lines, key=str.isspace):
-            if not is_blank:
-                yield Document(where, text="".join(run).rstrip("\r\n"), is_piece=True)
+def held_out_blocks(tokens: int, seq_len: int) -> int:
+    """Return how many sequences are kept for judging: a fortieth of those to calibrate on, 8 to
+    32."""
+    return min(32, max(8, -(-tokens // seq_len) // 40))
 
 
 def calibration_blocks(
@@ -239,10 +233,13 @@ def calibration_blocks(
         return found if text.is_running else _enough(found, tokenizer, wanted, longest)
 
     documents = _all_documents(paths, tokenizer, read_hub)
-    documents = list(documents if packing else _samples(documents))
-    random.Random(seed).shuffle(documents)
+    index = DocumentIndex()
+    for document in documents if packing else samples(documents, seq_len * _MAX_CHARS_PER_TOKEN):
+        index.add(document)
+    order = array("q", range(len(index)))
+    random.Random(seed).shuffle(order)  # pyright: ignore[reportArgumentType]
     make = _packed if packing else _padded
-    return make(documents, tokenizer, tokens, seq_len, held_out_blocks)
+    return make(map(index.read, order), tokenizer, tokens, seq_len, held_out_blocks)
 
 
 def _at_least(name: str, value: int, minimum: int) -> None:
@@ -251,7 +248,7 @@ def _at_least(name: str, value: int, minimum: int) -> None:
 
 
 def _packed(
-    documents: list[Document], tokenizer: Any, tokens: int, seq_len: int, num_held_out: int
+    documents: Iterable[Document], tokenizer: Any, tokens: int, seq_len: int, num_held_out: int
 ) -> tuple[TokenBlocks, TokenBlocks]:
     num_blocks = -(-tokens // seq_len) + num_held_out
     needed = num_blocks * seq_len
@@ -274,7 +271,7 @@ def _packed(
 
 
 def _padded(
-    documents: list[Document], tokenizer: Any, tokens: int, seq_len: int, num_held_out: int
+    documents: Iterable[Document], tokenizer: Any, tokens: int, seq_len: int, num_held_out: int
 ) -> tuple[TokenBlocks, TokenBlocks]:
     bos = _bos(tokenizer)
     # samples come shuffled: the held-out ones, which follow the others, are from all over too

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -205,27 +206,53 @@ def _module(family: str) -> ModuleType | None:
     return importlib.import_module(f"{name}.modeling_{family}")
 
 
+_lock = threading.Lock()
+_users = 0
+# (owner, name, transformers' own) of everything replaced while there are users
+_saved: list[tuple[Any, str, Any]] = []
+
+
 @contextlib.contextmanager
 def fast_mamba() -> Iterator[None]:
     """Inside the block the mixers of Mamba, Mamba-2, FalconMamba and Jamba use lillama_kernels,
     unless a faster package is installed.
 
     A function whose package (mamba_ssm, causal_conv1d) is installed is left alone, and so is what
-    the installed transformers does not have. All are put back on leaving, whatever the reason.
+    the installed transformers does not have. The first to enter replaces, the last to leave puts
+    all back, in whichever threads and order they come.
     """
-    saved = []
+    global _users
+    with _lock:
+        if not _users:
+            _replace()
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _put_back()
+
+
+def _replace() -> None:
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
     try:
         for family, functions in REPLACED.items():
             module = _module(family)
             for function, (package, ours) in functions.items():
                 if importlib.util.find_spec(package) is None and hasattr(module, function):
-                    saved.append((module, function, getattr(module, function)))
+                    _saved.append((module, function, getattr(module, function)))
                     setattr(module, function, ours)
-        from transformers.models.mamba.modeling_mamba import MambaMixer
-
-        saved.append((MambaMixer, "forward", MambaMixer.forward))
+        _saved.append((MambaMixer, "forward", MambaMixer.forward))
         MambaMixer.forward = _mixer_forward(MambaMixer.forward)
-        yield
-    finally:
-        for owner, name, theirs in reversed(saved):
-            setattr(owner, name, theirs)
+    except BaseException:
+        _put_back()
+        raise
+
+
+def _put_back() -> None:
+    while _saved:
+        owner, name, theirs = _saved.pop()
+        setattr(owner, name, theirs)

@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -28,8 +24,9 @@ from lillama.checkpoint.format import (
     QUANT_METHOD,
     check_factors,
     check_ranks,
+    check_sentinel,
     read_shard_headers,
-    sentinel,
+    saved_sentinel,
 )
 from lillama.checkpoint.pivots import is_permutation, marks_of, wrong_marks
 from lillama.errors import InputError
@@ -65,12 +62,13 @@ class LillamaConfig(QuantizationConfigMixin):
         ranks: {matrix hub name: R}, what is factorised.
         format_version: of the on-disk format.
         gauge: "plain" or "pivot".
+        sentinel: name of the tensor that makes a load without lillama fail.
         reduction: share of the whole model's parameters removed.
         base_model, base_revision, recipe, tokens, producer: where the model comes from; producer
             is {"name", "version"}, or "name version" as it once was.
 
     Raises:
-        InputError: unknown keys, another format version or gauge, or no ranks.
+        InputError: unknown keys, another format version or gauge, or no ranks or sentinel.
     """
 
     ranks: dict[str, int]
@@ -80,6 +78,7 @@ class LillamaConfig(QuantizationConfigMixin):
         ranks: dict[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
         gauge: str = "plain",
+        sentinel: str | None = None,
         reduction: float | None = None,
         base_model: str | None = None,
         base_revision: str | None = None,
@@ -101,11 +100,13 @@ class LillamaConfig(QuantizationConfigMixin):
                 "compress again, or use the lillama that wrote it"
             )
         check_ranks(ranks)
-        assert ranks is not None
+        check_sentinel(sentinel)
+        assert ranks is not None and sentinel is not None
         self.quant_method = quant_method  # type: ignore[assignment]
         self.format_version = format_version
         self.gauge = gauge
         self.ranks = ranks
+        self.sentinel = sentinel
         self.reduction = reduction
         self.base_model = base_model
         self.base_revision = base_revision
@@ -208,7 +209,8 @@ class LillamaQuantizer(HfQuantizer):
                 for name, header in read_shard_headers(file).items()
                 if not dropped or not name.startswith(dropped)
             }
-            check_factors(present, ranks, shapes, gauge, family.embedding)
+            sentinel = self._canonical(self.quantization_config.sentinel, model, family)
+            check_factors(present, ranks, shapes, gauge, family.embedding, sentinel)
         replaced = replace_modules(
             model,
             model.config,
@@ -273,7 +275,7 @@ class LillamaQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For save_pretrained: experts one by one without padding, marks in place of orders, and
-        the sentinel.
+        the sentinel, under a name that stays and that goes into config.json.
 
         Raises:
             ValueError: marks cannot express the order of a matrix's outputs.
@@ -293,8 +295,9 @@ class LillamaQuantizer(HfQuantizer):
                 for expert in range(module.num_experts):
                     for key, tensor in module.stored(projection, expert).items():
                         state[f"{path}.{expert}.{short}.{key}"] = tensor.clone()
-        name, shape = sentinel(family, self.quantization_config.ranks)
+        name, shape = saved_sentinel(family, self.quantization_config.ranks)
         state[name] = torch.zeros(shape)
+        self.quantization_config.sentinel = name
         return state, {"quant_method": QUANT_METHOD}
 
     def is_serializable(self) -> bool:  # type: ignore[override]
@@ -364,11 +367,6 @@ def attach_quantizer(model: PreTrainedModel, config: LillamaConfig) -> None:
 
 
 def register() -> None:
-    """Tell transformers about the quantizer. Safe to call twice."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LillamaConfig)
-        register_quantizer(QUANT_METHOD)(LillamaQuantizer)
-
-
-# Whoever imports this module first: see on_import
-register()
+    """Enter the config and the quantizer with transformers. Safe to call twice."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = LillamaConfig
+    AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = LillamaQuantizer  # type: ignore[assignment]

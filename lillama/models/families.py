@@ -205,7 +205,6 @@ _DEEPSEEK: dict[str, Any] = {
     "shared_size": "intermediate_size",
 }
 
-# mixtral and mamba first: vLLM's side looks a naming up in this order
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         model_type="mixtral",

@@ -1,15 +1,12 @@
-"""From result files to tables: targets met and missed, files rewritten, plots, bad files."""
+"""From result files to tables: targets met and missed, files rewritten, bad files."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import tables
-from benchmarks.results import read_results
-from benchmarks.roofline import points
 from benchmarks.shapes import EXPERTS, LINEARS, LOSSES, MAMBA_BLOCKS, SCANS
 from benchmarks.targets import COLUMNS, TARGETS, judge
 
@@ -48,9 +45,6 @@ def row(ours_us: float, percent: float, **others_us: float) -> dict[str, Any]:
         "modes": {"eager": mode(2 * ours_us), "graph": mode(ours_us)},
         "failed": {},
         "floor_us": ours_us * percent / 100,
-        "flop": 6e8,
-        "bytes_moved": 4e7,
-        "intensities": dict.fromkeys(["ours", *others_us], 15.0),
         "ceilings": LIMITS,
         "dtype": "bfloat16",
         "device": "NVIDIA H200",
@@ -134,7 +128,7 @@ def test_every_target_covers_rows_that_run_by_themselves():
 
 
 # Tables
-def test_tables_say_met_missed_and_open(root, capsys):
+def test_tables_say_met_missed_and_open(root):
     write(root, LINEAR, ROWS)
     assert tables.main([], root) == 0
     text = (root / "README.md").read_text()
@@ -155,11 +149,9 @@ def test_tables_say_met_missed_and_open(root, capsys):
     ) in rows
     assert rows.count("Not measured on a GPU.") == len(tables.SUITES) - 1
     assert tables.main(["--check"], root) == 0
-    printed = capsys.readouterr().out
-    assert "M16-forward] " in printed and "compiled 11.0 us = 1.10x" in printed
 
 
-def test_a_target_with_all_rows_is_met(root, capsys):
+def test_a_target_with_all_rows_is_met(root):
     rows = {
         name: row(10, 99, cublas=99, compiled=99, dense=99) for name in TARGETS[0].goals[0].rows
     }
@@ -167,10 +159,9 @@ def test_a_target_with_all_rows_is_met(root, capsys):
     assert tables.main([], root) == 0
     text = (root / "README.md").read_text()
     assert "| 1.6x: 4.95x in 6 of 6 rows, met | 1.25x: 9.9x in 2 of 2 rows, met |" in text
-    capsys.readouterr()
 
 
-def test_a_rival_that_failed_is_said(root, capsys):
+def test_a_rival_that_failed_is_said(root):
     rows = {
         "bench_low_rank_linear[x-forward]": row(10, 50, cublas=20)
         | {"failed": {"compiled": "check"}}
@@ -179,10 +170,9 @@ def test_a_rival_that_failed_is_said(root, capsys):
     assert tables.main([], root) == 0
     text = (root / "kernels" / "README.md").read_text()
     assert "| x-forward | 10.0 (9.0 to 11.0) | 20.0 = 2.00x | failed |" in text
-    capsys.readouterr()
 
 
-def test_whole_answers_have_a_line_for_every_variant(root, capsys):
+def test_whole_answers_have_a_line_for_every_variant(root):
     times = {
         "first_token_ms": 12.34,
         "token_ms": 1.234,
@@ -193,7 +183,7 @@ def test_whole_answers_have_a_line_for_every_variant(root, capsys):
     answers = {"ours": times, "transformers_40": times | {"peak_gib": None}}
     rows = {
         "bench_generate[x-B1-P128]": row(10, 50, transformers_40=20)
-        | {"answers": answers, "notes": {"vllm": "not installed"}, "failed": {"other": "why"}}
+        | {"answers": answers, "notes": {}, "failed": {"other": "why"}}
     }
     write(root, "nvidia-h200-2026-11-20-generate.json", rows)
     assert tables.main([], root) == 0
@@ -202,9 +192,7 @@ def test_whole_answers_have_a_line_for_every_variant(root, capsys):
         "| x-B1-P128 | ours | 12.3 | 1.23 | 800 | 2.0 | 61% |",
         "| x-B1-P128 | transformers_40 | 12.3 | 1.23 | 800 | not measured | 61% |",
         "| x-B1-P128 | other: failed |  |  |  |  |  |",
-        "| x-B1-P128 | vllm: not installed |  |  |  |  |  |",
     ]
-    capsys.readouterr()
 
 
 def test_the_newest_file_of_each_gpu_and_suite_counts(root):
@@ -215,7 +203,7 @@ def test_the_newest_file_of_each_gpu_and_suite_counts(root):
     write(root, "nvidia-h200-2026-11-19-distill_loss.json", loss)
     write(root, "nvidia-h100-2026-12-01-low_rank_linear.json", slow)
     write(root, "nvidia-h200-2026-12-01-selective_scan.json", {})
-    suites = read_results(root / "benchmarks" / "results")
+    suites = tables.read_results(root / "benchmarks" / "results")
     assert [(suite.gpu, suite.name, suite.date) for suite in suites] == [
         ("nvidia-h100", "low_rank_linear", "2026-12-01"),
         ("nvidia-h200", "distill_loss", "2026-11-19"),
@@ -223,17 +211,15 @@ def test_the_newest_file_of_each_gpu_and_suite_counts(root):
     ]
     # the targets are for one GPU
     assert "2026-12-01" not in tables.targets_table(suites)
-    assert read_results(root / "nowhere") == []
+    assert tables.read_results(root / "nowhere") == []
 
 
-def test_results_may_lie_elsewhere(root, tmp_path, capsys):
+def test_results_may_lie_elsewhere(root, tmp_path):
     write(root, LINEAR, ROWS)
     elsewhere = tmp_path / "out"
     (root / "benchmarks" / "results").rename(elsewhere)
     assert tables.main(["--results", str(elsewhere)], root) == 0
-    assert (elsewhere / "nvidia-h200-2026-11-20-roofline.png").exists()
     assert "1.7x in 3 of 6" in (root / "README.md").read_text()
-    capsys.readouterr()
 
 
 # Quality
@@ -277,38 +263,13 @@ def test_cells_of_quality_become_two_tables_and_a_picture(root, capsys):
     assert "docs/quality.md is out of date" in capsys.readouterr().err
 
 
-# The plot
-def test_a_plot_is_drawn_with_a_point_for_every_variant(root, capsys):
-    write(root, LINEAR, ROWS)
-    loss = row(10, 50, eager=20) | {"flop": 0.0, "intensities": {"ours": 0.0, "eager": 0.0}}
-    write(root, "nvidia-h200-2026-11-20-distill_loss.json", {"bench_distill_loss[x]": loss})
-    found = list(points(read_results(root / "benchmarks" / "results")))
-    assert len(found) == 4 + 3 + 4, "what computes nothing has no place in it"
-    assert ("ours", 15.0, pytest.approx(60.0)) in found
-    assert tables.main([], root) == 0
-    data = (root / "benchmarks" / "results" / "nvidia-h200-2026-11-20-roofline.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = struct.unpack(">II", data[16:24])
-    assert width >= 800 and height >= 500 and len(data) > 20_000
-    capsys.readouterr()
-
-
-def test_no_plot_without_anything_to_draw(root, capsys):
-    scan = row(10, 50, eager=20) | {"intensities": {}}
-    write(root, "nvidia-h200-2026-11-20-selective_scan.json", {"bench_selective_scan[x]": scan})
-    assert tables.main([], root) == 0
-    assert not list((root / "benchmarks" / "results").glob("*.png"))
-    assert "| x | 10.0" in (root / "kernels" / "README.md").read_text()
-    capsys.readouterr()
-
-
+# What goes wrong
 def test_every_benchmark_has_its_table():
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
     files.remove("bench_quality")  # a command with tables of its own
     assert files == {f"bench_{name}" for name in tables.SUITES}
 
 
-# What goes wrong
 def test_check_says_what_is_out_of_date(root, capsys):
     assert tables.main(["--check"], root) == 1
     error = capsys.readouterr().err

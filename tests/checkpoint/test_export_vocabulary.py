@@ -1,7 +1,7 @@
 """export of models whose embeddings and output head are factorised too."""
 
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from lillama import export
 from lillama.checkpoint.pivots import order_of
 from lillama.errors import InputError
 
-module = sys.modules["lillama.checkpoint.export"]
+module = importlib.import_module("lillama.checkpoint.export")
 EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}.{}"
 LAYERS = {
     # layer 1 stays dense, so does w3 of expert 1

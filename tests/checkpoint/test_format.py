@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: what is refused, and how the sentinel is recognised."""
+"""Reading a checkpoint folder: what is refused, and that config.json names the sentinel."""
 
 import json
 import shutil
@@ -19,8 +19,8 @@ from lillama.checkpoint.format import (
     read_config,
     read_headers,
     read_shard_headers,
+    saved_sentinel,
     sentinel,
-    sentinel_names,
     tensor_bytes,
 )
 from lillama.errors import InputError
@@ -86,10 +86,13 @@ def test_compression_of_dense_is_none(mixtral):
 
 
 def test_compression_of_dict_and_of_config_object():
-    values = {"quant_method": "lillama", "format_version": 2, "ranks": {"a": 8}}
+    values = {
+        **{"quant_method": "lillama", "format_version": 3, "ranks": {"a": 8}},
+        "sentinel": "a.weight",
+    }
     assert compression_of(quantized(**values)) == values
     config = AutoConfig.for_model("mixtral")
-    config.quantization_config = LillamaConfig(ranks={"a": 8})
+    config.quantization_config = LillamaConfig(ranks={"a": 8}, sentinel="a.weight")
     found = compression_of(config)
     assert found is not None and found["ranks"] == {"a": 8}
 
@@ -143,11 +146,18 @@ def test_check_unquantized(name, dtype, refused):
         check_unquantized(headers)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", None])
 def test_compression_of_other_format_version_raises(version):
     config = quantized(quant_method="lillama", format_version=version, ranks={"a": 8})
-    with pytest.raises(InputError, match=f"must be 2, got {version!r}; the .*: compress again, or"):
+    with pytest.raises(InputError, match=f"must be 3, got {version!r}; the .*: compress again, or"):
         compression_of(config)
+
+
+@pytest.mark.parametrize("name", [None, "", 7])
+def test_compression_of_a_config_that_does_not_name_the_sentinel_raises(name):
+    values = {"quant_method": "lillama", "format_version": 3, "ranks": {"a": 8}, "sentinel": name}
+    with pytest.raises(InputError, match=f"must name the sentinel, got {name!r}; compress again"):
+        compression_of(quantized(**values))
 
 
 @pytest.mark.parametrize("value", [["lillama"], "lillama"])
@@ -163,7 +173,7 @@ def test_check_ranks_none_raises(ranks):
     with pytest.raises(InputError, match="has no ranks"):
         check_ranks(ranks)
     with pytest.raises(InputError, match="has no ranks"):
-        compression_of(quantized(quant_method="lillama", format_version=2, ranks=ranks))
+        compression_of(quantized(quant_method="lillama", format_version=3, ranks=ranks))
 
 
 @pytest.mark.parametrize("rank", [0, -8, "8", 8.0, True, None])
@@ -330,14 +340,20 @@ def test_check_factors_names_five_of_each_and_counts_the_rest():
     assert "and 11 more" in text and "unexpected factors: x.lr_B" in text
 
 
+def test_check_factors_of_a_matrix_that_is_dense_as_well():
+    names = {"a.lr_A": (2, 8), "a.lr_B": (8, 2), "a.weight": (8, 8), "b.weight": (8, 8)}
+    with pytest.raises(InputError, match="dense tensors of factorised matrices: a.weight$"):
+        check_factors(names, {"a": 2}, {"a": (8, 8)}, sentinel="b.weight")
+    check_factors(names, {"a": 2}, {"a": (8, 8)}, sentinel="a.weight")
+
+
 # The sentinel
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_sentinel_does_not_depend_on_the_order_of_ranks(kind):
     ranks, family = RANKS[kind], FAMILIES[kind]
     backwards = dict(reversed(ranks.items()))
     assert sentinel(family, ranks) == sentinel(family, backwards)
-    name = sentinel(family, ranks)[0]
-    assert sentinel_names([name, "other"], family, backwards) == [name]
+    assert saved_sentinel(family, ranks) == saved_sentinel(family, backwards)
 
 
 def test_sentinel_has_the_name_of_a_dense_tensor_and_a_wrong_shape(make_model):
@@ -350,35 +366,30 @@ def test_sentinel_has_the_name_of_a_dense_tensor_and_a_wrong_shape(make_model):
 
 @pytest.mark.parametrize("save_original_format", [True, False], ids=["hub", "runtime"])
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
-def test_sentinel_names_of_save_pretrained(make_low_rank, tmp_path, kind, save_original_format):
+def test_config_names_the_sentinel_of_save_pretrained(
+    make_low_rank, tmp_path, kind, save_original_format
+):
     # layers 2 and 10: config.json sorts the names, in memory 2 comes first
     model = make_low_rank(kind, RANKS[kind], num_hidden_layers=11)
     model.save_pretrained(tmp_path, save_original_format=save_original_format)
-    check_sentinel(tmp_path, kind, sum(p.numel() for p in model.parameters()) * 4)
+    check_the_sentinel(tmp_path, sum(p.numel() for p in model.parameters()) * 4)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
-def test_sentinel_names_of_our_writer(request, text_file, tmp_path, kind):
+def test_config_names_the_sentinel_of_our_writer(request, text_file, tmp_path, kind):
     report = lillama.compress(
-        request.getfixturevalue(kind),
-        tmp_path / "out",
-        reduction=0.1,
-        text=text_file,
-        tokens=64,
-        seq_len=16,
-        train=False,
-        gauge="plain",
-    )
-    check_sentinel(tmp_path / "out", kind, report["params_after"] * 4)
+        request.getfixturevalue(kind), tmp_path / "out", reduction=0.1, text=text_file, tokens=64,
+        seq_len=16, train=False, gauge="plain",
+    )  # fmt: skip
+    check_the_sentinel(tmp_path / "out", report["params_after"] * 4)
     assert report["bytes_after"] == report["params_after"] * 4
 
 
-def check_sentinel(folder: Path, kind: str, model_bytes: int) -> None:
+def check_the_sentinel(folder: Path, model_bytes: int) -> None:
     """One tensor of four bytes is the sentinel, and without it the bytes are the model's."""
-    headers, family = read_headers(folder), FAMILIES[kind]
-    compression = compression_of(read_config(folder))
+    headers, compression = read_headers(folder), compression_of(read_config(folder))
     assert compression is not None
-    names = sentinel_names(headers, family, compression["ranks"])
-    assert len(names) == 1 and headers[names[0]].num_bytes == 4
-    assert tensor_bytes(headers, skip=names) == model_bytes
+    name = compression["sentinel"]
+    assert headers[name].num_bytes == 4
+    assert tensor_bytes(headers, skip=[name]) == model_bytes
     shutil.rmtree(folder)

@@ -15,7 +15,7 @@ import lillama
 from lillama.checkpoint.format import read_headers
 from lillama.checkpoint.gauge import LARGEST, plain_of, rounded, to_pivot
 from lillama.checkpoint.pivots import is_permutation, order_of
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.errors import InputError
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
 from tests.pivot_orders import choose_pivots

@@ -18,7 +18,7 @@ from lillama.integrations.loading import load_model
 from lillama.modules.low_rank_experts import LowRankExperts
 from lillama.modules.pivot_low_rank_experts import PivotLowRankExperts
 from lillama.serve.engine import LocalEngine
-from lillama.serve.experts import expand_pivots
+from lillama.serve.models.experts import expand_pivots
 from tests.serve.heard import Heard, greedy
 
 OPTIONS = {"reduction": 0.3, "tokens": 900, "seq_len": 32, "preset": "fast"}

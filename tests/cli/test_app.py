@@ -1,5 +1,6 @@
 """The commands as a user runs them: stdout, stderr and exit codes."""
 
+import importlib
 import json
 import os
 import sys
@@ -326,7 +327,7 @@ def test_cli_out_of_memory_is_one_line(compress, monkeypatch):
     def fail(*args: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(sys.modules["lillama.compress.run"], "fill_student", fail)
+    monkeypatch.setattr(importlib.import_module("lillama.compress.run"), "fill_student", fail)
     result, _ = compress("--preset", "whitened")
     assert_one_line(result, 1, "out of memory; lower --seq-len or --tokens")
 
@@ -337,7 +338,7 @@ def test_cli_unexpected_error_keeps_its_traceback(compress, monkeypatch):
     def fail(*args: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(sys.modules["lillama.compress.run"], "fill_student", fail)
+    monkeypatch.setattr(importlib.import_module("lillama.compress.run"), "fill_student", fail)
     with pytest.raises(ZeroDivisionError):
         compress()
 

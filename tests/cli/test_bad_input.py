@@ -2,6 +2,7 @@
 every error is tested where it is raised."""
 
 import errno
+import importlib
 import os
 import resource
 import shutil
@@ -180,7 +181,7 @@ def test_cli_file_that_the_system_cuts_short(limit, fails, monkeypatch):
 
 
 def test_cli_ctrl_c_in_a_step_is_one_line(fails, monkeypatch):
-    distill = sys.modules["lillama.compress.train.distill"]
+    distill = importlib.import_module("lillama.compress.train.distill")
 
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt

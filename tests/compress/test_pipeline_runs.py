@@ -2,8 +2,8 @@
 
 import contextlib
 import gc
+import importlib
 import json
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 import lillama
 from lillama.checkpoint.journal import Journal
 from lillama.compress.teacher.blocks import TeacherBlocks
-from lillama.compress.teacher.hidden_states import Streams
+from lillama.compress.train.hidden_states import HiddenStates
 from lillama.errors import InputError, RunError
 
 KINDS = ["mixtral", "mamba"]
-run_module = sys.modules["lillama.compress.run"]
+run_module = importlib.import_module("lillama.compress.run")
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def test_compress_seed_orders_the_training_rows(small, mamba):
 def test_compress_later_blocks_see_the_rounded_student(small, make_checkpoint, monkeypatch):
     """What a user will run is bf16: the student's stream must come from those weights."""
     seen: list[bool] = []
-    original = Streams.advance
+    original = HiddenStates.advance
 
     def advance(self: Any, student: torch.nn.Module, *args: Any) -> None:
         seen.extend(torch.equal(p, p.bfloat16().float()) for p in student.parameters())
         original(self, student, *args)
 
-    monkeypatch.setattr(Streams, "advance", advance)
+    monkeypatch.setattr(HiddenStates, "advance", advance)
     small(make_checkpoint("mamba", torch.bfloat16))
     assert seen and all(seen)
 

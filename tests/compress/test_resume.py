@@ -1,5 +1,6 @@
 """compress killed anywhere, and taken up again: the end is the uninterrupted run's, bit for bit."""
 
+import importlib
 import json
 import os
 import random
@@ -242,11 +243,13 @@ def test_changed_surroundings_are_refused(what, small, mamba, tmp_path, text_fil
         data[-100] ^= 1
         file.write_bytes(data)
     elif what == "version":
-        monkeypatch.setattr(sys.modules["lillama.checkpoint.card"], "__version__", "9.9")
+        monkeypatch.setattr(
+            importlib.import_module("lillama.checkpoint.card"), "__version__", "9.9"
+        )
     else:
-        monkeypatch.setattr(sys.modules["lillama.checkpoint.card"], "FORMAT_VERSION", 3)
+        monkeypatch.setattr(importlib.import_module("lillama.checkpoint.card"), "FORMAT_VERSION", 4)
     wanted = {"text": "data_sha256", "model": "model_sha256", "version": "versions.lillama"}
-    wanted["format"] = "format_version was 2, is 3"
+    wanted["format"] = "format_version was 3, is 4"
     with pytest.raises(InputError, match=wanted[what]):
         small(model, tmp_path / "out", text=text)
 

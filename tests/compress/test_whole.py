@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 import lillama
-from lillama.compress import own_text
 from lillama.compress import pipeline as module
-from lillama.compress.plan.memory import held_out_blocks
+from lillama.compress.session import own_text
+from lillama.data.sequences import held_out_blocks
 from lillama.errors import InputError, RunError
 
 OPTIONS = {"reduction": 0.25, "tokens": 1500, "seq_len": 32, "device": "cpu"}
@@ -93,7 +93,7 @@ def test_a_killed_end_goes_on_from_the_finished_blocks(run, tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"out\.blocks is of another command \(options\.reduction"):
         run(reduction=0.2)
     with monkeypatch.context() as patch:
-        patch.setattr(module.Run, "run", lambda *_: pytest.fail("compressed again"))
+        patch.setattr(module.Run, "run", lambda self: pytest.fail("compressed again"))
         run()
     assert_same(tmp_path / "out", tmp_path / "whole")
     assert not (tmp_path / "out.blocks").exists()
@@ -128,9 +128,10 @@ def test_a_compressed_out_is_replaced(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_ranks_are_refused(run, monkeypatch):
-    monkeypatch.setattr(module, "Ranks", lambda: type("R", (), {"world": 2, "close": print})())
-    with pytest.raises(InputError, match="one process, got 2 ranks; use preset default"):
+def test_several_processes_are_refused(run, monkeypatch):
+    two = type("Two", (), {"world_size": 2, "close": print})
+    monkeypatch.setattr(module, "Processes", two)
+    with pytest.raises(InputError, match="one process, got 2; use preset default"):
         run()
 
 

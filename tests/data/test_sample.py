@@ -1,8 +1,8 @@
 """Text that a model writes by itself."""
 
+import importlib
 import json
 import signal
-import sys
 
 import pytest
 import torch
@@ -91,14 +91,14 @@ def test_sample_refuses_in_one_line(mamba, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules["lillama.data.sample"], "_texts", full)
+    monkeypatch.setattr(importlib.import_module("lillama.data.sample"), "_texts", full)
     with pytest.raises(RunError, match="cannot write .*own.jsonl"):
         lillama.sample(mamba, tmp_path / "own.jsonl", **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 
 
 def test_a_model_without_a_word_is_refused(mamba, tmp_path, monkeypatch):
-    module = sys.modules["lillama.data.sample"]
+    module = importlib.import_module("lillama.data.sample")
     monkeypatch.setattr(module, "_split", lambda ids, end: iter(()))
     with pytest.raises(RunError, match="wrote 4 sequences without any text; give calibration text"):
         lillama.sample(mamba, tmp_path / "own.jsonl", **OPTIONS)

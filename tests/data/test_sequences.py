@@ -1,9 +1,13 @@
 """Files to token blocks: every file kind, every error, the same blocks everywhere."""
 
 import copy
+import dataclasses
 import json
 import logging
+import os
 import re
+import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lillama.data import documents
 from lillama.data import sequences as data
+from lillama.data.documents import Document, DocumentIndex
 from lillama.data.sequences import (
     TokenBlocks,
     calibration_blocks,
@@ -489,6 +494,81 @@ def test_calibration_blocks_rejects_bad_files(tmp_path, tokenizer):
         calibrate([path, tmp_path / "b.txt"], tokenizer)
     with pytest.raises(InputError, match="too short: 0 tokens"):
         calibrate([], tokenizer)
+
+
+LINES = (
+    "\ufeffone\r\ntwo \u00e9\u20ac\r\n\r\n  \nthree\rfour\n\n\u2028five "
+    + "long " * 40
+    + "\n\nsix\n"
+)
+
+
+def without_places(found: list[Document]) -> list[Document]:
+    return [dataclasses.replace(document, place=None) for document in found]
+
+
+@pytest.mark.parametrize("chars", [5, 10**6])
+def test_index_reads_again_what_was_added(tmp_path, small_pieces, chars):
+    plain, bare = write(tmp_path / "a.txt", LINES), write(tmp_path / "b.txt", LINES[1:])
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    rows = write_rows(tmp_path / "c.jsonl", "first\n\nrow", " ", chat, "\u00e9")
+    write(rows, b"\xef\xbb\xbf" + rows.read_bytes().replace(b"\n", b"\r\n"))
+    pieces = [document for path in (plain, bare, rows) for document in read_documents(path)]
+    paragraphs = list(documents.samples(iter(pieces), chars))
+    assert [document.text for document in paragraphs[-3:]] == ["first\n\nrow", None, "\u00e9"]
+    held = without_places(pieces)
+    for found in (pieces, paragraphs, held):
+        index = DocumentIndex()
+        for document in found:
+            index.add(document)
+        assert [index.read(i) for i in range(len(index))] == without_places(found)
+    assert list(documents.samples(held, chars)) == without_places(paragraphs)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
+    path, index = write_rows(tmp_path / "a.jsonl", "one", "two"), DocumentIndex()
+    for document in read_documents(path):
+        index.add(document)
+    write_rows(path, "one")
+    with pytest.raises(InputError, match="was changed while it was read; run again"):
+        index.read(1)
+    path.unlink()
+    with pytest.raises(InputError, match="No such file"):
+        index.read(0)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_calibration_blocks_hold_no_text(tmp_path, tokenizer, monkeypatch, suffix, packing):
+    """Of 6 MB of text, from which 3,000 tokens are drawn all over."""
+    monkeypatch.setattr(data, "_BATCH_SIZE", 1)
+    paragraph = numbered_lines(100)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "txt":
+        write(path, f"{paragraph}\n" * (6 * 2**20 // len(paragraph)))
+    else:
+        write_rows(path, *[paragraph] * (6 * 2**20 // len(paragraph)))
+    tracemalloc.start()
+    try:
+        train, _ = calibrate(path, tokenizer, tokens=3000, packing=packing)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert train.num_tokens >= 3000
+    assert peak < 3 * 2**20, f"{peak / 2**20:.1f} MiB"
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_calibration_blocks_from_a_pipe_that_is_read_once(tmp_path, tokenizer, packing):
+    text = numbered_lines(300).replace("\n", "\n\n")
+    path, pipe = write(tmp_path / "a.txt", text), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()))
+    writer.start()
+    given = {"tokens": 100, "seq_len": 16, "held_out_blocks": 0, "packing": packing}
+    found = calibrate(pipe, tokenizer, **given)
+    writer.join()
+    assert [b.sha256 for b in found] == [b.sha256 for b in calibrate(path, tokenizer, **given)]
 
 
 def test_token_blocks_digest_covers_ids_mask_and_shape():

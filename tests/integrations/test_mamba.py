@@ -1,6 +1,7 @@
 """fast_mamba against transformers' own Mamba path, and that it leaves nothing behind."""
 
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -143,6 +144,26 @@ def test_fast_mamba_nested():
             raise ValueError
         assert globals_now() == outer
     assert globals_now() == ORIGINAL
+
+
+def test_fast_mamba_of_two_threads_that_leave_out_of_order():
+    forward = modeling_mamba.MambaMixer.forward
+    left, second = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with fast_mamba():
+            second.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    with fast_mamba():
+        inside = globals_now()
+        thread.start()
+        assert second.wait(10)
+    assert globals_now() == inside, "one of them is still in there"
+    left.set()
+    thread.join()
+    assert globals_now() == ORIGINAL and modeling_mamba.MambaMixer.forward is forward
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,9 @@ def test_mis_shaped_dense_tensor_raises(saved, kind):
     ("values", "message"),
     [
         ({"rnaks": {}}, r"unknown keys \['rnaks'\]"),
-        ({"format_version": 1}, "format_version 1 with gauge 'plain' cannot be read; .* again, or"),
+        ({"format_version": 2}, "format_version 2 with gauge 'plain' cannot be read; .* again, or"),
+        ({"sentinel": None}, "must name the sentinel, got None; compress again, or"),
+        ({"sentinel": 3}, "must name the sentinel, got 3"),
         ({"format_version": None}, "format_version None"),
         ({"gauge": "orthogonal"}, "gauge 'orthogonal' cannot be read"),
         ({"ranks": {}}, "has no ranks"),
@@ -230,7 +232,7 @@ def test_lillama_config_for_a_dense_checkpoint_raises(request, kind):
     path = request.getfixturevalue(kind)
     with pytest.raises(ValueError, match="pre-quantized|calibration|quantized"):
         AutoModelForCausalLM.from_pretrained(
-            path, quantization_config=LillamaConfig(ranks=RANKS[kind])
+            path, quantization_config=LillamaConfig(ranks=RANKS[kind], sentinel="a")
         )
 
 
@@ -249,12 +251,14 @@ def test_register_twice_is_fine(originals):
 
 def test_attach_quantizer_writes_the_config(make_model, tmp_path):
     model = make_model("mamba")
-    config = LillamaConfig(ranks={"a": 8}, reduction=0.25, base_model="base", tokens=7)
+    origin = {"reduction": 0.25, "base_model": "base", "tokens": 7}
+    config = LillamaConfig(ranks={"a": 8}, sentinel="a.weight", **origin)
     attach_quantizer(model, config)
     model.config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert written["quant_method"] == "lillama" and written["format_version"] == 2
+    assert written["quant_method"] == "lillama" and written["format_version"] == 3
     assert (written["ranks"], written["tokens"]) == ({"a": 8}, 7)
+    assert written["sentinel"] == "a.weight"
     assert LillamaConfig(**written).to_dict() == config.to_dict()
 
 

@@ -1,11 +1,16 @@
-"""The parts of the vLLM plugin that need no vLLM: who holds what, and registering it."""
+"""The parts of the vLLM plugin that need no vLLM: who holds what, what config.json tells it, and
+registering it."""
 
+import json
 import sys
 import types
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import lillama
+from lillama.checkpoint.format import read_headers
 from lillama.integrations import vllm
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.shards import (
@@ -72,7 +77,7 @@ def test_not_loaded_names_what_is_not_finite_or_no_permutation():
 
 @pytest.mark.parametrize("producer", [None, "lillama 0.1.0", {"name": "lillama"}], ids=str)
 def test_every_config_names_its_producer_as_vllm_asks_for_it(producer):
-    values = LillamaConfig(ranks={"a": 1}, producer=producer).to_dict()
+    values = LillamaConfig(ranks={"a": 1}, sentinel="a.weight", producer=producer).to_dict()
     assert values["producer"].get("name") == (producer and "lillama")
 
 
@@ -89,3 +94,28 @@ def test_register_says_which_vllm_it_needs(version, message, monkeypatch, caplog
     with pytest.raises(ImportError, match=message):
         vllm.register()
     assert ("was tested with vLLM 0.32, this is 0.99.1" in caplog.text) == (version == "0.99.1")
+
+
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_config_names_the_sentinel_of_a_gpt_neox_with_a_factorised_head(
+    make_checkpoint, text_file, tmp_path, saved_again
+):
+    """Its head is embed_out: which name the sentinel has cannot be told from the ranks alone."""
+    base, out = make_checkpoint("gpt_neox"), tmp_path / "out"
+    targets = ("query_key_value", "embed_out")
+    reduction = 0.9 * lillama.plan(base, 0.01, targets=targets)["max_reduction"]
+    lillama.compress(
+        base, out, reduction=reduction, targets=targets, text=text_file, tokens=64, seq_len=16,
+        train=False, device="cpu",
+    )  # fmt: skip
+    if saved_again:
+        AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
+        out = tmp_path / "again"
+    values = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "embed_out" in values["ranks"]
+    name = LillamaConfig(**values).sentinel
+    headers = read_headers(out)
+    assert headers[name].shape == (1,) and name.removesuffix(".weight") in values["ranks"]
+    # nothing else lies under the name of a factorised matrix, which vLLM's layers refuse
+    dense = {f"{matrix}.weight" for matrix in values["ranks"]} & headers.keys()
+    assert dense == {name} and name != "embed_out.weight"

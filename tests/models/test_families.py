@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 import lillama
-from lillama.checkpoint.format import read_config, sentinel_names
+from lillama.checkpoint.format import read_config
 from lillama.compress.plan.plan import make_plan
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
 from lillama.config import PlanConfig
@@ -67,10 +67,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         tensors |= load_file(file)
-    family = family_of(read_config(path).model_type)
-    ranks = json.loads((path / "config.json").read_text())["quantization_config"]["ranks"]
-    for name in sentinel_names(tensors, family, ranks):
-        del tensors[name]
+    del tensors[json.loads((path / "config.json").read_text())["quantization_config"]["sentinel"]]
     return tensors
 
 

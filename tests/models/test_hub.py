@@ -32,7 +32,7 @@ from lillama.checkpoint.remote import fetch_weights, find_model
 from lillama.cli import app as cli
 from lillama.errors import InputError, LillamaError, RunError
 from lillama.models.hub import hub_model, is_hub_id, model_name
-from lillama.report_sections import command_of
+from lillama.report.sections import command_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SURPLUS = ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors", "a.gguf")

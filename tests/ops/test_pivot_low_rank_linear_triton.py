@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from lillama.modules.pivot_low_rank_linear import PivotLowRankLinear
-from lillama.serve.runner import projection
+from lillama.serve.models.runner import projection
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])

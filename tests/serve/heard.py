@@ -1,11 +1,16 @@
-"""What the tests of the engine share: listeners, prompts, and how long to wait."""
+"""What the tests of engine and models share: listeners, prompts, how long to wait, and what
+transformers' generate() says."""
 
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from lillama.serve.request import Event, Finished, SamplingParams, Token
+import torch
+from transformers import AutoModelForCausalLM
+
+from lillama.serve.engine.requests import Event, Finished, SamplingParams, Token
 
 WAIT_S = 60.0
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20, 57)), [3, 250, 40], [9, 9], [60, 61, 62, 63]]
@@ -48,3 +53,34 @@ def wait_for(condition: Callable[[], Any]) -> None:
 
 def greedy(count: int, **changes: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=count, ignore_eos=True, **changes)
+
+
+def reference(path: Path, device: torch.device) -> Any:
+    """transformers' model of a checkpoint, going on after the end token."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path).to(device).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def generated(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The ids that generate() adds, greedy."""
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=True,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def uneven(model: Any) -> Any:
+    """The model with norms that are not all 1."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model

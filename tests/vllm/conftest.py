@@ -25,8 +25,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from lillama.checkpoint.format import saved_sentinel, sentinel
 from lillama.checkpoint.gauge import pivot_tensors
 from lillama.integrations.transformers import LillamaConfig
+from lillama.models.families import FAMILIES
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -145,15 +147,12 @@ def factorised(
     return stored, dense
 
 
-def write_sentinel(stored: dict[str, Tensor], first: str, as_saved: bool) -> None:
-    """As `compress` names it, or as save_pretrained of transformers does."""
-    if ".experts." not in first:
-        stored[f"{first}.weight"] = torch.zeros(1)
-    elif as_saved:
-        stored[f"{first.rpartition('.')[0]}.w2.weight"] = torch.zeros(1, 1)
-    else:
-        block = first.partition(".block_sparse_moe.")[0]
-        stored[f"{block}.mlp.experts.down_proj"] = torch.zeros(1, 1, 1)
+def write_sentinel(stored: dict[str, Tensor], kind: str, as_saved: bool) -> str:
+    """As `compress` names it, or as save_pretrained of transformers does; returns the name."""
+    find = saved_sentinel if as_saved else sentinel
+    name, shape = find(FAMILIES[kind.partition("+")[0]], ranks_of(kind))
+    stored[name] = torch.zeros(shape)
+    return name
 
 
 @pytest.fixture(scope="session")
@@ -177,10 +176,12 @@ def make_served(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
         config = json.loads((root / "dense" / "config.json").read_text())
         ranks = ranks_of(kind)
         stored, dense = factorised(tensors, ranks, gauge)
-        write_sentinel(stored, min(ranks, key=lambda name: (name == "lm_head", name)), as_saved)
+        name = write_sentinel(stored, kind, as_saved)
         if edit is not None:
             edit(stored)
-        config["quantization_config"] = LillamaConfig(ranks=ranks, gauge=gauge).to_dict()
+        config["quantization_config"] = LillamaConfig(
+            ranks=ranks, gauge=gauge, sentinel=name
+        ).to_dict()
         (root / "served").mkdir()
         (root / "served" / "config.json").write_text(json.dumps(config))
         for folder, content in (("served", stored), ("dense", dense)):

@@ -118,7 +118,7 @@ def test_a_tied_vocabulary_is_refused_and_says_what_to_do(monkeypatch):
     text = SimpleNamespace(tie_word_embeddings=True)
     current = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text))
     monkeypatch.setattr(quantization, "get_current_vllm_config", lambda: current)
-    values = LillamaConfig(ranks={NAME: 4}).to_dict()
+    values = LillamaConfig(ranks={NAME: 4}, sentinel="a").to_dict()
     config = quantization.LillamaVllmConfig.from_config(values)
     layer = object.__new__(quantization.VocabParallelEmbedding)
     assert config.get_quant_method(layer, "lm_head") is None
@@ -127,26 +127,21 @@ def test_a_tied_vocabulary_is_refused_and_says_what_to_do(monkeypatch):
     text.tie_word_embeddings = False
     method = config.get_quant_method(layer, NAME)
     assert method.rank == 4 and method.is_embedding and method.gauge == "plain"
-    values = LillamaConfig(ranks={"lm_head": 4}, gauge="pivot").to_dict()
+    values = LillamaConfig(ranks={"lm_head": 4}, sentinel="a", gauge="pivot").to_dict()
     head = object.__new__(quantization.ParallelLMHead)
     method = quantization.LillamaVllmConfig.from_config(values).get_quant_method(head, "lm_head")
     assert method.rank == 4 and not method.is_embedding and method.gauge == "pivot"
 
 
-@pytest.mark.parametrize(
-    ("names", "sentinel"),
-    [
-        (["lm_head"], "lm_head.weight"),
-        (["lm_head", "model.layers.0.block_sparse_moe.experts.0.w1"],
-         "model.layers.0.mlp.experts.down_proj"),
-        (["lm_head", NAME, "model.layers.0.block_sparse_moe.experts.0.w1"], f"{NAME}.weight"),
-        (["lm_head", "backbone.layers.0.mixer.in_proj"], "backbone.layers.0.mixer.in_proj.weight"),
-    ],
-    ids=["head", "head-experts", "all", "head-linear"],
-)  # fmt: skip
-def test_the_sentinel_is_the_one_that_compress_writes(names, sentinel):
-    config = quantization.LillamaVllmConfig(LillamaConfig(ranks=dict.fromkeys(names, 4)).to_dict())
+@pytest.mark.parametrize("name", ["embed_out", "lm_head", NAME])
+def test_the_sentinel_is_the_one_that_the_config_names(name):
+    sentinel = "gpt_neox.layers.0.attention.dense.weight"
+    values = LillamaConfig(ranks={name: 4}, sentinel=sentinel).to_dict()
+    config = quantization.LillamaVllmConfig(values)
     assert config.sentinel == sentinel
-    assert config.embedding == (NAME if NAME in names else None)
+    assert config.embedding == (NAME if name == NAME else None)
     (pattern,) = config.get_checkpoint_weight_mapper().orig_to_new_regex
-    assert pattern.fullmatch(sentinel)
+    assert pattern.fullmatch(sentinel) and not pattern.fullmatch(f"{name}.weight")
+    del values["sentinel"]
+    with pytest.raises(ValueError, match="must name the sentinel, got None; compress again"):
+        quantization.LillamaVllmConfig(values)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lillama.compress.measure.moments import Key, MomentCollector
-from lillama.compress.measure.svd import Moment, moment_side
+from lillama.compress.measure.svd import Moment
+from lillama.compress.plan.matrix import moment_side
 from lillama.models.dense_linear import DenseLinear, linear_weight
 from lillama.models.families import Family
 from lillama.modules.replace import dense_expert
@@ -108,13 +109,13 @@ class GradientCollector(MomentCollector):
             pools[name] = Pooled(tokens, inputs / max(seen, 1.0), gradients / max(tokens, 1.0))
         return {key: pools[kind(key)] for key in keys}
 
-    def pop_both(self, key: Key, N: int, K: int, pooled: Pooled) -> tuple[Moment, Moment]:
+    def pop_both(self, key: Key, weight: Tensor, pooled: Pooled) -> tuple[Moment, Moment]:
         """The moments of a weight [N, K]'s inputs or outputs and of its gradients, no longer held
-        here. Of an expert without a token: of one made-up token of white inputs, and nothing."""
-        side, size = moment_side(N, K), min(N, K)
-        device = next(iter(self._gradients.values())).gram.device
+        here. Of one that no token came to, such as an expert: of one made-up token of white inputs,
+        and nothing."""
+        side, size = moment_side(*weight.shape), min(weight.shape)
         moment, gradient = self.pop(key), self._gradients.pop(key, None)
-        nothing = torch.zeros(size, size, device=device)
+        nothing = torch.zeros(size, size, device=weight.device)
         if moment is None:
             moment = Moment(side, nothing, 1.0, pooled.input_energy)
         if gradient is None:

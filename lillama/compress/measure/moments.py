@@ -6,21 +6,20 @@ a sample of the whole layer's tokens is sent through the expert as if the router
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lillama.compress.measure.svd import Moment, moment_side
+from lillama.compress.measure.svd import Moment
+from lillama.compress.plan.matrix import moment_side
+from lillama.compress.teacher.experts import dense_experts_forward, expert_forward
 from lillama.models.dense_linear import DenseLinear
 from lillama.models.families import PROJECTIONS, Family
-from lillama.modules.replace import dense_expert
 
-__all__ = ["Key", "MomentCollector", "dense_experts_forward", "experts_of", "key_of"]
+__all__ = ["Key", "MomentCollector", "key_of"]
 
 # (runtime path of the experts module, expert, projection), or the path of a linear layer
 Key = tuple[str, int, str] | str
@@ -31,69 +30,6 @@ def key_of(family: Family, prefix: str, name: str) -> Key:
     inside = name.removeprefix(prefix)
     parsed = None if family.experts is None else family.experts.parse(inside)
     return inside if parsed is None else parsed
-
-
-def experts_of(family: Family, block: nn.Module) -> nn.Module | None:
-    """The stacked experts of a block; None where it has none."""
-    if family.experts is None:
-        return None
-    return dict(block.named_modules()).get(family.experts.runtime)
-
-
-def dense_experts_forward(
-    experts: nn.Module,
-    hidden: Tensor,
-    topk_index: Tensor,
-    topk_weight: Tensor,
-    see: Callable[[Tensor, int, str, Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """What a stacked experts module computes, one expert after the other.
-
-    Weights may be of a narrower dtype than `hidden` [M, H]: each expert's are widened when it is
-    its turn, so that a block needs its stored size and one expert more. `see(rows, expert,
-    projection, x, y)` gets the inputs and outputs of every projection and the rows of `hidden` that
-    they belong to, for experts without tokens too; with gradients twice for the same, as each
-    expert is computed again in the backward pass: its widened weights would otherwise wait for it,
-    those of all experts at once.
-    """
-    run = _computed_again if torch.is_grad_enabled() else _expert_forward
-    out = torch.zeros_like(hidden)
-    for expert in range(experts.get_parameter("down_proj").shape[0]):
-        rows, choice = torch.where(topk_index == expert)
-        if see is None and rows.numel() == 0:
-            continue
-        seen = None if see is None else functools.partial(see, rows, expert)
-        y = run(experts, expert, hidden[rows], seen)
-        weighted = y * topk_weight[rows, choice, None]
-        out.index_add_(0, rows, weighted.to(out.dtype))
-    return out
-
-
-def _computed_again(*arguments: Any) -> Tensor:
-    y = checkpoint(_expert_forward, *arguments, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(y, Tensor)
-    return y
-
-
-def _expert_forward(
-    experts: Any,
-    expert: int,
-    x: Tensor,
-    see: Callable[[str, Tensor, Tensor], None] | None,
-) -> Tensor:
-    """One expert's output for its tokens x [n, H]; `see(projection, x, y)` as above."""
-
-    def project(projection: str, inputs: Tensor) -> Tensor:
-        weight = dense_expert(experts, projection, expert)
-        if not torch.is_autocast_enabled(inputs.device.type):
-            weight = weight.to(inputs.dtype)
-        outputs = F.linear(inputs, weight)
-        if see is not None:
-            see(projection, inputs, outputs)
-        return outputs
-
-    gated = experts.act_fn(project("gate", x)) * project("up", x)
-    return project("down", gated)
 
 
 class MomentCollector:
@@ -215,7 +151,7 @@ class MomentCollector:
                 if (key := (self.experts_path, expert, projection)) in self._found:
                     self._add(key, x, y, weight)
 
-            _expert_forward(experts, expert, sample, spread)
+            expert_forward(experts, expert, sample, spread)
 
     def expert_tokens(self) -> dict[int, int]:
         """Calibration tokens routed to each expert; after `finish`, those made up count too."""

@@ -7,17 +7,12 @@ from dataclasses import replace
 
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
-from lillama.compress.distributed import Ranks
 from lillama.compress.measure.gradients import MatrixSensitivity
 from lillama.compress.measure.sensitivity import measure_sensitivity, sample_of
-from lillama.compress.plan.allocate import Matrix, allocate_globally
+from lillama.compress.plan.allocate import allocate_globally
+from lillama.compress.plan.matrix import Matrix
 from lillama.compress.plan.plan import Plan
-from lillama.compress.stop import StopRequest
-from lillama.compress.teacher.activations import ActivationMemory
-from lillama.compress.teacher.blocks import TeacherBlocks
-from lillama.compress.train.outside import HEAD
-from lillama.config import CompressConfig
-from lillama.data.sequences import TokenBlocks
+from lillama.compress.session.session import HEAD, Session, block_shard
 from lillama.errors import LillamaError
 
 __all__ = ["MAX_POINTS", "measured_curves", "rank_losses", "search_ranks"]
@@ -66,31 +61,33 @@ def measured_curves(writer: CheckpointWriter) -> dict[str, dict[str, float]] | N
     return None if record is None else record.get("rank_losses")
 
 
-def _measure(
-    options: CompressConfig,
-    plan: Plan,
-    teacher: TeacherBlocks,
-    blocks: TokenBlocks,
-    writer: CheckpointWriter,
-    tick: Callable[[str, int], None],
-) -> dict[str, object]:
+def _measure(session: Session, tick: Callable[[str, int], None]) -> dict[str, object]:
     """The journal's record: ranks, the loss they cost, and what other ranks would."""
+    options, plan, recipe = session.config, session.plan, session.recipe
     losses: dict[str, list[float]] = {}
 
     def on_block(index: int, found: dict[str, MatrixSensitivity]) -> None:
         losses.update({name: value.losses for name, value in found.items()})
-        if options.recipe.init == "fisher":
+        if recipe.init == "fisher":
             kept = {name: value.gradient.cpu() for name, value in found.items()}
             if index < 0:
                 kept = {f"{name}.gradient": value for name, value in kept.items()}
                 moments = {name: value.moment for name, value in found.items()}
                 kept |= {f"{n}.moment": m.cpu() for n, m in moments.items() if m is not None}
-            writer.add_gradients(HEAD if index < 0 else f"block-{index}", entries_of(kept))
+            shard = HEAD if index < 0 else block_shard(index)
+            session.writer.add_gradients(shard, entries_of(kept))
 
-    memory = ActivationMemory.for_run(teacher.device, options.activation_memory, writer.staging)
-    recipe = options.recipe
     matrices = _candidates(plan)
-    measure_sensitivity(teacher, matrices, blocks, recipe, memory, tick, options.seed, on_block)
+    measure_sensitivity(
+        session.teacher,
+        matrices,
+        session.sequences[0],
+        recipe,
+        session.new_memory(),
+        tick,
+        options.seed,
+        on_block,
+    )
     ranks = plan.ranks
     if not plan.ranks_are_final:
         ranks = allocate_globally(plan.matrices, plan.budget_total, options.reduction, losses)
@@ -101,52 +98,40 @@ def _measure(
     return {"ranks": ranks, "loss_increase": increase, "rank_losses": curves}
 
 
-def search_ranks(
-    options: CompressConfig,
-    plan: Plan,
-    teacher: TeacherBlocks,
-    blocks: TokenBlocks,
-    writer: CheckpointWriter,
-    ranks: Ranks,
-    stop: StopRequest,
-    progress: Callable[[str, int, int], None] | None,
-) -> tuple[Plan, float | None]:
-    """The plan with its final ranks, and the loss that they are expected to cost before training
-    (nats a token; None where nothing was measured).
+def search_ranks(session: Session) -> float | None:
+    """Give the session's plan its final ranks, and return the loss that they are expected to cost
+    before training (nats a token; None where nothing was measured).
 
-    Rank 0 measures; the others read its journal. What init "fisher" needs of each block lies in the
-    writer's `gradients_of` afterwards.
+    The first process measures; the others read its journal. What init "fisher" needs of each block
+    lies in the writer's `gradients_of` afterwards.
 
     Raises:
         RunError: see `measure_sensitivity`; or the caller asked for an end.
     """
-    recipe = options.recipe
+    plan, recipe, writer = session.plan, session.recipe, session.writer
     if plan.ranks_are_final and recipe.init != "fisher":
-        return plan, None
+        return None
     problem = None
-    if ranks.is_first and writer.journal.last(kind="allocation") is None:
-        sample = sample_of(blocks, recipe.gradient_tokens(plan.config.hidden_size)).input_ids
+    if session.processes.is_first and writer.journal.last(kind="allocation") is None:
+        tokens = recipe.gradient_tokens(plan.config.hidden_size)
+        sample = sample_of(session.sequences[0], tokens).input_ids
         first = max(0, min(matrix.block for matrix in _candidates(plan)))
-        total = sample.numel() * (2 * len(teacher.blocks) - first)
-        done = 0
+        count = session.counter(sample.numel() * (2 * len(session.teacher.blocks) - first))
 
         def tick(stage: str, tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            if progress is not None:
-                progress(stage, done, total)
-            stop.check()
+            count(stage, tokens)
+            session.stop.check()
 
         try:
-            record = _measure(options, plan, teacher, blocks, writer, tick)
-            writer.note("allocation", **record)
+            writer.note("allocation", **_measure(session, tick))
         except LillamaError as error:
             problem = error
-    ranks.raise_together(problem)
-    if not ranks.is_first:
+    session.processes.raise_together(problem)
+    if not session.processes.is_first:
         writer.reload()
     record = writer.journal.last(kind="allocation")
     assert record is not None
     increase = record["loss_increase"]
     logger.info("expected to cost %.4f nats a token before training", increase)
-    return replace(plan, ranks=record["ranks"], ranks_are_final=True), increase
+    session.plan = replace(plan, ranks=record["ranks"], ranks_are_final=True)
+    return increase

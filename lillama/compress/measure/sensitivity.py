@@ -28,20 +28,18 @@ from lillama.compress.measure.gradients import (
 from lillama.compress.measure.moments import Key, key_of
 from lillama.compress.measure.svd import damped, shrunk, spectrum
 from lillama.compress.measure.vocabulary import embedding_sensitivity, head_sensitivity
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.compress.teacher.activations import ActivationMemory, ActivationStore, prefetched
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
 from lillama.config import Recipe
 from lillama.data.sequences import TokenBlocks
 from lillama.errors import RunError
 
-__all__ = ["batch_rows", "measure_sensitivity", "sample_of"]
+__all__ = ["measure_sensitivity", "sample_of"]
 
 logger = logging.getLogger(__name__)
 
 Tick = Callable[[str, int], None]
-# hidden states of a batch: 512 tokens of 4096
-BATCH_NUMBERS = 2**21
 # times the median norm of a batch: ordinary tokens stay below 15 (benchmarks/NOTES.md), and one of
 # 50 weighs as much as 2,500 of them
 OUTLIER = 50.0
@@ -53,11 +51,6 @@ def sample_of(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
     count = -(-tokens // blocks.shape[1])
     mask = None if blocks.mask is None else blocks.mask[:count]
     return TokenBlocks(blocks.input_ids[:count], mask)
-
-
-def batch_rows(recipe: Recipe, seq_len: int, hidden_size: int) -> int:
-    """Rows of a batch: what autograd keeps of it must stay small beside a large block."""
-    return max(1, min(recipe.batch_size, BATCH_NUMBERS // (seq_len * hidden_size)))
 
 
 class _Pass:
@@ -93,7 +86,8 @@ class _Pass:
         self.gradient.write(rows, gradient)
 
     def batches(self) -> tuple[Tensor, ...]:
-        rows = batch_rows(self.recipe, self.seq_len, self.teacher.model.config.hidden_size)
+        size = self.teacher.model.config.hidden_size
+        rows = self.recipe.gradient_rows(self.seq_len, size)
         return torch.arange(self.count).split(rows)
 
     def mask(self, rows: Tensor) -> Tensor | None:
@@ -216,16 +210,19 @@ def _of_matrix(
     sample_tokens: int,
     recipe: Recipe,
 ) -> MatrixSensitivity:
-    moment, gradient = collector.pop_both(key, matrix.N, matrix.K, pooled)
+    moment, gradient = collector.pop_both(key, weight, pooled)
     # so many tokens as it has dimensions are made up for an expert that few were routed to
     floor = float(min(matrix.N, matrix.K)) if num_experts > 1 else 0.0
-    power = pooled.gradient_energy / matrix.N
+    # no token came to it or to its kind: nothing that it does is known to matter, so that no rank
+    # costs anything, and its factors are those of white gradients
+    power = pooled.gradient_energy / matrix.N or 1.0
     noisy = damped(weight, gradient, floor, power, recipe.gradient_damping)
     values = spectrum(weight, shrunk(weight, moment, recipe.shrinkage), noisy)
     left = values.flip(0).cumsum(0).flip(0)
     # other text than this is routed otherwise: every expert counts for something
     mean = pooled.tokens / num_experts
     used = (1 - recipe.share_floor) * gradient.tokens + recipe.share_floor * mean
+    used = used if pooled.gradient_energy else 0.0
     losses = (left * (used / sample_tokens / 2)).tolist()
     return MatrixSensitivity([losses[rank] for rank in matrix.ranks], noisy.float())
 

@@ -5,23 +5,22 @@ Mixtral (4096 x 14336) that is an eighth of the numbers and a fortieth of the wo
 side.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lillama.compress.plan.matrix import Side, moment_side
 
 __all__ = [
     "Moment",
     "balanced",
     "damped",
-    "moment_side",
     "plain_svd",
     "shrunk",
     "spectrum",
     "whitened_svd",
 ]
-
-Side = Literal["input", "output"]
 
 
 class Moment(NamedTuple):
@@ -36,11 +35,6 @@ class Moment(NamedTuple):
     gram: Tensor
     tokens: float
     energy: float
-
-
-def moment_side(N: int, K: int) -> Side:
-    """The smaller side of a weight [N, K]: the one whose moments `whitened_svd` needs."""
-    return "input" if K <= N else "output"
 
 
 def balanced(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,18 +92,19 @@ def damped(weight: Tensor, gradient: Moment, floor: float, power: float, damping
     """The mean second moment [side, side] of the loss's gradient g at a weight's outputs.
 
     It is shrunk towards white gradients of `power` an element: `floor` tokens of them are added to
-    those seen, and `damping` times their moment to the mean. Positive definite where power and
-    damping are positive (on the input side, unless W has not full rank).
+    those seen, and `damping` times their moment to the mean. Where none was seen the mean is that
+    of white gradients. Positive definite where power and damping are positive (on the input side,
+    unless W has not full rank).
 
     weight [N, K]. gradient: sums over `tokens` of (W^T g) (W^T g)^T [K, K] (side "input") or of
     g g^T [N, N] (side "output").
     """
     W, gram = weight.double(), gradient.gram.double()
     tokens = gradient.tokens + floor
-    white = power * (damping + floor / tokens)
+    white = power * (damping + (floor / tokens if gradient.tokens else 1.0))
+    gram = gram / (tokens or 1.0)
     if gradient.side == "input":
-        return (gram / tokens).addmm(W.mT, W, alpha=white)
-    gram = gram / tokens
+        return gram.addmm(W.mT, W, alpha=white)
     gram.diagonal().add_(white)
     return gram
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lillama.compress.measure.gradients import GradientCollector, MatrixSensitivity
-from lillama.compress.measure.svd import moment_side, shrunk, spectrum, whitened_svd
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.measure.svd import shrunk, spectrum, whitened_svd
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.config import Recipe
 
 # What blocks' matrices need (`Recipe.shrinkage`, 1.0) doubles what the head and the embeddings lose
@@ -42,12 +42,12 @@ def head_sensitivity(
 ) -> MatrixSensitivity:
     """Of the head [V, H], whose inputs and gradients the collector saw at the module `path`."""
     pooled = collector.pooled([path])[path]
-    moment, gradient = collector.pop_both(path, matrix.N, matrix.K, pooled)
+    moment, gradient = collector.pop_both(path, weight, pooled)
     W, V = weight.double(), matrix.N
     # the gradient of a label is its row less the prediction's mean row
     even = W.mT @ W if gradient.side == "input" else torch.eye(V).to(W)
     share = recipe.vocabulary_floor
-    mixed = (1 - share) * gradient.gram.double() / gradient.tokens + share * even / V
+    mixed = (1 - share) * gradient.gram.double() / max(gradient.tokens, 1.0) + share * even / V
     return _sensitivity(matrix, weight, shrunk(weight, moment, SHRINKAGE), mixed)
 
 

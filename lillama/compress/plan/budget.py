@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.errors import InputError
 from lillama.models.families import Family
 

@@ -14,20 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from lillama.checkpoint.format import TensorHeader, dtype_of
-from lillama.compress.measure.sensitivity import batch_rows
-from lillama.compress.measure.svd import moment_side
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.compress.plan.plan import Plan
 from lillama.config import PlanConfig
+from lillama.data.sequences import held_out_blocks
 
-__all__ = ["held_out_blocks", "peak_memory", "peak_memory_bytes", "resident_bytes"]
+__all__ = ["peak_memory", "peak_memory_bytes", "resident_bytes"]
 
 FP32, FP64 = 4, 8
-
-
-def held_out_blocks(tokens: int, seq_len: int) -> int:
-    """Token blocks kept for judging: a fortieth of the calibration tokens' number, 8 to 32."""
-    return min(32, max(8, -(-tokens // seq_len) // 40))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -164,7 +158,7 @@ def _sensitivity_bytes(
     rows = -(-wanted // options.seq_len) * options.seq_len
     one = rows * config.hidden_size * FP32
     streams = min((blocks + 2) * one, options.activation_memory // one * one)
-    batch = batch_rows(recipe, options.seq_len, config.hidden_size) * options.seq_len
+    batch = recipe.gradient_rows(options.seq_len, config.hidden_size) * options.seq_len
     kept = _kept_bytes(plan, batch, options.seq_len)
     logits = 4 * options.seq_len * config.vocab_size * FP32
     outside = 2 * config.vocab_size * config.hidden_size * FP32

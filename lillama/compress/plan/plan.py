@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,17 +18,18 @@ from lillama.checkpoint.format import (
     read_config,
     read_headers,
 )
-from lillama.checkpoint.remote import find_model, remote_headers
-from lillama.compress.plan.allocate import Matrix, RankRules, allocate, max_removable
+from lillama.checkpoint.remote import remote_headers
+from lillama.compress.plan.allocate import RankRules, allocate, max_removable
 from lillama.compress.plan.budget import active_params, active_saved, of_active, token_share
+from lillama.compress.plan.matrix import Matrix
 from lillama.compress.plan.targets import find_matrices
-from lillama.config import Gauge, PlanConfig, Preset, Strategy
+from lillama.config import Gauge, PlanConfig, Strategy
 from lillama.errors import InputError
 from lillama.models.detection import family_for
 from lillama.models.families import FAMILIES, Family
 from lillama.models.skeleton import block_list, named_blocks, skeleton
 
-__all__ = ["Plan", "make_plan", "plan"]
+__all__ = ["Plan", "make_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -269,55 +269,3 @@ def make_plan(options: PlanConfig, *, needs_weights: bool = False) -> Plan:
         gauge=gauge,
         headers=headers,
     )
-
-
-def plan(
-    model: str | Path,
-    reduction: float,
-    *,
-    preset: Preset = "default",
-    strategy: Strategy | None = None,
-    targets: tuple[str, ...] | None = None,
-    gauge: Gauge | None = None,
-    **options: Any,
-) -> dict:
-    """Ranks and savings of a compression, read from headers only. Same as `lillama plan --json`.
-
-    Args:
-        model: local checkpoint folder, of which config.json alone is enough, or ORG/NAME[@REVISION]
-            of the Hub, of which config.json, tokenizer and the headers of the shards are fetched.
-        reduction: share of the whole model's parameters to remove, in (0, 1).
-        preset, strategy, targets, gauge: as for `compress`.
-        options: budget, and tokens, seq_len, train, activation_memory, which decide the memory it
-            will need, as for `compress`.
-
-    Returns:
-        `peak_memory_bytes` (host memory by phase and their "peak"; absent where there are no
-        weights), `params_before, params_after, bytes_before, bytes_after, max_reduction, matrices[]
-        {name, shape, rank, break_even_rank, ...}` and more.
-
-    Raises:
-        InputError: see `make_plan`.
-    """
-    config = PlanConfig(
-        model=find_model(model, weights=False),
-        reduction=reduction,
-        preset=preset,
-        strategy=strategy,
-        targets=targets,
-        gauge=gauge,
-        **options,
-    )
-    found = make_plan(config)
-    document = found.as_json()
-    if found.headers is not None:
-        from lillama.compress.plan.memory import (  # which needs this module
-            peak_memory,
-            resident_bytes,
-        )
-
-        config = config.at_width(found.config.hidden_size)
-        memory = peak_memory(found, config, found.headers, resident_bytes())
-        rows = document.pop("matrices")
-        document |= {"peak_memory_bytes": memory, "matrices": rows}
-    return document

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix
 from lillama.config import Gauge
 from lillama.errors import InputError
 from lillama.models.dense_linear import linear_shape

@@ -45,15 +45,24 @@ class ActivationStore:
         """Wait for what is still being written; before rows are read that were written."""
 
     def close(self) -> None:
-        """Give the memory or the file back."""
+        """Give the memory or the file back; a second time does nothing."""
 
 
 class _InMemory(ActivationStore):
+    """A stream in memory; `freed()` is called once, when it is closed."""
+
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, pin: bool
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        pin: bool = False,
+        freed: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(shape, dtype)
         self.values = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin)
+        self._freed = freed
 
     def read(self, rows: Tensor) -> Tensor:
         return self.values[rows.to(self.values.device)]
@@ -63,6 +72,9 @@ class _InMemory(ActivationStore):
 
     def close(self) -> None:
         self.values = torch.empty(0)
+        freed, self._freed = self._freed, None
+        if freed is not None:
+            freed()
 
 
 def _bytes_of(values: Tensor) -> Any:
@@ -73,7 +85,7 @@ def _bytes_of(values: Tensor) -> Any:
 def stored(values: Tensor) -> ActivationStore:
     """A stream in memory that holds these values [n, T, H]."""
     n, T, H = values.shape
-    store = _InMemory((n, T, H), values.dtype, values.device, pin=False)
+    store = _InMemory((n, T, H), values.dtype, values.device)
     store.values.copy_(values)
     return store
 
@@ -136,14 +148,20 @@ class _OnDisk(ActivationStore):
             self._pending.popleft().result()
 
     def close(self) -> None:
-        self.flush()
-        self._writer.shutdown()
-        os.close(self._file)
+        if self._file < 0:
+            return
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
+            os.close(self._file)
+            self._file = -1
 
 
 class ActivationMemory:
     """Hands out streams: on the GPU while `device_bytes` last, then in host memory (pinned where
-    there is a GPU) while `host_bytes` last, then in files of `folder`."""
+    there is a GPU) while `host_bytes` last, then in files of `folder`. A stream that is closed
+    makes room for another."""
 
     def __init__(
         self, device: torch.device, host_bytes: int, folder: Path, device_bytes: int = 0
@@ -168,10 +186,19 @@ class ActivationMemory:
         on_gpu = self.device.type == "cuda"
         for tier in ("device", "host"):
             if size <= self.left[tier]:
-                self.left[tier] -= size
-                where = self.device if tier == "device" else torch.device("cpu")
-                return _InMemory(shape, dtype, where, pin=on_gpu and tier == "host")
+                store = _InMemory(
+                    shape,
+                    dtype,
+                    self.device if tier == "device" else torch.device("cpu"),
+                    pin=on_gpu and tier == "host",
+                    freed=lambda tier=tier: self._take(tier, -size),
+                )
+                self._take(tier, size)
+                return store
         return _OnDisk(shape, dtype, self.folder)
+
+    def _take(self, tier: str, num_bytes: int) -> None:
+        self.left[tier] -= num_bytes
 
 
 def prefetched(

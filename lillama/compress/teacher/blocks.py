@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lillama.checkpoint.format import TensorHeader, hub_headers, read_headers
-from lillama.compress.measure.moments import dense_experts_forward, experts_of
 from lillama.compress.teacher.arguments import blocks_as, by_name, check_arguments
+from lillama.compress.teacher.experts import dense_experts_forward, experts_of
 from lillama.errors import InputError, RunError
 from lillama.models.dense_linear import is_transposed
 from lillama.models.families import FAMILIES, Family

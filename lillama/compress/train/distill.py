@@ -10,19 +10,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lillama_kernels import distill_loss
 from torch import Tensor, nn
 
-from lillama.compress.teacher.activations import ActivationStore, prefetched
+from lillama.compress.teacher.activations import prefetched
 from lillama.compress.teacher.blocks import block_output
+from lillama.compress.train.block_inputs import BlockInputs
 from lillama.config import Loss, LossForm, Recipe
 from lillama.errors import RunError
 
 __all__ = [
-    "Stream",
+    "BlockTraining",
     "TrainResult",
     "TrainState",
     "held_out_loss",
@@ -30,30 +30,6 @@ __all__ = [
     "shuffled",
     "train_block",
 ]
-
-
-@dataclass
-class Stream:
-    """Activations of one set of token blocks at the border of two decoder blocks.
-
-    teacher, student, target: stores of [n, T, H]; `student` is the same object as `teacher` until a
-    block was compressed. mask [n, T] bool or None. `kwargs(rows)` gives the block's keyword
-    arguments for a list of rows.
-    """
-
-    teacher: ActivationStore
-    student: ActivationStore
-    target: ActivationStore
-    mask: Tensor | None
-    kwargs: Callable[[Tensor], dict[str, Any]]
-
-    @property
-    def diverged(self) -> bool:
-        return self.student is not self.teacher
-
-    @property
-    def background(self) -> bool:
-        return any(s.background for s in (self.teacher, self.student, self.target))
 
 
 @dataclass(frozen=True)
@@ -81,7 +57,7 @@ class TrainState:
     tensors: dict[str, Tensor]
 
 
-def _passes(stream: Stream, loss: Loss) -> list[tuple[str, float]]:
+def _passes(stream: BlockInputs, loss: Loss) -> list[tuple[str, float]]:
     """Which inputs are run and their weights; one pass with twice the weight while both streams
     are equal."""
     if loss == "joint":
@@ -89,7 +65,7 @@ def _passes(stream: Stream, loss: Loss) -> list[tuple[str, float]]:
     return [(loss, 1.0)]
 
 
-def read_batch(stream: Stream, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+def read_batch(stream: BlockInputs, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
     """Inputs [passes * b, T, H] and targets [b, T, H] of the rows [b]."""
     inputs = [getattr(stream, name).read(rows) for name, _ in _passes(stream, loss)]
     return torch.cat(inputs) if len(inputs) > 1 else inputs[0], stream.target.read(rows)
@@ -97,7 +73,7 @@ def read_batch(stream: Stream, rows: Tensor, loss: Loss) -> tuple[Tensor, Tensor
 
 def batch_loss(
     student: nn.Module,
-    stream: Stream,
+    stream: BlockInputs,
     rows: Tensor,
     loss: Loss,
     form: LossForm,
@@ -125,7 +101,7 @@ def batch_loss(
 @torch.no_grad()
 def held_out_loss(
     student: nn.Module,
-    stream: Stream,
+    stream: BlockInputs,
     loss: Loss,
     form: LossForm,
     batch_size: int,
@@ -163,49 +139,63 @@ def shuffled(count: int, batch_size: int, seed: int) -> tuple[Tensor, ...]:
     return order.split(batch_size)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockTraining:
+    """How one block is trained, and who hears of it.
+
+    seed: of the order. name: of the block, for messages. on_step(rows, loss): called after every
+    step with the loss on the device, and for the steps that a resumed run spares; where it returns
+    True, and at least every `save_every_s` seconds, `save` gets the state. on_judge(step, loss):
+    told each held-out loss.
+    """
+
+    recipe: Recipe
+    loss: Loss
+    peak_learning_rate: float
+    seed: int
+    device: torch.device
+    name: str
+    on_step: Callable[[int, Tensor], bool]
+    save: Callable[[TrainState], None] = lambda state: None
+    save_every_s: float = math.inf
+    on_judge: Callable[[int, float], None] = lambda step, loss: None
+
+
 class _Trainer:
     """The state of one block's training and its three moves: judge, step, restore."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        held_out: Stream,
-        recipe: Recipe,
-        loss: Loss,
-        device: torch.device,
-        name: str,
-        learning_rate: float,
-    ) -> None:
-        self.student, self.held_out, self.recipe = student, held_out, recipe
-        self.loss: Loss = loss
-        self.device, self.name = device, name
+    def __init__(self, student: nn.Module, held_out: BlockInputs, training: BlockTraining) -> None:
+        self.student, self.held_out, self.training = student, held_out, training
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, weight_decay=recipe.weight_decay, fused=True
+            self.parameters,
+            lr=training.peak_learning_rate,
+            weight_decay=training.recipe.weight_decay,
+            fused=True,
         )
         self.step = self.best_step = 0
         self.loss_before = self.best_loss = math.inf
         # of steps since the last look; reading each would stop the device at every step
-        self.worst = torch.zeros((), device=device)
+        self.worst = torch.zeros((), device=training.device)
         self.best: dict[str, Tensor] = {}
-        self.on_judge: Callable[[int, float], None] = lambda step, loss: None
 
     def judge(self) -> None:
         """Look at the held-out loss and keep the student if it is the best so far."""
         self.check()
+        how = self.training
         value = held_out_loss(
             self.student,
             self.held_out,
-            self.loss,
-            self.recipe.form,
-            self.recipe.batch_size,
-            self.device,
+            how.loss,
+            how.recipe.form,
+            how.recipe.batch_size,
+            how.device,
         )
         if not math.isfinite(value):
             raise RunError(
-                f"the held-out loss of block {self.name} became {value}; lower the learning rate"
+                f"the held-out loss of block {how.name} became {value}; lower the learning rate"
             )
-        self.on_judge(self.step, value)
+        how.on_judge(self.step, value)
         if self.step == 0:
             self.loss_before = value
         if self.step == 0 or value < self.best_loss:
@@ -223,8 +213,8 @@ class _Trainer:
             group["lr"] = learning_rate
         self.worst = torch.maximum(self.worst, value.detach().abs())  # NaN stays NaN
         value.backward()
-        if self.recipe.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.recipe.gradient_clip)
+        if self.training.recipe.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.training.recipe.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -234,8 +224,8 @@ class _Trainer:
         worst = float(self.worst)
         if not math.isfinite(worst):
             raise RunError(
-                f"the loss of block {self.name} became {worst} by step {self.step}; lower the "
-                "learning rate"
+                f"the loss of block {self.training.name} became {worst} by step {self.step}; "
+                "lower the learning rate"
             )
         self.worst.zero_()
 
@@ -273,35 +263,23 @@ class _Trainer:
 
 def train_block(
     student: nn.Module,
-    train: Stream,
-    held_out: Stream,
-    *,
-    recipe: Recipe,
-    loss: Loss,
-    peak_learning_rate: float,
-    seed: int,
-    device: torch.device,
-    name: str,
-    on_step: Callable[[int, Tensor], bool],
+    train: BlockInputs,
+    held_out: BlockInputs,
+    training: BlockTraining,
     resume: TrainState | None = None,
-    save: Callable[[TrainState], None] = lambda state: None,
-    save_every_s: float = math.inf,
-    on_judge: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainResult:
-    """One pass over the training rows with AdamW on fp32 parameters; leaves the best state in
-    `student`.
+    """Train for one pass over the training rows with AdamW on fp32 parameters, and leave the best
+    state in `student`.
 
-    `on_step(rows, loss)` is called after every step with the loss on the device, and for the steps
-    that `resume` spares; where it returns True, and at least every `save_every_s` seconds, `save`
-    gets the state. `on_judge(step, loss)` tells each held-out loss. A run resumed from a state ends
-    bit for bit as the one that went on; it takes the tensors out of `resume`.
+    A run resumed from a state ends bit for bit as the one that went on; it takes the tensors out of
+    `resume`.
 
     Raises:
         RunError: the loss became NaN or infinite (names the block).
     """
-    trainer = _Trainer(student, held_out, recipe, loss, device, name, peak_learning_rate)
-    trainer.on_judge = on_judge
-    batches = shuffled(len(train.target), recipe.batch_size, seed)
+    recipe, loss, device = training.recipe, training.loss, training.device
+    trainer = _Trainer(student, held_out, training)
+    batches = shuffled(len(train.target), recipe.batch_size, training.seed)
     steps = len(batches)
     every = max(1, math.ceil(steps / recipe.evaluations))
     if resume is None:
@@ -309,19 +287,20 @@ def train_block(
     else:
         trainer.restore(resume)
         for rows in batches[: resume.step]:
-            on_step(len(rows), torch.tensor(math.nan))
+            training.on_step(len(rows), torch.tensor(math.nan))
     saved_at = time.monotonic()
     for rows, batch in prefetched(
         batches[trainer.step :], lambda rows: read_batch(train, rows, loss), train.background
     ):
-        rate = _learning_rate(recipe, peak_learning_rate, trainer.step, steps)
+        rate = _learning_rate(recipe, training.peak_learning_rate, trainer.step, steps)
         value = batch_loss(student, train, rows, loss, recipe.form, device, batch)
         trainer.take_step(value, rate)
-        wanted = on_step(len(rows), value.detach())
+        wanted = training.on_step(len(rows), value.detach())
         if trainer.step % every == 0 or trainer.step == steps:
             trainer.judge()
-        if wanted or (time.monotonic() - saved_at >= save_every_s and trainer.step < steps):
-            save(trainer.state())
+        overdue = time.monotonic() - saved_at >= training.save_every_s
+        if wanted or (overdue and trainer.step < steps):
+            training.save(trainer.state())
             saved_at = time.monotonic()
     trainer.keep_best()
     return TrainResult(trainer.loss_before, trainer.best_loss, trainer.best_step, steps)

@@ -22,14 +22,13 @@ from lillama.checkpoint.format import compression_of, dtype_of, read_config
 from lillama.checkpoint.remote import find_model
 from lillama.checkpoint.writer import check_out
 from lillama.compress.measure.gradients import without_outliers
-from lillama.compress.own_text import own_text_of, write_own_text
-from lillama.compress.plan.memory import held_out_blocks
-from lillama.compress.stop import StopRequest
+from lillama.compress.session.own_text import own_text_of, write_own_text
+from lillama.compress.session.stop import StopRequest
 from lillama.compress.train.distill import learning_rate_at
 from lillama.compress.train.optimizer import WholeOptimizer
 from lillama.config import FinetuneConfig
 from lillama.data.datasets import HubText, find_texts
-from lillama.data.sequences import TokenBlocks, calibration_blocks
+from lillama.data.sequences import TokenBlocks, calibration_blocks, held_out_blocks
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from lillama.integrations.mamba import fast_mamba

@@ -7,35 +7,19 @@ to compare. The final norm learns with it. Nothing but what is outside the block
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lillama.compress.teacher.activations import ActivationStore
 from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.train.block_inputs import HeadInputs
 from lillama.compress.train.distill import learning_rate_at, shuffled
 from lillama.compress.train.finetune import divergence
 from lillama.config import Recipe
 from lillama.errors import RunError
 
-__all__ = ["HeadStream", "HeadTrainer"]
-
-
-@dataclass(frozen=True)
-class HeadStream:
-    """What the last block puts out: teacher, student stores of [n, T, H]; mask [n, T] or None."""
-
-    teacher: ActivationStore
-    student: ActivationStore
-    mask: Tensor | None
-
-    def tokens(self, rows: Tensor) -> int:
-        """Those that count."""
-        if self.mask is None:
-            return rows.numel() * self.student.shape[1]
-        return int(self.mask[rows].sum())
+__all__ = ["HeadTrainer"]
 
 
 class HeadTrainer:
@@ -68,7 +52,7 @@ class HeadTrainer:
         )
         self.best = [parameter.detach().clone() for parameter in self.parameters]
 
-    def _loss(self, stream: HeadStream, row: Tensor, product: Tensor) -> Tensor:
+    def _loss(self, stream: HeadInputs, row: Tensor, product: Tensor) -> Tensor:
         """Divergence summed over the counted tokens of one sequence; `row` [1]."""
         device = self.teacher.device
         mask = None if stream.mask is None else stream.mask[row].to(device)
@@ -82,7 +66,7 @@ class HeadTrainer:
         return divergence(ours, theirs, mask)
 
     @torch.no_grad()
-    def judge(self, stream: HeadStream) -> float:
+    def judge(self, stream: HeadInputs) -> float:
         """Mean divergence of a whole stream.
 
         Raises:
@@ -100,7 +84,7 @@ class HeadTrainer:
             )
         return mean
 
-    def step(self, stream: HeadStream, rows: Tensor, rate: float) -> None:
+    def step(self, stream: HeadInputs, rows: Tensor, rate: float) -> None:
         """One step on a batch, sequence by sequence: their logits are large. The gradient of the
         product B A is summed over them, and then passed on to the factors."""
         product = (self.B @ self.A).detach().requires_grad_()
@@ -119,7 +103,7 @@ class HeadTrainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def train(
-        self, train: HeadStream, held_out: HeadStream, on_step: Callable[[int], None]
+        self, train: HeadInputs, held_out: HeadInputs, on_step: Callable[[int], None]
     ) -> dict[str, Any]:
         """One pass over the rows; leaves the best state, the untrained one if nothing was better.
 

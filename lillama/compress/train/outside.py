@@ -11,26 +11,23 @@ from torch import Tensor
 from lillama.checkpoint.format import sentinel
 from lillama.checkpoint.gauge import pivot_tensors
 from lillama.checkpoint.shard_file import DTYPES, Entry, entries_of
-from lillama.checkpoint.writer import CheckpointWriter
 from lillama.compress.measure.vocabulary import vocabulary_factors
-from lillama.compress.plan.allocate import Matrix
-from lillama.compress.plan.plan import Plan
-from lillama.compress.teacher.blocks import TeacherBlocks
-from lillama.compress.train.head import HeadStream, HeadTrainer
+from lillama.compress.plan.matrix import Matrix
+from lillama.compress.session.session import HEAD, Session
+from lillama.compress.train.block_inputs import HeadInputs
+from lillama.compress.train.head import HeadTrainer
 from lillama.compress.train.student import copied_entry, stored_as
-from lillama.config import Recipe
 
-__all__ = ["HEAD", "REST", "Outside"]
-
-# names of the shards
-HEAD, REST = "head", "rest"
+__all__ = ["Outside"]
 
 
 class Outside:
-    """save_dtype: of what is written; None is the checkpoint's own."""
+    """The entries of both shards of this session's result."""
 
-    def __init__(self, teacher: TeacherBlocks, plan: Plan, save_dtype: torch.dtype | None) -> None:
-        self.teacher, self.plan, self.save_dtype = teacher, plan, save_dtype
+    def __init__(self, session: Session) -> None:
+        teacher, plan = session.teacher, session.plan
+        self.teacher, self.plan, self.save_dtype = teacher, plan, session.save_dtype
+        self.recipe, self.seed, self.writer = session.recipe, session.config.seed, session.writer
         head = f"{plan.family.head}.weight"
         before = tuple(f"{name}." for name in plan.family.before_blocks)
         inside = f"{teacher.block_path}."
@@ -52,26 +49,24 @@ class Outside:
             if matrix.block in plan.outside and matrix.name in plan.ranks
         }
 
-    def rest(self, writer: CheckpointWriter) -> list[Entry]:
+    def rest(self) -> list[Entry]:
         """Embeddings, factorised or as they are, and what else is not behind the blocks."""
-        return [entry for name in self._rest for entry in self._entries(name, writer)]
+        return [entry for name in self._rest for entry in self._entries(name)]
 
-    def behind(
-        self, writer: CheckpointWriter, trained: dict[str, Tensor] | None = None
-    ) -> list[Entry]:
+    def behind(self, trained: dict[str, Tensor] | None = None) -> list[Entry]:
         """Final norm and head, and the sentinel. trained: head factors and vectors by hub name,
         instead of those that the model came with."""
         name, shape = sentinel(self.plan.family, self.plan.ranks)
         entries = entries_of({name: torch.zeros(shape)})
         if trained is None:
-            return [e for name in self._behind for e in self._entries(name, writer)] + entries
+            return [e for name in self._behind for e in self._entries(name)] + entries
         return self._stored(trained) + entries
 
-    def _entries(self, name: str, writer: CheckpointWriter) -> list[Entry]:
+    def _entries(self, name: str) -> list[Entry]:
         if name not in self.factorised:
             return [copied_entry(self.teacher, name, self.save_dtype)]
         matrix = self.factorised[name]
-        return self._stored(self._in_gauge(matrix, self._factors(matrix, writer))[0])
+        return self._stored(self._in_gauge(matrix, self._factors(matrix))[0])
 
     def _dtype_of(self, name: str) -> torch.dtype:
         dense = name if name in self.teacher.headers else f"{name.rpartition('.')[0]}.weight"
@@ -94,39 +89,36 @@ class Outside:
             factors, largest = pivot_tensors(A, B, dtype, is_embedding=is_embedding)
         return {f"{matrix.name}.{key}": value for key, value in factors.items()}, largest
 
-    def _factors(self, matrix: Matrix, writer: CheckpointWriter) -> dict[str, Tensor]:
+    def _factors(self, matrix: Matrix) -> dict[str, Tensor]:
         """The plain ones of the embeddings or of the head, fp64."""
         weight = self.teacher.read(f"{matrix.name}.weight").to(self.teacher.device)
 
         def measured(name: str) -> Tensor:
             # both are in one file, which goes when the head's shard is written: the last one
-            with safe_open(writer.gradients_of(HEAD), "pt", backend="pread") as file:
+            with safe_open(self.writer.gradients_of(HEAD), "pt", backend="pread") as file:
                 return file.get_tensor(name)
 
         return vocabulary_factors(matrix, weight, self.plan.ranks[matrix.name], measured)
 
     def train_head(
         self,
-        train: HeadStream,
-        held_out: HeadStream,
-        recipe: Recipe,
-        seed: int,
-        writer: CheckpointWriter,
+        train: HeadInputs,
+        held_out: HeadInputs,
         on_step: Callable[[int], None],
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The head's factors, in the gauge that they are stored in, and the vectors behind the
         blocks as trained, by hub name; and the report."""
         matrix, runtime = self.plan.head, self.teacher.runtime
         assert matrix is not None
-        factors = self._factors(matrix, writer)
+        factors = self._factors(matrix)
         vectors = {runtime[name]: self.teacher.read(name) for name in self.vectors}
         trainer = HeadTrainer(
             self.teacher,
             runtime[f"{matrix.name}.weight"],
             (factors["lr_A"], factors["lr_B"]),
             vectors,
-            recipe,
-            seed + len(self.teacher.blocks),
+            self.recipe,
+            self.seed + len(self.teacher.blocks),
         )
         with self.teacher.head():
             report = trainer.train(train, held_out, on_step)

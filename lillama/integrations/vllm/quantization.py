@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from lillama.checkpoint.format import QUANT_METHOD, sentinel, sentinel_pattern
+from lillama.checkpoint.format import QUANT_METHOD
 from lillama.integrations.transformers import LillamaConfig
 from lillama.integrations.vllm.experts import LowRankExpertsMethod
 from lillama.integrations.vllm.linear import LowRankLinearMethod
 from lillama.integrations.vllm.vocabulary import LowRankVocabularyMethod
-from lillama.models.families import FAMILIES, Family
+from lillama.models.families import FAMILIES
 
 __all__ = ["LillamaVllmConfig"]
 
@@ -45,7 +46,7 @@ class LillamaVllmConfig(QuantizationConfig):
     """Ranks by matrix name from `quantization_config` of config.json; what has none is dense.
 
     Raises:
-        InputError: unknown keys, another format version or gauge, or no ranks.
+        InputError: unknown keys, another format version or gauge, or no ranks or sentinel.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
@@ -53,14 +54,7 @@ class LillamaVllmConfig(QuantizationConfig):
         checked = LillamaConfig(**values)
         self.ranks = checked.ranks
         self.pivot = checked.gauge == "pivot"
-        self.sentinel = sentinel(self._family(), self.ranks)[0]
-
-    def _family(self) -> Family:
-        """Of the experts that are factorised: what decides the sentinel's name."""
-        for family in FAMILIES.values():
-            if family.experts is not None and any(map(family.experts.parse, self.ranks)):
-                return family
-        return next(family for family in FAMILIES.values() if family.experts is None)
+        self.sentinel = checked.sentinel
 
     @property
     def embedding(self) -> str | None:
@@ -89,7 +83,7 @@ class LillamaVllmConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """Drops the sentinel of experts. That of a linear layer is taken by the layer itself:
         vLLM's Mamba never asks here."""
-        pattern = sentinel_pattern(self._family(), self.ranks)
+        pattern = re.compile(f"^{re.escape(self.sentinel)}$")
         return WeightsMapper(orig_to_new_regex={pattern: None})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

@@ -2,20 +2,25 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lillama
 from lillama.checkpoint.format import read_config
-from lillama.compress.measure.gradients import MatrixSensitivity, without_outliers
-from lillama.compress.measure.sensitivity import OUTLIER, measure_sensitivity, sample_of
-from lillama.compress.measure.svd import moment_side
+from lillama.compress.measure.gradients import (
+    GradientCollector,
+    MatrixSensitivity,
+    without_outliers,
+)
+from lillama.compress.measure.sensitivity import OUTLIER, _of_matrix, measure_sensitivity, sample_of
+from lillama.compress.measure.svd import Moment, plain_svd, shrunk, whitened_svd
 from lillama.compress.measure.vocabulary import SHRINKAGE
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.compress.plan.plan import make_plan
 from lillama.compress.teacher.activations import ActivationMemory
 from lillama.compress.teacher.blocks import TeacherBlocks
@@ -262,6 +267,41 @@ def test_an_expert_without_tokens_costs_a_share_and_is_finite(make_checkpoint, t
     found, _ = measured(path, tmp_path, device, None)
     assert all(torch.isfinite(value.gradient).all() for value in found.values())
     assert all(0 < max(v.losses) < float("inf") for v in found.values())
+
+
+class Branches(nn.Module):
+    """Two layers, of which one has no part in the output."""
+
+    def __init__(self, N: int, K: int) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(K, N), nn.Linear(K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        return self.used(x)
+
+
+@pytest.mark.parametrize(("N", "K"), [(24, 16), (16, 24)])
+@pytest.mark.parametrize("linears", [["used", "unused"], ["unused"]], ids=["both", "alone"])
+def test_a_layer_that_no_gradient_reaches_costs_nothing_and_has_factors(linears, N, K, tmp_path):
+    torch.manual_seed(0)
+    block = Branches(N, K)
+    collector = GradientCollector(block, family_of("llama"), linears, False)
+    with collector.attached():
+        block(torch.randn(9, K, requires_grad=True)).square().sum().backward()
+    pooled = collector.pooled(linears)
+    for path in reversed(linears):
+        matrix = Matrix(path, 0, N, K)
+        weight = block.get_submodule(path).get_parameter("weight").detach()
+        found = _of_matrix(matrix, weight, collector, path, pooled[path], 1, 9, RECIPE)
+        assert all(math.isfinite(loss) for loss in found.losses)
+        assert (max(found.losses) > 0) == (path == "used")
+        if path == "unused":  # as if nothing was known of its gradients
+            eye = Moment(moment_side(N, K), torch.zeros(()), 0.0, 0.0)
+            inputs = shrunk(weight, eye, RECIPE.shrinkage)
+            A, B = whitened_svd(weight, inputs, 8, found.gradient.double())
+            plain_A, plain_B = plain_svd(weight, 8)
+            torch.testing.assert_close(B @ A, plain_B @ plain_A, rtol=1e-5, atol=1e-6)
 
 
 def test_sample_is_the_first_rows_and_all_where_there_are_fewer():

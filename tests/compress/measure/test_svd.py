@@ -8,12 +8,12 @@ from lillama.compress.measure.svd import (
     Moment,
     balanced,
     damped,
-    moment_side,
     plain_svd,
     shrunk,
     spectrum,
     whitened_svd,
 )
+from lillama.compress.plan.matrix import moment_side
 
 SHAPES = [pytest.param(24, 40, id="N24-K40"), pytest.param(40, 24, id="N40-K24")]
 
@@ -203,4 +203,15 @@ def test_damped_adds_white_gradients(N, K, floor):
     found = damped(W, seen_gradients, floor, 0.5, 0.1)
     H = (g.mT @ g + floor * 0.5 * torch.eye(N).double()) / (50 + floor)
     want = gradient_of(W, H + 0.05 * torch.eye(N).double())
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("floor", [0.0, 25.0])
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_damped_of_a_matrix_that_no_token_reached_is_white(N, K, floor, power):
+    W, size = random(N, K), min(N, K)
+    nothing = Moment(moment_side(N, K), torch.zeros(size, size), 0.0, 0.0)
+    found = damped(W, nothing, floor, power, 0.1)
+    want = gradient_of(W, 1.1 * power * torch.eye(N).double())
     torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)

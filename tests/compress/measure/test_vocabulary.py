@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import lillama
 from lillama.checkpoint.gauge import LARGEST, plain_tensors
 from lillama.compress.measure.gradients import GradientCollector
-from lillama.compress.measure.svd import Moment, moment_side
+from lillama.compress.measure.svd import Moment
 from lillama.compress.measure.vocabulary import (
     INFLATION,
     SHRINKAGE,
@@ -21,7 +21,7 @@ from lillama.compress.measure.vocabulary import (
     head_sensitivity,
     vocabulary_factors,
 )
-from lillama.compress.plan.allocate import Matrix
+from lillama.compress.plan.matrix import Matrix, moment_side
 from lillama.config import PRESETS
 from lillama.errors import InputError
 from lillama.models.families import FAMILIES

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lillama.compress.plan.allocate import (
-    Matrix,
     RankRules,
     allocate,
     allocate_globally,
     max_removable,
     removed,
 )
+from lillama.compress.plan.matrix import Matrix
 from lillama.config import RANK_MULTIPLE
 from lillama.errors import InputError
 

@@ -10,9 +10,10 @@ import torch
 import lillama
 from benchmarks.synthetic import SHAPES, hub_tensors
 from lillama.checkpoint.format import TensorHeader, read_headers
-from lillama.compress.plan.memory import held_out_blocks, peak_memory, resident_bytes
+from lillama.compress.plan.memory import peak_memory, resident_bytes
 from lillama.compress.plan.plan import make_plan
 from lillama.config import PlanConfig
+from lillama.data.sequences import held_out_blocks
 
 GIB = 2**30
 

@@ -1,5 +1,6 @@
 """The plan: the published Mixtral configuration, honest counts, and headers only."""
 
+import importlib
 import json
 import math
 import re
@@ -233,7 +234,9 @@ def test_plan_reads_headers_only(mixtral, tmp_path, monkeypatch):
         raise AssertionError("plan opened the weights")
 
     monkeypatch.setattr(safetensors, "safe_open", forbidden)
-    monkeypatch.setattr(sys.modules["lillama.compress.teacher.blocks"], "safe_open", forbidden)
+    monkeypatch.setattr(
+        importlib.import_module("lillama.compress.teacher.blocks"), "safe_open", forbidden
+    )
     monkeypatch.setattr(sys.modules["transformers.modeling_utils"], "safe_open", forbidden)
     assert lillama.plan(mixtral, 0.2)["bytes_before"] == sum(
         header.num_bytes for header in read_headers(mixtral).values()
@@ -244,7 +247,8 @@ def test_plan_compressed_model_is_refused(mixtral, tmp_path):
     config = json.loads((mixtral / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "lillama",
-        "format_version": 2,
+        "format_version": 3,
+        "sentinel": "model.layers.0.mlp.experts.down_proj",
         "ranks": {"model.layers.0.block_sparse_moe.experts.0.w1": 8},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))

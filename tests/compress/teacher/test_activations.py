@@ -59,6 +59,19 @@ def test_memory_is_handed_out_until_it_is_spent(tmp_path):
         store.close()
 
 
+def test_closing_a_stream_gives_its_memory_back_once(tmp_path):
+    size = 7 * 3 * 4 * 4
+    shared = memory(tmp_path, 2 * size)
+    first, second = (shared.new(SHAPE, torch.float32) for _ in range(2))
+    first.close()
+    first.close()
+    again, beyond = (shared.new(SHAPE, torch.float32) for _ in range(2))
+    assert [store.background for store in (again, beyond)] == [False, True]
+    for store in (second, again, beyond, beyond):
+        store.close()
+    assert shared.left["host"] == 2 * size
+
+
 def test_stored_holds_a_copy():
     given = values()
     store = stored(given)

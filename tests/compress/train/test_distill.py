@@ -11,8 +11,9 @@ from lillama_kernels import distill_loss
 from torch import Tensor, nn
 
 from lillama.compress.teacher.activations import ActivationStore, stored
+from lillama.compress.train.block_inputs import BlockInputs
 from lillama.compress.train.distill import (
-    Stream,
+    BlockTraining,
     TrainResult,
     TrainState,
     _learning_rate,
@@ -47,7 +48,7 @@ def no_kwargs(rows: Tensor) -> dict[str, Any]:
 
 def make_stream(
     device: torch.device, seed: int = 0, *, noise: float = 0.0, mask: Tensor | None = None
-) -> Stream:
+) -> BlockInputs:
     """Targets come from Block(1) on the teacher's inputs; noise > 0 makes the student's differ."""
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(ROWS, T, H, generator=generator)
@@ -57,14 +58,14 @@ def make_stream(
     with torch.no_grad():
         target = Block(1)(teacher)
     same = stored(teacher)
-    return Stream(same, stored(student) if noise else same, stored(target), mask, no_kwargs)
+    return BlockInputs(same, stored(student) if noise else same, stored(target), mask, no_kwargs)
 
 
 def everything(store: ActivationStore) -> Tensor:
     return store.read(torch.arange(len(store)))
 
 
-def spoil(stream: Stream, row: int) -> None:
+def spoil(stream: BlockInputs, row: int) -> None:
     values = stream.target.read(torch.tensor([row]))
     values[0, 0, 0] = float("nan")
     stream.target.write(torch.tensor([row]), values)
@@ -79,8 +80,8 @@ def damaged_block(device: torch.device) -> Block:
 
 def train(
     block: nn.Module,
-    train: Stream,
-    held_out: Stream,
+    train: BlockInputs,
+    held_out: BlockInputs,
     device: torch.device,
     learning_rate: float = 1e-2,
     loss: Loss = "joint",
@@ -91,13 +92,15 @@ def train(
         block,
         train,
         held_out,
-        recipe=dataclasses.replace(PRESETS["default"], batch_size=4, **recipe),
-        loss=loss,
-        peak_learning_rate=learning_rate,
-        seed=0,
-        device=device,
-        name="layers.7",
-        on_step=on_step,
+        BlockTraining(
+            recipe=dataclasses.replace(PRESETS["default"], batch_size=4, **recipe),
+            loss=loss,
+            peak_learning_rate=learning_rate,
+            seed=0,
+            device=device,
+            name="layers.7",
+            on_step=on_step,
+        ),
     )
 
 
@@ -165,13 +168,15 @@ def test_train_block_same_seed_is_bitwise_equal_and_another_is_not(device):
             block,
             make_stream(device),
             make_stream(device, 9),
-            recipe=dataclasses.replace(PRESETS["default"], batch_size=4),
-            loss="joint",
-            peak_learning_rate=1e-2,
-            seed=seed,
-            device=device,
-            name="layers.7",
-            on_step=lambda rows, loss: False,
+            BlockTraining(
+                recipe=dataclasses.replace(PRESETS["default"], batch_size=4),
+                loss="joint",
+                peak_learning_rate=1e-2,
+                seed=seed,
+                device=device,
+                name="layers.7",
+                on_step=lambda rows, loss: False,
+            ),
         )
         return block.weight.detach()
 
@@ -180,7 +185,7 @@ def test_train_block_same_seed_is_bitwise_equal_and_another_is_not(device):
 
 
 def expected(
-    block: nn.Module, inputs: ActivationStore, stream: Stream, rows: Tensor, device
+    block: nn.Module, inputs: ActivationStore, stream: BlockInputs, rows: Tensor, device
 ) -> Tensor:
     mask = None if stream.mask is None else stream.mask[rows].to(device)
     x, target = inputs.read(rows).to(device), stream.target.read(rows).to(device)
@@ -245,7 +250,7 @@ def test_masked_positions_have_no_influence(loss, device):
     )
     stream = make_stream(device, noise=0.1, mask=mask)
     hidden = ~mask[..., None]
-    garbage = Stream(
+    garbage = BlockInputs(
         stored(everything(stream.teacher).masked_fill(hidden, 50.0)),
         stored(everything(stream.student).masked_fill(hidden, -70.0)),
         stored(everything(stream.target).masked_fill(hidden, 9.0)),
@@ -353,10 +358,11 @@ def test_train_block_resumed_from_a_state_ends_bit_for_bit(at, clip, device):
             copies = {key: value.clone() for key, value in state.tensors.items()}
             kept.append(dataclasses.replace(state, tensors=copies))
 
-        return train_block(
-            block, *streams, recipe=recipe, loss="joint", peak_learning_rate=3e-2, seed=0,
-            device=device, name="layers.7", on_step=on_step, resume=resume, save=save,
+        training = BlockTraining(
+            recipe=recipe, loss="joint", peak_learning_rate=3e-2, seed=0, device=device,
+            name="layers.7", on_step=on_step, save=save,
         )  # fmt: skip
+        return train_block(block, *streams, training, resume)
 
     whole = damaged_block(device)
     wanted = run(whole)
@@ -372,11 +378,11 @@ def test_train_block_saves_by_the_clock(device):
     states: list[int] = []
     for every, wanted in ((0.0, [1, 2, 3, 4, 5]), (1000.0, [])):
         states.clear()
-        train_block(
-            damaged_block(device), make_stream(device), make_stream(device, 9),
+        training = BlockTraining(
             recipe=dataclasses.replace(PRESETS["default"], batch_size=4), loss="joint",
             peak_learning_rate=1e-2, seed=0, device=device, name="layers.7",
             on_step=lambda rows, loss: False, save=lambda state: states.append(state.step),
             save_every_s=every,
         )  # fmt: skip
+        train_block(damaged_block(device), make_stream(device), make_stream(device, 9), training)
         assert states == wanted, "the last step is followed by the shard itself"

@@ -9,10 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lillama
-from lillama.compress.plan.memory import held_out_blocks
 from lillama.compress.train.finetune import _Finetuning, divergence
 from lillama.config import FinetuneConfig
-from lillama.data.sequences import TokenBlocks
+from lillama.data.sequences import TokenBlocks, held_out_blocks
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_model
 

@@ -12,8 +12,9 @@ from lillama.checkpoint.format import read_config
 from lillama.checkpoint.gauge import LARGEST, plain_tensors
 from lillama.compress.teacher.activations import stored
 from lillama.compress.teacher.blocks import TeacherBlocks
+from lillama.compress.train.block_inputs import HeadInputs
 from lillama.compress.train.finetune import divergence
-from lillama.compress.train.head import HeadStream, HeadTrainer
+from lillama.compress.train.head import HeadTrainer
 from lillama.compress.train.outside import Outside
 from lillama.config import PRESETS
 from lillama.errors import RunError
@@ -35,12 +36,12 @@ def teacher(request, make_checkpoint, device):
     return TeacherBlocks(path, config, family_of(config.model_type), device, torch.float32)
 
 
-def streams(teacher, masked: bool) -> HeadStream:
+def streams(teacher, masked: bool) -> HeadInputs:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, T, teacher.model.config.hidden_size, generator=generator)
     other = hidden + 0.3 * torch.randn(hidden.shape, generator=generator)
     mask = torch.rand(ROWS, T, generator=generator) < 0.8 if masked else None
-    return HeadStream(stored(hidden), stored(other), mask)
+    return HeadInputs(stored(hidden), stored(other), mask)
 
 
 def trainer_of(teacher, rank: int = 8, **changes) -> HeadTrainer:

@@ -1,0 +1,5 @@
+"""One page about a compression."""
+
+from lillama.report.page import report
+
+__all__ = ["report"]
