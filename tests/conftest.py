@@ -112,6 +112,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def short_text(text_file: Path) -> Path:
+    """40 of its lines: enough to be judged on."""
+    path = text_file.with_name("short.txt")
+    path.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
+    return path
+
+
 def mixtral_config(**changes: object) -> MixtralConfig:
     values = {
         "vocab_size": 300,

@@ -147,7 +147,7 @@ def test_undeclared_is_compressed_loaded_and_saved_again(kind, base, compressed,
 
 @each_undeclared
 def test_undeclared_is_exported_judged_and_generated_from(
-    kind, base, compressed, text_file, tokenizer, tmp_path
+    kind, base, compressed, short_text, tokenizer, tmp_path
 ):
     out, report = compressed(kind)
     lillama.export(out, tmp_path / "dense", format="dense")
@@ -155,9 +155,7 @@ def test_undeclared_is_exported_judged_and_generated_from(
     assert {n: value.shape for n, value in tensors_of(tmp_path / "dense").items()} == names
     dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     torch.testing.assert_close(logits(dense), logits(load_model(out, CPU)), rtol=1e-4, atol=1e-4)
-    short = tmp_path / "short.txt"
-    short.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
-    quality = lillama.eval(out, short, against=base(kind), seq_len=32, device="cpu")
+    quality = lillama.eval(out, short_text, against=base(kind), seq_len=32, device="cpu")
     assert quality["kl"] > 0 and 0.5 < quality["retained"] < 1.5
     assert quality["params"] == report["params_after"]
     prompt = tokenizer("the cat sat on", return_tensors="pt")["input_ids"]

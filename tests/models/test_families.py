@@ -247,16 +247,14 @@ def test_plan_is_what_the_paper_preset_does(kind, base, text_file, tmp_path, dev
 
 
 @each_whole_family
-def test_eval_and_fast(kind, base, text_file, tmp_path, device):
+def test_eval_and_fast(kind, base, text_file, short_text, tmp_path, device):
     """Preset fast; where nothing is removed but little, nothing is lost but little."""
     out = tmp_path / "out"
     options = {**OPTIONS, "reduction": 0.02, "preset": "fast", "device": str(device)}
     report = lillama.compress(base(kind), out, text=text_file, **options)
     # of so small a head the places of the outputs take much, and parameters go for them
     assert 0.02 - 1e-9 <= report["reduction"] < 0.07
-    short = tmp_path / "short.txt"
-    short.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
-    quality = lillama.eval(out, short, against=base(kind), seq_len=32, device=str(device))
+    quality = lillama.eval(out, short_text, against=base(kind), seq_len=32, device=str(device))
     assert 0.9 < quality["retained"] < 1.1
 
 

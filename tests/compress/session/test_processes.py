@@ -125,7 +125,7 @@ def test_another_number_of_processes_takes_a_killed_run_up(make_checkpoint, text
 
     found = together(2, *given, folder=tmp_path / "two", first=second)
     assert [process.code for process in found] == [1, -signal.SIGKILL], found
-    assert "lillama: error: rank 1 is gone" in found[0].stderr
+    assert "lillama: error: process 1 is gone" in found[0].stderr
     assert (staging / "journal-1.jsonl").exists()
     found = together(3, *given, folder=tmp_path / "three", first=killed_behind_its_first_piece)
     assert -signal.SIGKILL in {process.code for process in found}
