@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -79,8 +78,7 @@ def test_rounding_takes_the_model_that_is_kept(arguments, mamba, tmp_path, monke
     monkeypatch.setitem(bench_quality.METHODS, "default", bench_quality.FAST)
     more = ["--models", tmp_path / "models", "--seeds", 0]
     assert run(arguments, "--methods", "default", *more) == 0
-    pipeline = sys.modules["lillama.compress.pipeline"]
-    monkeypatch.setattr(pipeline, "compress", lambda *_, **__: pytest.fail("again"))
+    monkeypatch.setattr(bench_quality.lillama, "compress", lambda *_, **__: pytest.fail("again"))
     assert run(arguments, "--methods", "default, int8", "default, int4", *more) == 0
     lines = (tmp_path / "cells.jsonl").read_text().splitlines()
     whole, int8, int4 = (json.loads(line) for line in lines)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lillama
-from lillama.compress import own_text, pipeline
+from lillama.compress import pipeline
+from lillama.compress.session import own_text
 from lillama.data.sample import _split, sampled_with
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_model, load_tokenizer
