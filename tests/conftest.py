@@ -111,6 +111,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def short_text(text_file: Path) -> Path:
+    """40 of its lines: enough to be judged on."""
+    path = text_file.with_name("short.txt")
+    path.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
+    return path
+
+
 def mixtral_config(**changes: object) -> MixtralConfig:
     values = {
         "vocab_size": 300,
@@ -184,6 +192,9 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
         **{"expert_layer_period": 2, "expert_layer_offset": 0, "mamba_proj_bias": True},
         **{"attn_layer_period": 2, "attn_layer_offset": 1},
     },
+    # not declared
+    "stablelm": {"use_qkv_bias": True},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
 }
 
 
