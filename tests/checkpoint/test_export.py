@@ -215,7 +215,7 @@ def test_export_leaves_nothing_of_what_failed(place, error, sources, tmp_path, m
         raise error
 
     if place == "sync":
-        monkeypatch.setattr("lillama.folder_writer.sync", fail)
+        monkeypatch.setattr("lillama.checkpoint.folder.sync", fail)
     else:
         monkeypatch.setattr(module, place, fail)
     with pytest.raises((RunError, KeyboardInterrupt)):

@@ -156,7 +156,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_go_on(small, mamba, tmp_
         small(mamba, out, progress=progress, checkpoint_seconds=1000)
     assert signal.getsignal(number) is before
     assert steps.count("block 1 train") == 2, "the step was finished, no other begun"
-    record = Journal(tmp_path / "out.unfinished").last(kind="step", piece="block-1")
+    record = Journal(tmp_path / "out.unfinished").last(kind="step", shard="block-1")
     assert record is not None and record["step"] == 2
     small(mamba, out)
     assert content(out) == content(whole)
