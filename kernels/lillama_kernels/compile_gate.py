@@ -39,7 +39,6 @@ KERNEL_MODULES = (
     "selective_scan_launch",
     "causal_conv1d_triton",
     "mamba_mixer_step_triton",
-    "ssd_scan_launch",
 )
 
 GPU_TARGETS = {

@@ -17,7 +17,6 @@ def distill_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     form: LossForm = "l1_cosine",
     impl: Impl = "auto",
@@ -25,12 +24,8 @@ def distill_loss(
     """Feature-distillation loss, by default that of Sy et al. 2024 (arXiv 2412.16719).
 
     With a the student's and y the teacher's features of a token, H of them:
-        l1_cosine       mean_H |a - y| - log sigmoid(cos(a, y))
-        l1              mean_H |a - y|
-        smooth_l1       mean_H of (a - y)^2 / 2 where |a - y| < 1, else |a - y| - 1/2
-        nmse            |a - y|^2 / |y|^2
-        cosine          1 - cos(a, y)
-        norm_direction  (|a| - |y|)^2 / |y|^2 + 1 - cos(a, y)
+        l1_cosine  mean_H |a - y| - log sigmoid(cos(a, y))
+        nmse       |a - y|^2 / |y|^2
     A norm that divides is at least 1e-8. Gradients: kernels/README.md, "Loss forms".
 
     Triton reads both tensors once for the loss, and once more in backward, where it writes the
@@ -41,9 +36,7 @@ def distill_loss(
         teacher: [..., H], floating point, on the device of student; must not require grad.
         mask: [...] bool, True where a token counts; None counts all. What a masked token holds,
             NaN included, reaches neither the loss nor the gradient.
-        weight: [...] floating point, factor of each token's loss; must not require grad.
-        reduction: "sum" over the counted tokens, "mean" the sum over the sum of their weights,
-            "none" for [...] with 0 where masked.
+        reduction: "mean" or "sum" over the counted tokens, or "none" for [...] with 0 where masked.
         form: one of the above.
         impl: see `lillama_kernels.impl`; Triton takes fp32, fp16 and bf16.
 
@@ -51,26 +44,25 @@ def distill_loss(
         fp32 (fp64 for fp64 students). The floor of l1_cosine, student = teacher, is 0.3133.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; teacher or weight requires grad; no token
-            counts (seen on the CPU; a mask or weight on a GPU is not read back, there the mean over
-            nothing is NaN); or a name is unknown.
+        ValueError: shapes, dtypes or devices do not fit; the teacher requires grad; no token counts
+            (seen on the CPU; a mask on a GPU is not read back, there the mean over nothing is NaN);
+            or a name is unknown.
         TypeError: `impl="triton"` and a dtype that its kernels do not take.
         NotImplementedError: `impl="triton"` where it cannot run.
     """
-    _check(student, teacher, mask, weight, reduction, form)
+    _check(student, teacher, mask, reduction, form)
     if not _runs_triton(student, teacher, impl):
-        return reference.distill_loss(student, teacher, mask, weight, reduction, form)
+        return reference.distill_loss(student, teacher, mask, reduction, form)
     rows, _ = torch.ops.lillama.distill_loss_rows(
         *_flat(student, teacher, mask), None, False, form, False
     )
-    return reference.reduce_rows(rows.view(student.shape[:-1]), mask, weight, reduction)
+    return reference.reduce_rows(rows.view(student.shape[:-1]), mask, reduction)
 
 
 def distill_loss_and_grad(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     form: LossForm = "l1_cosine",
     impl: Impl = "auto",
@@ -90,26 +82,22 @@ def distill_loss_and_grad(
     Raises:
         As `distill_loss`.
     """
-    _check(student, teacher, mask, weight, reduction, form)
+    _check(student, teacher, mask, reduction, form)
     if reduction == "none":
         raise ValueError("distill_loss_and_grad needs reduction mean or sum, got 'none'")
     if not _runs_triton(student, teacher, impl):
-        return reference.distill_loss_and_grad(student, teacher, mask, weight, reduction, form)
+        return reference.distill_loss_and_grad(student, teacher, mask, reduction, form)
     with torch.no_grad():
-        # what a token's loss counts for in the result: one number if for all the same, else
-        # computed where mask and weight lie, without waiting for the GPU
-        share = None
-        over_all = reduction == "mean" and mask is None and weight is None
-        if mask is not None or weight is not None:
-            share = reference.token_weights(mask, weight, torch.float32)
-            share = (share / share.sum() if reduction == "mean" else share).reshape(-1)
+        # what a token's loss counts for in the mean, computed where the mask lies, without waiting
+        # for the GPU
+        share, over_all = None, reduction == "mean" and mask is None
+        if reduction == "mean" and mask is not None:
+            share = (1.0 / mask.sum()).expand(mask.numel())
+        student_rows, teacher_rows, flat_mask = _flat(student, teacher, mask)
         rows, grad = torch.ops.lillama.distill_loss_rows(
-            *_flat(student, teacher, mask), share, over_all, form, True
+            student_rows, teacher_rows, flat_mask, share, over_all, form, True
         )
-        if share is None:
-            loss = reference.reduce_rows(rows, None, None, reduction)
-        else:
-            loss = (rows * share).sum()
+        loss = reference.reduce_rows(rows, flat_mask, reduction)
         return loss, grad.view(student.shape)
 
 
@@ -117,7 +105,6 @@ def _check(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    weight: Tensor | None,
     reduction: str,
     form: str,
 ) -> None:
@@ -137,40 +124,23 @@ def _check(
     tokens = list(student.shape[:-1])
     if mask is not None and (mask.shape != student.shape[:-1] or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tokens}, got {mask.dtype} {list(mask.shape)}")
-    if weight is not None and (
-        weight.shape != student.shape[:-1] or not weight.is_floating_point()
-    ):
-        raise ValueError(
-            f"weight must be floating {tokens}, got {weight.dtype} {list(weight.shape)}"
-        )
     for name, tensor in (("student", student), ("teacher", teacher)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-    for name, tensor in (("teacher", teacher), ("mask", mask), ("weight", weight)):
-        if tensor is None:
-            continue
-        if tensor.device != student.device:
+    for name, tensor in (("teacher", teacher), ("mask", mask)):
+        if tensor is not None and tensor.device != student.device:
             raise ValueError(
                 f"{name} must be on the student's device, {student.device}, got {tensor.device}"
             )
-        if tensor.requires_grad:
-            raise ValueError(f"{name} must not require grad; detach it")
+    if teacher.requires_grad:
+        raise ValueError("teacher must not require grad; detach it")
     if reduction == "mean":
-        _check_tokens(student, mask, weight)
-
-
-def _check_tokens(student: Tensor, mask: Tensor | None, weight: Tensor | None) -> None:
-    empty = student.shape[:-1].numel() == 0
-    # reading a GPU's mask would wait for it, and torch.compile cannot branch on one
-    readable = student.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not empty and readable and (mask is not None or weight is not None):
-        share = torch.ones(student.shape[:-1]) if weight is None else weight
-        counted = share if mask is None else torch.where(mask, share, torch.zeros_like(share))
-        empty = float(counted.sum()) == 0.0
-    if empty:
-        raise ValueError(
-            "the loss is over no tokens; give at least one that the mask counts, with a weight"
-        )
+        empty = student.shape[:-1].numel() == 0
+        # reading a GPU's mask would wait for it, and torch.compile cannot branch on one
+        if mask is not None and mask.is_cpu and not torch.compiler.is_compiling():
+            empty = not bool(mask.any())
+        if empty:
+            raise ValueError("the loss is over no tokens; give at least one that the mask counts")
 
 
 def _runs_triton(student: Tensor, teacher: Tensor, impl: Impl) -> bool:

@@ -26,13 +26,7 @@ __all__ = ["distill_loss_fwd", "variants"]
 def _apart(a, y, FORM: tl.constexpr):
     """What the form adds up over the features, element by element."""
     d = a - y
-    if FORM == "nmse":
-        return d * d
-    elif FORM == "smooth_l1":
-        size = tl.abs(d)
-        return tl.where(size < 1.0, 0.5 * d * d, size - 0.5)
-    else:
-        return tl.abs(d)
+    return d * d if FORM == "nmse" else tl.abs(d)
 
 
 @triton.jit
@@ -43,45 +37,28 @@ def _cosine(dot, norm_a, norm_y):
 
 @triton.jit
 def _loss(apart, dot, norm_a, norm_y, H, FORM: tl.constexpr):
-    cosine = _cosine(dot, norm_a, norm_y)
-    clamped = tl.maximum(norm_y, 1e-8)
-    if FORM == "l1_cosine":
-        return apart / H + tl.log(1.0 + tl.exp(-cosine))
-    elif FORM == "nmse":
+    if FORM == "nmse":
+        clamped = tl.maximum(norm_y, 1e-8)
         return apart / (clamped * clamped)
-    elif FORM == "cosine":
-        return 1.0 - cosine
-    elif FORM == "norm_direction":
-        off = (norm_a - norm_y) / clamped
-        return off * off + 1.0 - cosine
     else:
-        return apart / H
+        return apart / H + tl.log(1.0 + tl.exp(-_cosine(dot, norm_a, norm_y)))
 
 
 @triton.jit
 def _gradient(a, y, dot, norm_a, norm_y, H, FORM: tl.constexpr):
     """Gradient of the token's loss in a; the statistics are [BLOCK_M, 1]."""
     d = a - y
-    clamped_a = tl.maximum(norm_a, 1e-8)
     clamped_y = tl.maximum(norm_y, 1e-8)
-    cosine = _cosine(dot, norm_a, norm_y)
-    # of cos: y / (|a| |y|) - cos a / |a|^2; the norm itself has gradient 0 at a = 0
-    over_norm = tl.where(norm_a > 0.0, 1.0 / tl.where(norm_a > 0.0, norm_a, 1.0), 0.0)
-    of_cosine = y / clamped_a / clamped_y - a * (cosine / clamped_a * over_norm)
-    sign = tl.where(d > 0.0, 1.0, 0.0) - tl.where(d < 0.0, 1.0, 0.0)
-    if FORM == "l1_cosine":
-        return sign / H - of_cosine / (1.0 + tl.exp(cosine))
-    elif FORM == "l1":
-        return sign / H
-    elif FORM == "smooth_l1":
-        return tl.where(tl.abs(d) < 1.0, d, sign) / H
-    elif FORM == "nmse":
+    if FORM == "nmse":
         return 2.0 * d / clamped_y / clamped_y
-    elif FORM == "cosine":
-        return -of_cosine
     else:
-        off = (norm_a - norm_y) / clamped_y
-        return a * (2.0 * off / clamped_y * over_norm) - of_cosine
+        clamped_a = tl.maximum(norm_a, 1e-8)
+        cosine = _cosine(dot, norm_a, norm_y)
+        # of cos: y / (|a| |y|) - cos a / |a|^2; the norm itself has gradient 0 at a = 0
+        over_norm = tl.where(norm_a > 0.0, 1.0 / tl.where(norm_a > 0.0, norm_a, 1.0), 0.0)
+        of_cosine = y / clamped_a / clamped_y - a * (cosine / clamped_a * over_norm)
+        sign = tl.where(d > 0.0, 1.0, 0.0) - tl.where(d < 0.0, 1.0, 0.0)
+        return sign / H - of_cosine / (1.0 + tl.exp(cosine))
 
 
 @triton.jit

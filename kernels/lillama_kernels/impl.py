@@ -42,7 +42,6 @@ TRITON_OPS = frozenset(
         "mamba_mixer_step",
         "pivot_low_rank_linear",
         "selective_scan",
-        "ssd_scan",
     }
 )
 

@@ -17,7 +17,6 @@ from lillama_kernels.impl import has_triton, interpreting
 
 __all__ = [
     "AUTO_MAX_ROWS",
-    "CHAIN_MAX_RANK",
     "DECODE_MAX_ROWS",
     "DTYPES",
     "EXPERTS_DECODE_MAX_TOKENS",
@@ -28,8 +27,6 @@ __all__ = [
     "TARGETS",
     "ExpertsKernel",
     "Tile",
-    "chain_tile",
-    "cooperative_tile",
     "decode_split",
     "decode_tiles",
     "dtype_name",
@@ -135,8 +132,6 @@ DECODE_MAX_ROWS = 64
 # Training always runs PyTorch's. Both follow from counting bytes and launches: a measurement on a
 # target replaces its number.
 AUTO_MAX_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
-# Ranks that the chain kernel can keep on the chip
-CHAIN_MAX_RANK = 256
 MAX_SPLIT = 4
 
 
@@ -166,26 +161,13 @@ def decode_tiles(
     )
 
 
-def cooperative_tile(target: str, dtype: torch.dtype, rows: int, aligned: bool = True) -> Tile:
-    """Tile of both stages in one launch (FIRST_R and BLOCK_K of the first stage; BLOCK_M, BLOCK_N
-    and BLOCK_R of the second): a weight tile is kept across the barrier, so a smaller one."""
-    first, second = decode_tiles(target, dtype, rows, aligned)
-    blocks = dict(second.blocks) | {
-        "BLOCK_R": min(second.blocks["BLOCK_R"], 64 if second.blocks["BLOCK_M"] == 16 else 32),
-        "FIRST_R": first.blocks["BLOCK_R"],
-        "BLOCK_K": first.blocks["BLOCK_K"],
-    }
-    return Tile(blocks=blocks, num_warps=4, num_stages=second.num_stages)
-
-
 def decode_split(target: str, dtype: torch.dtype, rank: int, in_features: int, tile: Tile) -> int:
     """Parts of K for the first kernel: enough programs for half of the multiprocessors, each with
     two blocks of K or more. Powers of 2, so that few kernels are compiled. 1 for fp32, where the
     second kernel would pay for each part with as many products outside the tensor cores."""
     if dtype == torch.float32:
         return 1
-    # the cooperative tile has both stages' blocks
-    programs = -(-rank // tile.blocks.get("FIRST_R", tile.blocks["BLOCK_R"]))
+    programs = -(-rank // tile.blocks["BLOCK_R"])
     split = 1
     while (
         split < MAX_SPLIT
@@ -212,16 +194,6 @@ def matmul_tile(
         return Tile(blocks=blocks, num_warps=8, num_stages=4)
     blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8}
     return Tile(blocks=blocks, num_warps=8, num_stages=2 if target == "gfx942" else 3)
-
-
-def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
-    """Tile of the kernel that keeps z on the chip (BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K) for ranks up
-    to CHAIN_MAX_RANK."""
-    block_r = next(size for size in (16, 32, 64, 128, CHAIN_MAX_RANK) if rank <= size)
-    small = dtype == torch.float32 or target in ("sm_89", "gfx942")
-    block_m = 16 if dtype == torch.float32 else 64 if block_r == CHAIN_MAX_RANK or small else 128
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": 32 if small else 64, "BLOCK_R": block_r, "BLOCK_K": 32}
-    return Tile(blocks=blocks, num_warps=8, num_stages=1 if target == "gfx942" else 2)
 
 
 # pivot_low_rank_linear

@@ -3,16 +3,12 @@
 No entry was measured on a GPU yet.
 """
 
-from typing import Literal
-
 import torch
 
 from lillama_kernels.launch import Tile, decode_tiles
 
 __all__ = [
     "MIXER_MAX_ROWS",
-    "SSD_MAX_STATE",
-    "SsdKernel",
     "conv_step_tile",
     "conv_tile",
     "mixer_conv_tile",
@@ -20,8 +16,6 @@ __all__ = [
     "scan_tile",
     "scan_update_tile",
     "sequence_like",
-    "ssd_steps_tile",
-    "ssd_tile",
 ]
 
 # selective_scan and causal_conv1d
@@ -78,40 +72,3 @@ def mixer_conv_tile(target: str, dtype: torch.dtype) -> Tile:
 def mixer_scan_tile() -> Tile:
     """BLOCK_D channels of the step's scan, each with a row of dt_proj in registers."""
     return Tile(blocks={"BLOCK_D": 16}, num_warps=4, num_stages=1)
-
-
-# ssd_scan
-
-SSD_MAX_STATE = 256
-SsdKernel = Literal["states", "output", "gradient", "factors"]
-
-
-def ssd_tile(kernel: SsdKernel, target: str, dtype: torch.dtype, width: int, size: int) -> Tile:
-    """BLOCK_T steps of a chunk, the same in every kernel; BLOCK_P channels of a head; BLOCK_S of
-    the states of a channel. Four accumulators and mma.sync's operands leave "gradient" fewer.
-    """
-    half, gradient = dtype != torch.float32, kernel == "gradient"
-    block_p, block_s = (64, 64) if half else (32, 32)
-    if gradient and half and target in ("sm_80", "sm_89"):
-        block_p = 32
-    elif not half and kernel in ("gradient", "factors"):
-        block_s = 16
-    elif half and kernel == "states" and target == "gfx942":
-        block_p = 32  # 64 spill with Triton 3.6
-    blocks = {
-        "BLOCK_T": 64 if half else 32,
-        "BLOCK_P": min(block_p, max(16, 1 << (width - 1).bit_length())),
-        "BLOCK_S": min(block_s, max(16, 1 << (size - 1).bit_length())),
-    }
-    warps = 8 if gradient and (not half or target == "sm_100") else 4
-    stages = 2 if half and kernel in ("states", "output") else 1
-    return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
-
-
-def ssd_steps_tile(size: int | None = None) -> Tile:
-    """Of the kernels around them, a chunk of one head; or of one step with all states, BLOCK_S."""
-    if size is None:
-        return Tile(blocks={}, num_warps=1, num_stages=1)
-    block_s = max(16, 1 << (size - 1).bit_length())
-    blocks = {"BLOCK_P": max(1, 2048 // block_s), "BLOCK_S": block_s}
-    return Tile(blocks=blocks, num_warps=4, num_stages=1)

@@ -143,8 +143,6 @@ def low_rank_experts(
     topk_weight: Tensor,
     factors: ExpertFactors,
     impl: Impl = "auto",
-    *,
-    recompute: bool = False,
 ) -> Tensor:
     """out = sum_k weight_k * down(silu(gate(x)) * up(x)) over the k experts of each token.
 
@@ -159,11 +157,8 @@ def low_rank_experts(
             raise on the CPU; on a GPU, where looking would wait for it, they contribute zero too.
         topk_weight: [M, k], the routing weights.
         factors: gate and up map H to I, down maps I to H; each expert and projection has a rank of
-            its own, 0 meaning a dense weight. Gate and up may share their first factor: pass one
-            tensor as A of both, and Triton computes x A^T once.
+            its own, 0 meaning a dense weight.
         impl: see `lillama_kernels.impl`.
-        recompute: compute gate and up again in backward instead of keeping [M * k, I] of each.
-            Triton only: the reference keeps what autograd keeps.
 
     Returns:
         [M, H], dtype of hidden. Differentiable (once, with Triton) in hidden, topk_weight and every
@@ -198,4 +193,4 @@ def low_rank_experts(
             f"low_rank_experts: Triton needs multiples of 8 up to {MAX_RANK}, got {misaligned}; "
             "pad the ranks or use impl='reference'"
         )
-    return low_rank_experts_op.run(hidden, topk_index, topk_weight, factors, recompute)
+    return low_rank_experts_op.run(hidden, topk_index, topk_weight, factors)

@@ -3,7 +3,6 @@
 Inputs as in low_rank_experts_launch.py.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import triton
@@ -61,15 +60,12 @@ def _first(
     )  # fmt: skip
 
 
-def low_rank_experts_decode(layer: Layer, tiles: Mapping[str, Tile] | None = None) -> Tensor:
+def low_rank_experts_decode(layer: Layer) -> Tensor:
     """out [M, H] for M <= EXPERTS_DECODE_MAX_TOKENS in four launches, three or two where
-    projections are dense.
-
-    tiles: other than the committed ones, to measure them.
-    """
+    projections are dense."""
     hidden, target = layer.hidden, experts_target(layer.hidden)
     tokens, hidden_size = hidden.shape
-    tiles = tiles or experts_decode_tiles(target, hidden.dtype)
+    tiles = experts_decode_tiles(target, hidden.dtype)
     size, rank = layer.intermediate_size, layer.rank("down")
     slots, _ = _slots(layer)
     stored = slots * tiles["first"].blocks["BLOCK_M"]
@@ -81,14 +77,14 @@ def low_rank_experts_decode(layer: Layer, tiles: Mapping[str, Tile] | None = Non
             _first(
                 layer, tiles["first"], hidden, layer.gate_and_up("A"),
                 (layer.rank("gate"), layer.rank("up")), z, False, pdl,
-                PARTS=1 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=True,
+                PARTS=2, SHIFT=SHIFTS["gate"], GATHER=True,
             )  # fmt: skip
         waits = pdl and z.shape[1] > 0
         blocks = triton.cdiv(size, tiles["gated"].blocks["BLOCK_N"])
         kernels._low_rank_experts_gated_kernel[(slots * blocks,)](
             hidden, z, *map(layer.get, ("gate_B", "up_B", "gate_W", "up_W")), h, h, h,
             layer.index, layer.index, layer.index, layer.ranks, tokens, slots, hidden_size, size,
-            layer.rank("gate"), layer.rank("up"), hidden.stride(0), SHARED=layer.shared, SAVE=0,
+            layer.rank("gate"), layer.rank("up"), hidden.stride(0), SAVE=False,
             HAS_DENSE=layer.dense("gate", "up"), DECODE=True, GROUP_M=1, WAIT=waits,
             **_options(layer, tiles["gated"], waits, pdl),
         )  # fmt: skip

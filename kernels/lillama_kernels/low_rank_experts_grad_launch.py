@@ -16,7 +16,6 @@ from lillama_kernels.low_rank_experts_launch import (
     Saved,
     combine,
     experts_first,
-    experts_gated,
     experts_second,
     programs_of,
     tile_of,
@@ -93,10 +92,7 @@ def _down_backward(
             layer, rows, (dout, dout), (B, B), (layer.rank("down"), 0), dz2, other=saved.z2,
             PARTS=1, SHIFT=SHIFTS["down"], GATHER=True, W_ROWS_ARE_N=False,
         )  # fmt: skip
-    gate, up = saved.gate, saved.up
-    if gate.numel() == 0:
-        _, gate, up = experts_gated(layer, rows, saved.z, 2)
-    dgate, dup, h, of_dense = _gated_grad(layer, rows, dz2, dout, gate, up)
+    dgate, dup, h, of_dense = _gated_grad(layer, rows, dz2, dout, saved.gate, saved.up)
     if of_dense is not None:
         dweight = of_dense if dweight is None else dweight + of_dense
     assert dweight is not None
@@ -122,10 +118,9 @@ def low_rank_experts_backward(
         if dz.shape[1]:
             experts_first(
                 layer, rows, (dgate, dup), layer.gate_and_up("B"), widths, dz,
-                PARTS=3 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=False,
-                W_ROWS_ARE_N=False,
+                PARTS=2, SHIFT=SHIFTS["gate"], GATHER=False, W_ROWS_ARE_N=False,
             )  # fmt: skip
-        start = 0 if layer.shared else widths[0]
+        start = widths[0]
         x = ("GATHER_R",)
         operands = {
             "gate_A": (dz, hidden, x),
@@ -135,14 +130,12 @@ def low_rank_experts_backward(
             "up_B": (dup, saved.z, (0, start), ()),
             "up_W": (dup, hidden, x),
         }
-        if layer.shared:  # one A for both has one gradient
-            del operands["up_A"]
         grads |= _weight_grads(layer, rows, needed, operands)
         if "hidden" in needed:
             parts = experts_second(
                 layer, rows, dz, (dgate, dup), ("gate_A", "up_A"), widths,
                 (hidden.shape[1], layer.intermediate_size), SHIFT=SHIFTS["gate"],
-                PARTS=1 if layer.shared else 2, SHARED=False, SCALE=False, W_ROWS_ARE_N=False,
+                PARTS=2, SCALE=False, W_ROWS_ARE_N=False,
                 HAS_DENSE=layer.dense("gate", "up"),
             )  # fmt: skip
             grads["hidden"] = combine(layer, parts)

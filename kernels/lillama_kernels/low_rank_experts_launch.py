@@ -76,14 +76,13 @@ def pack_ranks(
 @dataclass(frozen=True, slots=True)
 class Layer:
     """What one call computes with. factors: {"gate_A": [E, R, K], "gate_B": [E, N, R], "gate_W":
-    [.., N, K], ...}, without those that do not exist; shared: up's A is gate's."""
+    [.., N, K], ...}, without those that do not exist."""
 
     hidden: Tensor
     index: Tensor
     weight: Tensor
     factors: dict[str, Tensor]
     ranks: tuple[int, ...]
-    shared: bool
 
     @property
     def intermediate_size(self) -> int:
@@ -102,8 +101,8 @@ class Layer:
         return 0 if B is None else B.shape[2]
 
     def width(self) -> int:
-        """Of z: gate's columns and, unless they are one, up's."""
-        return self.rank("gate") + (0 if self.shared else self.rank("up"))
+        """Of z: gate's columns and up's."""
+        return self.rank("gate") + self.rank("up")
 
     def get(self, name: str) -> Tensor:
         """A factor, or something that is never read in its place."""
@@ -135,7 +134,7 @@ class Rows(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What forward leaves for backward; gate and up are empty when they are to be recomputed."""
+    """What forward leaves for backward."""
 
     z: Tensor
     z2: Tensor
@@ -169,22 +168,22 @@ def programs_of(layer: Layer, tile: Tile, most: int) -> tuple[int]:
     return (min(most, resident * _multiprocessors(index)),)
 
 
-def rows_of(layer: Layer, table: Tensor, row: Tensor, block_m: int | None = None) -> Rows:
+def rows_of(layer: Layer, table: Tensor, row: Tensor) -> Rows:
     """The routing that `route` has left in table and row."""
     num_experts = len(layer.ranks)
-    block_m = block_m or experts_block_m(layer.hidden.dtype, layer.places, num_experts)
+    block_m = experts_block_m(layer.hidden.dtype, layer.places, num_experts)
     # every expert may end with a tile that is not full
     return Rows(table, row, block_m, triton.cdiv(layer.places, block_m) + num_experts)
 
 
-def route(layer: Layer, block_m: int | None = None) -> Rows:
+def route(layer: Layer) -> Rows:
     """Sort the (token, place) pairs by expert, in one launch or two."""
     places, num_experts = layer.places, len(layer.ranks)
     block_e = max(2, triton.next_power_of_2(num_experts))
     block_p = max(64, ROUTE_TILE // block_e)
     blocks = triton.cdiv(places, block_p)
     new = functools.partial(torch.empty, dtype=torch.int32, device=layer.hidden.device)
-    rows = rows_of(layer, new(experts_table_size(places, num_experts)), new(places), block_m)
+    rows = rows_of(layer, new(experts_table_size(places, num_experts)), new(places))
     count = new(blocks * block_e if blocks > 1 else 1)
     how = {"NUM_EXPERTS": num_experts, "BLOCK_P": block_p, "BLOCK_E": block_e, "num_warps": 8}
     with current_device_of(layer.hidden):
@@ -248,25 +247,24 @@ def _gate_up_ranks(layer: Layer, rows: Rows) -> Tensor:
         return z
     experts_first(
         layer, rows, (layer.hidden, layer.hidden), layer.gate_and_up("A"), widths, z,
-        PARTS=1 if layer.shared else 2, SHIFT=SHIFTS["gate"], GATHER=True, W_ROWS_ARE_N=True,
+        PARTS=2, SHIFT=SHIFTS["gate"], GATHER=True, W_ROWS_ARE_N=True,
     )  # fmt: skip
     return z
 
 
-def experts_gated(layer: Layer, rows: Rows, z: Tensor, save: int) -> tuple[Tensor, Tensor, Tensor]:
-    """h, gate and up; save as the kernel's SAVE. Those not asked for are empty."""
+def experts_gated(layer: Layer, rows: Rows, z: Tensor, save: bool) -> tuple[Tensor, ...]:
+    """h, gate and up; the last two are empty without save."""
     size = layer.intermediate_size
-    kept, computed = (layer.places, size), layer.hidden.new_empty
-    h = computed(kept if save < 2 else (0, size))
-    gate, up = (computed(kept if save else (0, size)) for _ in range(2))
+    h = layer.hidden.new_empty((layer.places, size))
+    gate, up = (h.new_empty((layer.places if save else 0, size)) for _ in range(2))
     tile = tile_of(layer, "gated", rows)
     steps = rows.max_tiles * triton.cdiv(size, tile.blocks["BLOCK_N"])
     forward._low_rank_experts_gated_kernel[programs_of(layer, tile, steps)](
         layer.hidden, z, *map(layer.get, ("gate_B", "up_B", "gate_W", "up_W")),
-        h if save < 2 else gate, gate if save else h, up if save else h,
+        h, gate if save else h, up if save else h,
         layer.index, rows.table, rows.row, layer.ranks, layer.hidden.shape[0], 0,
         layer.hidden.shape[1], size, layer.rank("gate"), layer.rank("up"), layer.hidden.stride(0),
-        SHARED=layer.shared, SAVE=save, HAS_DENSE=layer.dense("gate", "up"), DECODE=False,
+        SAVE=save, HAS_DENSE=layer.dense("gate", "up"), DECODE=False,
         BY_PLACE=False, BLOCK_T=1, USE_PDL=False, WAIT=False,
         **layer.options, **tile.blocks, **tile.options,
     )  # fmt: skip
@@ -296,19 +294,14 @@ def experts_second(
     return out
 
 
-def low_rank_experts_forward(
-    layer: Layer, save: bool, recompute: bool, block_m: int | None = None
-) -> tuple[Tensor, Saved, Rows]:
-    """out [M, H], and what backward needs (save; without gate and up if recompute).
-
-    block_m: rows of a tile, other than the committed number, to measure it.
-    """
+def low_rank_experts_forward(layer: Layer, save: bool) -> tuple[Tensor, Saved, Rows]:
+    """out [M, H], and with save what backward needs."""
     hidden = layer.hidden
     sizes = hidden.shape[1], layer.intermediate_size
     with current_device_of(hidden):
-        rows = route(layer, block_m)
+        rows = route(layer)
         z = _gate_up_ranks(layer, rows)
-        h, gate, up = experts_gated(layer, rows, z, 1 if save and not recompute else 0)
+        h, gate, up = experts_gated(layer, rows, z, save)
         rank = layer.rank("down")
         z2 = hidden.new_empty((layer.places, rank))
         if rank:
@@ -317,7 +310,7 @@ def low_rank_experts_forward(
                    GATHER=False, W_ROWS_ARE_N=True)  # fmt: skip
         parts = experts_second(
             layer, rows, z2, (h, h), ("down_B", "down_B"), (rank, 0), sizes,
-            SHIFT=SHIFTS["down"], PARTS=1, SHARED=False, SCALE=True, W_ROWS_ARE_N=True,
+            SHIFT=SHIFTS["down"], PARTS=1, SCALE=True, W_ROWS_ARE_N=True,
             HAS_DENSE=layer.dense("down"),
         )  # fmt: skip
         return combine(layer, parts), Saved(z, z2, gate, up), rows

@@ -18,26 +18,20 @@ __all__ = ["run"]
 NAMES = tuple(f"{name}_{letter}" for name in ExpertFactors._fields for letter in "ABW")
 
 
-def run(
-    hidden: Tensor, index: Tensor, weight: Tensor, factors: ExpertFactors, recompute: bool
-) -> Tensor:
+def run(hidden: Tensor, index: Tensor, weight: Tensor, factors: ExpertFactors) -> Tensor:
     """low_rank_experts on Triton; arguments are checked."""
-    gate, up, _ = factors
     dtype = work_dtype(hidden)
     given = [getattr(part, letter) for part in factors for letter in "ABW"]
     trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, *given)
     )
-    shared = gate.A is not None and gate.A is up.A and gate.ranks == up.ranks and 0 not in up.ranks
     out, *_ = torch.ops.lillama.low_rank_experts(
         hidden.to(dtype),
         index,
         weight,
         *(None if t is None else t.to(dtype) for t in given),
         [rank for part in factors for rank in part.ranks],
-        shared,
         trains,
-        recompute,
     )
     return out.to(hidden.dtype)
 
@@ -48,7 +42,6 @@ def _layer(
     weight: Tensor,
     factors: Sequence[Tensor | None],
     ranks: Sequence[int],
-    shared: bool,
 ) -> Any:
     from lillama_kernels.launch_triton import unit_stride
     from lillama_kernels.low_rank_experts_launch import Layer, pack_ranks
@@ -60,7 +53,7 @@ def _layer(
     each = len(ranks) // 3
     packed = pack_ranks(*(tuple(ranks[i * each : (i + 1) * each]) for i in range(3)))
     index = index.to(torch.int64).contiguous()
-    return Layer(hidden, index, weight.contiguous(), named, packed, shared)
+    return Layer(hidden, index, weight.contiguous(), named, packed)
 
 
 @torch.library.custom_op("lillama::low_rank_experts", mutates_args=())
@@ -78,23 +71,21 @@ def _forward(
     down_B: Tensor | None,
     down_W: Tensor | None,
     ranks: Sequence[int],
-    shared: bool,
     save: bool,
-    recompute: bool,
 ) -> list[Tensor]:
     """out [M, H]; then, with save, what backward needs: z, z2, gate, up, table and row; empty
-    without, as are gate and up with recompute. ranks: of gate, up and down, E each."""
+    without. ranks: of gate, up and down, E each."""
     from lillama_kernels.low_rank_experts_decode_launch import low_rank_experts_decode
     from lillama_kernels.low_rank_experts_launch import low_rank_experts_forward
 
     factors = gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B, down_W
-    nothing = _kept(hidden, 0, factors, ranks, shared, False)
+    nothing = _kept(hidden, 0, factors, ranks)
     if index.numel() == 0:
         return [torch.zeros_like(hidden, memory_format=torch.contiguous_format), *nothing]
-    layer = _layer(hidden, index, weight, factors, ranks, shared)
+    layer = _layer(hidden, index, weight, factors, ranks)
     if hidden.shape[0] <= EXPERTS_DECODE_MAX_TOKENS and not save:
         return [low_rank_experts_decode(layer), *nothing]
-    out, saved, rows = low_rank_experts_forward(layer, save, recompute)
+    out, saved, rows = low_rank_experts_forward(layer, save)
     return [out, *saved, rows.table, rows.row] if save else [out, *nothing]
 
 
@@ -103,8 +94,6 @@ def _kept(
     places: int,
     factors: Sequence[Tensor | None],
     ranks: Sequence[int],
-    shared: bool,
-    keep_gate: bool,
 ) -> list[Tensor]:
     """z, z2, gate, up, table and row of so many (token, place) pairs, unset."""
     _, gate_B, gate_W, _, up_B, _, _, down_B, _ = factors
@@ -114,20 +103,18 @@ def _kept(
 
     one = gate_B if gate_W is None else gate_W
     assert one is not None
-    columns = [width(gate_B) + (0 if shared else width(up_B)), width(down_B)]
+    columns = [width(gate_B) + width(up_B), width(down_B), one.shape[1], one.shape[1]]
     kept = [hidden.new_empty((places, n)) for n in columns]
-    kept += [hidden.new_empty((places if keep_gate else 0, one.shape[1])) for _ in range(2)]
     size = experts_table_size(places, len(ranks) // 3)
     return kept + [hidden.new_empty(n, dtype=torch.int32) for n in (size, places)]
 
 
 @_forward.register_fake
 def _(hidden, index, weight, gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B, down_W,
-      ranks, shared, save, recompute):  # fmt: skip
+      ranks, save):  # fmt: skip
     factors = gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B, down_W
     places = index.numel() if save else 0
-    others = _kept(hidden, places, factors, ranks, shared, save and not recompute)
-    return [hidden.new_empty(hidden.shape), *others]
+    return [hidden.new_empty(hidden.shape), *_kept(hidden, places, factors, ranks)]
 
 
 @torch.library.custom_op("lillama::low_rank_experts_backward", mutates_args=())
@@ -147,7 +134,6 @@ def _backward(
     down_W: Tensor | None,
     saved: Sequence[Tensor],
     ranks: Sequence[int],
-    shared: bool,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of hidden, weight and the factors in their order; empty where not needed."""
@@ -162,7 +148,7 @@ def _backward(
     if index.numel() == 0:
         grads = {n: torch.zeros_like(t) for n, t in named.items() if n in needed and t is not None}
     else:
-        layer = _layer(hidden, index, weight, factors, ranks, shared)
+        layer = _layer(hidden, index, weight, factors, ranks)
         dout = unit_stride(dout)
         if dout.stride(0) % 8:
             dout = dout.contiguous()
@@ -176,11 +162,9 @@ def _backward(
 
 @_backward.register_fake
 def _(dout, hidden, index, weight, gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B,
-      down_W, saved, ranks, shared, needs):  # fmt: skip
+      down_W, saved, ranks, needs):  # fmt: skip
     given = (hidden, weight, gate_A, gate_B, gate_W, up_A, up_B, up_W, down_A, down_B, down_W)
     wanted = [need and t is not None for need, t in zip(needs, given, strict=True)]
-    if shared:
-        wanted[2 + NAMES.index("up_A")] = False
     return [
         t.new_empty(t.shape) if want else hidden.new_empty(0)
         for want, t in zip(wanted, given, strict=True)
@@ -188,7 +172,7 @@ def _(dout, hidden, index, weight, gate_A, gate_B, gate_W, up_A, up_B, up_W, dow
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.ranks, ctx.shared, ctx.saved, _ = inputs
+    *tensors, ctx.ranks, ctx.saved = inputs
     ctx.set_materialize_grads(False)
     ctx.given = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None), *output[1:])
@@ -197,7 +181,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if not ctx.saved:
         raise RuntimeError("lillama::low_rank_experts has no gradient without save=True")
-    flags = (None,) * 4
+    flags = (None,) * 2
     dout = grads[0]
     if dout is None:
         return (*(None for _ in ctx.given), *flags)
@@ -207,13 +191,9 @@ def _autograd_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     # all but the index
     needs = [bool(need) for i, need in enumerate(ctx.needs_input_grad[: len(tensors)]) if i != 1]
     found = torch.ops.lillama.low_rank_experts_backward(
-        dout, *tensors, list(ctx.saved_tensors[num_given:]), ctx.ranks, ctx.shared, needs
+        dout, *tensors, list(ctx.saved_tensors[num_given:]), ctx.ranks, needs
     )
-    up_A = 1 + NAMES.index("up_A") + 1
-    results = [
-        grad if need and not (ctx.shared and i == up_A) else None
-        for i, (grad, need) in enumerate(zip(found, needs, strict=True))
-    ]
+    results = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return (results[0], None, *results[1:], *flags)
 
 

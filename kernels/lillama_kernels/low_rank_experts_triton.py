@@ -75,10 +75,9 @@ def _low_rank_experts_first_kernel(
 ):  # fmt: skip
     """z[:, :R] = x A_e^T up to the expert's rank, for one projection (SHIFT) or two.
 
-    PARTS 2: columns R to R + R2 get x2 A2_e^T, ranks SHIFT + 16. PARTS 3: x A_e^T + x2 A2_e^T in
-    the columns of one. GATHER: rows of x are tokens, else stored rows. SCALE: multiply by the
-    routing weight, after the dot with `other` (z of the forward pass), which gives that weight's
-    gradient: dot [blocks of R, M * k].
+    PARTS 2: columns R to R + R2 get x2 A2_e^T, ranks SHIFT + 16. GATHER: rows of x are tokens, else
+    stored rows. SCALE: multiply by the routing weight, after the dot with `other` (z of the forward
+    pass), which gives that weight's gradient: dot [blocks of R, M * k].
     """
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -115,11 +114,6 @@ def _low_rank_experts_first_kernel(
                 acc, l_ptr + l_rows, mask_m, w_ptr + w_off, stride_w, offs_n, mask_n, K,
                 BLOCK_K, W_ROWS_ARE_N, WAIT,
             )  # fmt: skip
-            if PARTS == 3:
-                acc = _product(
-                    acc, x2_ptr + l_rows, mask_m, a2_ptr + w_off, stride_w, offs_n, mask_n, K,
-                    BLOCK_K, W_ROWS_ARE_N, False,
-                )  # fmt: skip
             mask = mask_m[:, None] & mask_n[None, :]
             z_at = stored[:, None] * width + start + offs_n[None, :]
             if SCALE:
@@ -135,23 +129,19 @@ def _low_rank_experts_first_kernel(
 def _low_rank_experts_gated_kernel(
     x_ptr, z_ptr, b_ptr, b2_ptr, w_ptr, w2_ptr, h_ptr, gate_ptr, up_ptr,
     index_ptr, table_ptr, row_ptr, ranks, M, slots, H, INNER, R, R2, stride_x,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, SAVE: tl.constexpr,
-    HAS_DENSE: tl.constexpr, DECODE: tl.constexpr, BY_PLACE: tl.constexpr,
-    BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr, WAIT: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SAVE: tl.constexpr, HAS_DENSE: tl.constexpr,
+    DECODE: tl.constexpr, BY_PLACE: tl.constexpr, BLOCK_T: tl.constexpr, USE_PDL: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """h = silu(gate) * up, or with SAVE 1 gate and up too, with SAVE 2 these alone.
-
-    SHARED: up reads the gate's columns of z.
-    """
+    """h = silu(gate) * up; SAVE: gate and up too."""
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
     H = multiple_of_8(H, True)
     INNER = multiple_of_8(INNER, True)
     R = multiple_of_8(R, True)
     R2 = multiple_of_8(R2, True)
-    start = 0 if SHARED else R
-    width = R if SHARED else R + R2
+    width = R + R2
     blocks_n = tl.cdiv(INNER, BLOCK_N)
     blocks_m = slots
     if not DECODE:
@@ -176,7 +166,7 @@ def _low_rank_experts_gated_kernel(
             up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             rank, dense = _rank_of(packed, 17, HAS_DENSE)
             up = _project(
-                up, z_ptr, z_rows + start, x_ptr, x_rows, mask_m, expert, rank, dense, b2_ptr,
+                up, z_ptr, z_rows + R, x_ptr, x_rows, mask_m, expert, rank, dense, b2_ptr,
                 w2_ptr, offs_n, INNER, R2, H, BLOCK_K, True, HAS_DENSE, False,
             )  # fmt: skip
             mask = mask_m[:, None] & (offs_n < INNER)[None, :]
@@ -184,13 +174,12 @@ def _low_rank_experts_gated_kernel(
             # rounded here as between two layers, whether or not they are kept
             gate = gate.to(h_ptr.dtype.element_ty)
             up = up.to(h_ptr.dtype.element_ty)
-            if SAVE > 0:
+            if SAVE:
                 tl.store(gate_ptr + at, gate, mask=mask)
                 tl.store(up_ptr + at, up, mask=mask)
-            if SAVE < 2:
-                gate = gate.to(tl.float32)
-                h = gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)
-                tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
+            gate = gate.to(tl.float32)
+            h = gate / (1.0 + tl.exp(-gate)) * up.to(tl.float32)
+            tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
     if WAIT:
         tl.extra.cuda.gdc_wait()
 
@@ -200,8 +189,7 @@ def _low_rank_experts_second_kernel(
     z_ptr, l_ptr, l2_ptr, b_ptr, b2_ptr, w_ptr, w2_ptr, weight_ptr, out_ptr,
     index_ptr, table_ptr, row_ptr, ranks, M, slots, N, K, R, R2,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr,
-    SHARED: tl.constexpr, SCALE: tl.constexpr, W_ROWS_ARE_N: tl.constexpr,
-    HAS_DENSE: tl.constexpr,
+    SCALE: tl.constexpr, W_ROWS_ARE_N: tl.constexpr, HAS_DENSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """out [M * k, N] at each row's (token, place) = z B_e^T, for one projection or, PARTS 2, the
@@ -210,7 +198,7 @@ def _low_rank_experts_second_kernel(
     K = multiple_of_8(K, True)
     R = multiple_of_8(R, True)
     R2 = multiple_of_8(R2, True)
-    width = R + R2 if PARTS == 2 and not SHARED else R
+    width = R + R2 if PARTS == 2 else R
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_m = tl.load(table_ptr + NUM_EXPERTS + 1)
     for step in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0)):
@@ -228,10 +216,9 @@ def _low_rank_experts_second_kernel(
             offs_n, N, R, K, BLOCK_K, W_ROWS_ARE_N, HAS_DENSE, False,
         )  # fmt: skip
         if PARTS == 2:
-            start = 0 if SHARED else R
             rank, dense = _rank_of(packed, SHIFT + 16, HAS_DENSE)
             acc = _project(
-                acc, z_ptr, z_rows + start, l2_ptr, stored * K, mask_m, expert, rank, dense,
+                acc, z_ptr, z_rows + R, l2_ptr, stored * K, mask_m, expert, rank, dense,
                 b2_ptr, w2_ptr, offs_n, N, R2, K, BLOCK_K, W_ROWS_ARE_N, HAS_DENSE, False,
             )  # fmt: skip
         if SCALE:

@@ -37,7 +37,6 @@ FIRST: dict[str, dict[str, Any]] = {
     "down": {"PARTS": 1, "SHIFT": 33, "GATHER": False, "SCALE": False, "W_ROWS_ARE_N": True},
     "ddown": {"PARTS": 1, "SHIFT": 33, "GATHER": True, "SCALE": True, "W_ROWS_ARE_N": False},
     "dgate-up": {"PARTS": 2, "SHIFT": 1, "GATHER": False, "SCALE": False, "W_ROWS_ARE_N": False},
-    "dshared": {"PARTS": 3, "SHIFT": 1, "GATHER": False, "SCALE": False, "W_ROWS_ARE_N": False},
 }
 WEIGHT_GRADS: dict[str, dict[str, Any]] = {
     "A": {"RANK_IS": "N", "GATHER_L": False, "GATHER_R": True, "SCALE_L": False, "SHIFT": 1},
@@ -81,8 +80,8 @@ def _decode(target: str, dtype: torch.dtype, matrix: str) -> list[Variant]:
             label = f"{tag}{' dense' if dense else ''}"
             given = (dtype, tiles["gated"], matrix)
             kernel = forward._low_rank_experts_gated_kernel
-            found.append(_variant(f"gated decode {label}", kernel, *given, WAIT=pdl, SHARED=False,
-                                  SAVE=0, HAS_DENSE=dense, **many))  # fmt: skip
+            found.append(_variant(f"gated decode {label}", kernel, *given, WAIT=pdl, SAVE=False,
+                                  HAS_DENSE=dense, **many))  # fmt: skip
             given = (dtype, tiles["decode"], matrix)
             kernel = forward._low_rank_experts_decode_kernel
             found.append(_variant(f"decode {label}", kernel, *given, HAS_DENSE=dense, **how))
@@ -104,14 +103,14 @@ def _many_rows(target: str, dtype: torch.dtype, block_m: int, matrix: str) -> li
         label = f"M{block_m}{' dense' if dense else ''}"
         given = (dtype, experts_tile(target, dtype, "gated", block_m), matrix)
         kernel = forward._low_rank_experts_gated_kernel
-        for save in (0, 1) if widest else (1,):
+        for save in (False, True) if widest else (True,):
             found.append(_variant(f"gated {label} save{save}", kernel, *given, SAVE=save,
-                                  SHARED=False, HAS_DENSE=dense, **alone))  # fmt: skip
+                                  HAS_DENSE=dense, **alone))  # fmt: skip
         kernel = forward._low_rank_experts_second_kernel
         for rows_are_n, parts in ((True, 1), (False, 2)):
             kind = "second" if rows_are_n else "second_grad"
             given = (dtype, experts_tile(target, dtype, kind, block_m), matrix)
-            how = LAYER | {"SHIFT": 33 if rows_are_n else 1, "PARTS": parts, "SHARED": False}
+            how = LAYER | {"SHIFT": 33 if rows_are_n else 1, "PARTS": parts}
             how |= {"SCALE": rows_are_n, "W_ROWS_ARE_N": rows_are_n, "HAS_DENSE": dense}
             found.append(_variant(f"second {label} parts{parts}", kernel, *given, **how))
         given = (dtype, experts_tile(target, dtype, "gated_grad", block_m, dense), matrix)

@@ -15,15 +15,11 @@ from torch import Tensor
 from lillama_kernels import low_rank_linear_triton
 from lillama_kernels.compile_gate import Variant
 from lillama_kernels.launch import (
-    CHAIN_MAX_RANK,
     DECODE_MAX_ROWS,
     DTYPES,
     MAX_SPLIT,
-    NUM_PROGRAMS,
     PDL_TARGETS,
     Tile,
-    chain_tile,
-    cooperative_tile,
     decode_split,
     decode_tiles,
     matmul_tile,
@@ -32,8 +28,6 @@ from lillama_kernels.launch import (
 from lillama_kernels.launch_triton import current_device_of
 
 __all__ = [
-    "low_rank_linear_chain",
-    "low_rank_linear_cooperative",
     "low_rank_linear_decode",
     "low_rank_linear_first",
     "low_rank_linear_matmul",
@@ -123,73 +117,6 @@ def low_rank_linear_decode(
     return ys
 
 
-def low_rank_linear_cooperative(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    counter: Tensor,
-    tile: Tile | None = None,
-    split: int | None = None,
-) -> Tensor:
-    """y [M, N] for M <= DECODE_MAX_ROWS by one cooperative launch.
-
-    Not used by the public function: it ships when it measures faster than
-    `low_rank_linear_decode`. counter: int64 [1], zero before its first use, shared only by
-    launches that cannot overlap; every launch leaves it a multiple of the number of programs.
-    """
-    target = target_with_tiles(x)
-    rows, in_features = x.shape
-    out_features, rank = B.shape
-    y = x.new_empty((rows, out_features))
-    aligned = rows_aligned(x, A, B, y)
-    tile = tile or cooperative_tile(target, x.dtype, rows, aligned)
-    split = split or decode_split(target, x.dtype, rank, in_features, tile)
-    z = x.new_empty((split, rows, rank))
-    # every program must be resident, or the barrier waits for ever; in the interpreter, which runs
-    # them one after the other, a few will do
-    programs = 4
-    if x.is_cuda:
-        programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    options = tile.options
-    if x.is_cuda:
-        options["launch_cooperative_grid"] = True
-    with current_device_of(x):
-        for phase in (0,) if x.is_cuda else (1, 2):
-            kernels._low_rank_linear_cooperative_kernel[(programs,)](
-                x, A, z, B, B if bias is None else bias, y, counter, rows, in_features,
-                out_features, rank, x.stride(0), A.stride(0), B.stride(0),
-                SPLIT_K=split, HAS_BIAS=bias is not None, ALIGNED=aligned, NUM_PROGRAMS=programs,
-                PHASE=phase, **tile.blocks, **options,
-            )  # fmt: skip
-    return y
-
-
-def low_rank_linear_chain(
-    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, tile: Tile | None = None
-) -> Tensor:
-    """y [M, N] for R <= CHAIN_MAX_RANK by one kernel that keeps z on the chip.
-
-    Not used by the public function until a measurement speaks for it.
-    """
-    target = target_with_tiles(x)
-    rows, in_features = x.shape
-    out_features, rank = B.shape
-    tile = tile or chain_tile(target, x.dtype, rank)
-    y = x.new_empty((rows, out_features))
-    blocks_m = triton.cdiv(rows, tile.blocks["BLOCK_M"])
-    blocks_n = triton.cdiv(out_features, tile.blocks["BLOCK_N"])
-    # few rows: several programs share a block of rows, and each computes its z
-    shares = min(blocks_n, max(1, NUM_PROGRAMS[target] // blocks_m))
-    with current_device_of(x):
-        kernels._low_rank_linear_chain_kernel[(blocks_m, shares)](
-            x, A, B, B if bias is None else bias, y, rows, in_features, out_features, rank,
-            x.stride(0), A.stride(0), B.stride(0), HAS_BIAS=bias is not None,
-            ALIGNED=rows_aligned(x, A, B, y), **tile.blocks, **tile.options,
-        )  # fmt: skip
-    return y
-
-
 def low_rank_linear_matmul(
     a: Tensor,
     b: Tensor,
@@ -218,7 +145,7 @@ def low_rank_linear_matmul(
 
 
 # What the compile gate compiles: each kernel as the launchers above call it
-INTEGER_POINTERS = {"counter_ptr": "*i64:16", "order_ptr": "*i32:16", "places_ptr": "*i32:16"}
+INTEGER_POINTERS = {"order_ptr": "*i32:16", "places_ptr": "*i32:16"}
 
 
 def variant(
@@ -262,7 +189,6 @@ _variant = functools.partial(variant, "low_rank_linear")
 def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
     first_kernel = kernels._low_rank_linear_first_kernel
     second_kernel = kernels._low_rank_linear_second_kernel
-    together = kernels._low_rank_linear_cooperative_kernel
     found = []
     matrix = "none" if dtype == torch.float32 else "any"
     pdl = target in PDL_TARGETS
@@ -279,9 +205,6 @@ def _decode_variants(target: str, dtype: torch.dtype) -> list[Variant]:
                 given = (dtype, second, matrix, pairs)
                 label = f"second {name} pairs{pairs}"
                 found.append(_variant(label, second_kernel, *given, BIASES=1, **how))
-        how = {"SPLIT_K": splits[-1], "NUM_PROGRAMS": NUM_PROGRAMS[target], "PHASE": 0}
-        given = (dtype, cooperative_tile(target, dtype, rows), matrix)
-        found.append(_variant(f"cooperative M{rows}", together, *given, HAS_BIAS=True, **how))
     how = {"SPLIT_K": splits[-1], "USE_PDL": pdl}
     for rows in (16, DECODE_MAX_ROWS):
         first, second = decode_tiles(target, dtype, rows, aligned=False)
@@ -315,15 +238,4 @@ def variants(target: str) -> list[Variant]:
                         ACCUMULATE=False,
                     )
                 )
-        for rank in (16, 32, 64, 128, CHAIN_MAX_RANK):
-            found.append(
-                _variant(
-                    f"chain R{rank}",
-                    kernels._low_rank_linear_chain_kernel,
-                    dtype,
-                    chain_tile(target, dtype, rank),
-                    "none" if plain else "any",
-                    HAS_BIAS=True,
-                )
-            )
     return found

@@ -4,9 +4,8 @@
 
 Few rows (decode): a first kernel writes z = x A^T for all pairs at once, a second one all y_i. The
 second starts while the first still runs and waits, with its first weight tile already loaded, for z
-(programmatic dependent launch). The cooperative kernel does both in one launch. Many rows: plain
-tiled products. The chain kernel keeps z on the chip and is for ranks up to 256.
-low_rank_linear_launch.py launches them, low_rank_linear.py decides which.
+(programmatic dependent launch). Many rows: plain tiled products. low_rank_linear_launch.py launches
+them, low_rank_linear.py decides which.
 
 Letters as in reference.py; R is the sum of the pairs' ranks where A is the concatenation of theirs.
 K is summed in SPLIT_K parts, which are added up in a fixed order.
@@ -18,8 +17,6 @@ import triton.language as tl
 from lillama_kernels.launch_triton import multiple_of_8
 
 __all__ = [
-    "_low_rank_linear_chain_kernel",
-    "_low_rank_linear_cooperative_kernel",
     "_low_rank_linear_first_kernel",
     "_low_rank_linear_matmul_kernel",
     "_low_rank_linear_second_kernel",
@@ -80,7 +77,7 @@ def _add_parts(
     mask = mask_m[:, None] & (offs_r < R)[None, :]
     for s in tl.static_range(SPLIT_K):
         part = z_rows + s * stride_zs + offs_r[None, :]
-        # through L2 only: other multiprocessors wrote z in this launch, or in one that still ends
+        # through L2 only: other multiprocessors wrote z in a launch that still ends
         z = tl.load(part, mask=mask, other=0.0, cache_modifier=".cg")  # [BLOCK_M, BLOCK_R]
         acc = tl.dot(z, b.T, acc, input_precision="ieee")
     return acc
@@ -177,65 +174,6 @@ def _low_rank_linear_second_kernel(
         first_r += rank
 
 
-@triton.jit(do_not_specialize=["M"])
-def _low_rank_linear_cooperative_kernel(
-    x_ptr, a_ptr, z_ptr, b_ptr, bias_ptr, y_ptr, counter_ptr, M, K, N, R,
-    stride_xm, stride_ar, stride_bn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    FIRST_R: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIGNED: tl.constexpr, NUM_PROGRAMS: tl.constexpr, PHASE: tl.constexpr,
-):  # fmt: skip
-    """Both stages in one persistent launch with a grid barrier between them.
-
-    PHASE 0 runs all; 1 and 2 run the part before or after the barrier, for the interpreter, whose
-    programs run one after the other and would wait for ever. counter_ptr: int64, counts arrivals
-    for ever; NUM_PROGRAMS of them pass one barrier.
-    """
-    pid = tl.program_id(0)
-    K = multiple_of_8(K, ALIGNED)
-    N = multiple_of_8(N, ALIGNED)
-    R = multiple_of_8(R, ALIGNED)
-    stride_bn = multiple_of_8(stride_bn, ALIGNED)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    blocks_r = tl.cdiv(R, FIRST_R)
-    if PHASE != 2:
-        for tile in tl.range(pid, blocks_r * SPLIT_K, NUM_PROGRAMS):
-            _first_tile(
-                x_ptr, a_ptr, z_ptr, tile % blocks_r, tile // blocks_r, M, K, R,
-                multiple_of_8(stride_xm, ALIGNED), multiple_of_8(stride_ar, ALIGNED),
-                BLOCK_M, FIRST_R, BLOCK_K, SPLIT_K,
-            )  # fmt: skip
-    offs_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn
-    # before anyone waits: the first weight tile of the second stage does not depend on z
-    b = _load_b(b_rows, offs_n < N, 0, R, BLOCK_R)
-    if PHASE == 0:
-        # all stores of this program first, then one release that carries them to the others
-        tl.debug_barrier()
-        ticket = tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-        full = (ticket // NUM_PROGRAMS + 1) * NUM_PROGRAMS
-        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < full:
-            pass
-        tl.debug_barrier()
-    if PHASE != 1:
-        offs_m = tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        stride_zs = M.to(tl.int64) * R
-        z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * R
-        for tile in tl.range(pid, blocks_n, NUM_PROGRAMS):
-            offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < N
-            b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn
-            if tile != pid:
-                b = _load_b(b_rows, mask_n, 0, R, BLOCK_R)
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            acc = _add_parts(acc, z_rows, b, mask_m, 0, R, stride_zs, BLOCK_R, SPLIT_K)
-            for block in tl.range(1, tl.cdiv(R, BLOCK_R)):
-                b = _load_b(b_rows, mask_n, block, R, BLOCK_R)
-                acc = _add_parts(acc, z_rows, b, mask_m, block, R, stride_zs, BLOCK_R, SPLIT_K)
-            _store_y(y_ptr, bias_ptr, acc, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)
-
-
 @triton.jit
 def _product_tile(
     a_ptr, b_ptr, M, N, K, stride_a, stride_b,
@@ -309,37 +247,3 @@ def _low_rank_linear_matmul_kernel(
     if ACCUMULATE:
         acc += tl.load(c_ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _low_rank_linear_chain_kernel(
-    x_ptr, a_ptr, b_ptr, bias_ptr, y_ptr, M, K, N, R, stride_xm, stride_ar, stride_bn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """y of BLOCK_M rows and one of the program's shares of N, z [BLOCK_M, BLOCK_R >= R] on the
-    chip; every share computes z again."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
-    K = multiple_of_8(K, ALIGNED)
-    N = multiple_of_8(N, ALIGNED)
-    R = multiple_of_8(R, ALIGNED)
-    mask_m = offs_m < M
-    mask_r = offs_r < R
-    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * multiple_of_8(stride_xm, ALIGNED)
-    a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * multiple_of_8(stride_ar, ALIGNED)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for block in tl.range(0, tl.cdiv(K, BLOCK_K)):
-        offs_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        x = tl.load(x_rows + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        a = tl.load(a_rows + offs_k[None, :], mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-        acc = tl.dot(x, a.T, acc, input_precision="ieee")
-    z = acc.to(a_ptr.dtype.element_ty)  # [BLOCK_M, BLOCK_R]
-    for tile in tl.range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
-        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        b_rows = b_ptr + offs_n.to(tl.int64)[:, None] * multiple_of_8(stride_bn, ALIGNED)
-        b = _load_b(b_rows, mask_n, 0, R, BLOCK_R)
-        y = tl.dot(z, b.T, input_precision="ieee")
-        _store_y(y_ptr, bias_ptr, y, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)

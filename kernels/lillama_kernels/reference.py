@@ -34,14 +34,13 @@ __all__ = [
     "pivot_low_rank_experts",
     "pivot_low_rank_linear",
     "reduce_rows",
-    "token_weights",
 ]
 
 # The smallest norm that divides, F.cosine_similarity's
 NORM_EPS = 1e-8
 LOSS_FLOOR = math.log1p(math.exp(-1.0))  # form "l1_cosine" when student equals teacher
 
-LossForm = Literal["l1_cosine", "l1", "smooth_l1", "nmse", "cosine", "norm_direction"]
+LossForm = Literal["l1_cosine", "nmse"]
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -293,78 +292,48 @@ def distill_loss_rows(
     a, y = student.to(work), teacher.to(work)
     if mask is not None:  # a masked row may hold anything, NaN included
         a, y = (t.masked_fill(~mask[..., None], 0.0) for t in (a, y))
-    match form:
-        case "l1_cosine":
-            loss = (a - y).abs().mean(-1) - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
-        case "l1":
-            loss = (a - y).abs().mean(-1)
-        case "smooth_l1":
-            loss = F.smooth_l1_loss(a, y, reduction="none").mean(-1)
-        case "nmse":
-            loss = (a - y).square().sum(-1) / y.norm(dim=-1).clamp_min(NORM_EPS).square()
-        case "cosine":
-            loss = 1 - F.cosine_similarity(a, y, dim=-1)
-        case "norm_direction":
-            norm_y = y.norm(dim=-1)
-            apart = ((a.norm(dim=-1) - norm_y) / norm_y.clamp_min(NORM_EPS)).square()
-            loss = apart + 1 - F.cosine_similarity(a, y, dim=-1)
+    if form == "l1_cosine":
+        loss = (a - y).abs().mean(-1) - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
+    else:
+        loss = (a - y).square().sum(-1) / y.norm(dim=-1).clamp_min(NORM_EPS).square()
     return loss if mask is None else torch.where(mask, loss, torch.zeros_like(loss))
 
 
-def token_weights(mask: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What each token counts for [...]: its weight, 0 where masked, even if that weight is NaN."""
-    if weight is None:
-        assert mask is not None
-        return mask.to(dtype)
-    weights = weight.to(dtype)
-    return weights if mask is None else torch.where(mask, weights, 0.0)
-
-
-def reduce_rows(
-    rows: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: Reduction
-) -> Tensor:
-    """weight * rows ("none"), its sum, or its sum over the sum of the counted weights ("mean").
-
-    rows are 0 where masked. On a GPU each operation on [M] numbers is a launch: few of them.
-    """
-    counted = mask
-    if weight is not None:
-        counted = token_weights(mask, weight, rows.dtype)
-        rows = rows * counted
+def reduce_rows(rows: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    """rows, which are 0 where masked ("none"), their sum, or the mean of those that count."""
     if reduction == "none":
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.mean() if counted is None else rows.sum() / counted.sum()
+    return rows.mean() if mask is None else rows.sum() / mask.sum()
 
 
 def distill_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     form: LossForm = "l1_cosine",
 ) -> Tensor:
-    """student, teacher [..., H]; mask [...] (True counts); weight [...] -> a scalar, or [...] for
-    reduction "none". The default form (arXiv 2412.16719) has its floor at -log sigmoid(1) = 0.3133,
-    not at 0."""
+    """student, teacher [..., H]; mask [...] (True counts) -> a scalar, or [...] with "none".
+
+    The default form (arXiv 2412.16719) has its floor at -log sigmoid(1) = 0.3133, not at 0.
+    """
     rows = distill_loss_rows(student, teacher, mask, form)
-    return reduce_rows(rows, mask, weight, reduction)
+    return reduce_rows(rows, mask, reduction)
 
 
 def distill_loss_and_grad(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     form: LossForm = "l1_cosine",
 ) -> tuple[Tensor, Tensor]:
     """The loss ("mean" or "sum") and its gradient in the student, outside autograd."""
 
     def loss_of(student: Tensor) -> Tensor:
-        return distill_loss(student, teacher, mask, weight, reduction, form)
+        return distill_loss(student, teacher, mask, reduction, form)
 
     with torch.no_grad():  # of the outer level; torch.compile traces no torch.autograd.grad
         grad, loss = torch.func.grad_and_value(loss_of)(student.detach())

@@ -79,10 +79,10 @@ def test_the_gate_refuses_an_argument_that_the_kernel_does_not_take():
 
 
 def test_the_table_has_one_line_a_kernel_and_names_failures():
-    result = python(["-m", "lillama_kernels.compile_gate", "--target=sm_90", "--kernel=chain"])
+    result = python(["-m", "lillama_kernels.compile_gate", "--target=sm_90", "--kernel=places"])
     header, line, last = result.stdout.splitlines()
     assert header.split()[:3] == ["target", "kernel", "tiles"]
-    assert line.startswith("sm_90   low_rank_linear chain") and line.endswith("ok")
+    assert line.startswith("sm_90   pivot_low_rank_linear places") and line.endswith("ok")
     assert last.endswith(" 0 failed")
 
 

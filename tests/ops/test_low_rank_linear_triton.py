@@ -188,34 +188,6 @@ def test_low_rank_linear_triton_any_shape(rows, size, half, seed):
     check_op(op, oracle, inputs, seed=seed)
 
 
-# The launchers that the public function does not use yet
-@each_dtype
-@pytest.mark.parametrize("rows", [1, 33], ids=lambda m: f"M{m}")
-@pytest.mark.parametrize("size", [(257, 63, 8), (1032, 400, 24), (64, 72, 200)], ids=str)
-def test_low_rank_linear_triton_cooperative(rows, size, dtype, device, runs):
-    from lillama_kernels.low_rank_linear_launch import low_rank_linear_cooperative
-
-    counter = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def run(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
-        return low_rank_linear_cooperative(x, A, B, bias, counter)
-
-    if runs(dtype):
-        check_values(run, oracle, inputs_of([rows], size, dtype, device))
-
-
-@each_dtype
-@pytest.mark.parametrize("rows", [1, 63, 300], ids=lambda m: f"M{m}")
-@pytest.mark.parametrize(
-    "size", [(257, 63, 8), (100, 48, 7), (64, 200, 64), (72, 300, 100), (40, 80, 256)], ids=str
-)
-def test_low_rank_linear_triton_chain(rows, size, dtype, device, runs):
-    from lillama_kernels.low_rank_linear_launch import low_rank_linear_chain
-
-    if runs(dtype):
-        check_values(low_rank_linear_chain, oracle, inputs_of([rows], size, dtype, device))
-
-
 # How it is called: compiled, checkpointed, under autocast, on a graph
 @pytest.mark.parametrize("rows", [3, 70], ids=["decode", "many"])
 def test_low_rank_linear_triton_opcheck(rows, device):
