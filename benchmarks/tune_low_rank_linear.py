@@ -5,7 +5,7 @@
 For each shape: the first stage's tiles with the committed second stage, then the second's with the
 best first, all replayed from CUDA graphs on rotated inputs, every candidate checked against the
 reference before it is timed. Prints the best of each and the committed one; what it finds is
-entered in kernels/lillama_kernels/launch.py by hand, with an entry in NOTES.md. One JSON document
+entered in kernels/lillama_kernels/tiles.py by hand, with an entry in NOTES.md. One JSON document
 at the end, for a file.
 """
 
@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 from lillama_kernels import reference
-from lillama_kernels.launch import (
-    Tile,
-    decode_split,
-    decode_tiles,
-    matmul_tile,
-    target_of,
-)
-from lillama_kernels.low_rank_linear_launch import (
+from lillama_kernels.dispatch import target_of
+from lillama_kernels.low_rank_linear.launch import (
     low_rank_linear_decode,
     low_rank_linear_matmul,
 )
 from lillama_kernels.testing import check_values, low_rank_linear_inputs
+from lillama_kernels.tiles import (
+    Tile,
+    decode_split,
+    decode_tiles,
+    matmul_tile,
+)
 from torch import Tensor
 
 from benchmarks.timing import captured, cuda_clock, interleaved, num_input_sets, quantiles

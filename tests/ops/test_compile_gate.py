@@ -9,8 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-from lillama_kernels.impl import TRITON_OPS
-from lillama_kernels.launch import TARGETS
+from lillama_kernels.dispatch import TARGETS, TRITON_OPS
 
 
 def python(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:

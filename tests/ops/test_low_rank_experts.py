@@ -189,7 +189,7 @@ def test_low_rank_experts_equal_dense_mixtral(device):
     dense: dict[str, list[Tensor]] = {}
     for name, projection in zip(factors._fields, factors, strict=True):
         eye = torch.eye(INTERMEDIATE if name == "down" else HIDDEN, dtype=torch.float64)
-        dense[name] = [projection.apply(eye.to(device), expert).T for expert in range(4)]
+        dense[name] = [product(eye.to(device)).T for product in projection.by_expert()]
     config = MixtralConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_local_experts=4)
     config._experts_implementation = "eager"
     experts = MixtralExperts(config).to(device, torch.float64)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from lillama_kernels import kernels_impl, low_rank_experts, reference
-from lillama_kernels.launch import EXPERTS_DECODE_MAX_TOKENS
 from lillama_kernels.testing import (
     check_op,
     check_values,
@@ -19,6 +18,7 @@ from lillama_kernels.testing import (
     low_rank_experts_inputs,
     values_and_grads,
 )
+from lillama_kernels.tiles import EXPERTS_DECODE_MAX_TOKENS
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lillama_kernels import kernels_impl, low_rank_linear
-from lillama_kernels.launch import DECODE_MAX_ROWS, decode_split, decode_tiles
+from lillama_kernels import dispatch, kernels_impl, low_rank_linear
 from lillama_kernels.testing import (
     check_op,
     check_values,
     low_rank_linear_inputs,
     values_and_grads,
 )
+from lillama_kernels.tiles import DECODE_MAX_ROWS, decode_split, decode_tiles
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
@@ -275,18 +275,14 @@ def test_low_rank_linear_triton_refuses_fp64(device):
 
 
 def test_low_rank_linear_triton_refuses_a_cpu_without_interpreter(monkeypatch):
-    from lillama_kernels import impl
-
-    monkeypatch.setattr(impl, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     x, w = torch.ones(1, 8), torch.ones(8, 8)
     with pytest.raises(NotImplementedError, match="needs tensors on a CUDA device, got cpu"):
         op(x, w, w)
 
 
 def test_low_rank_linear_triton_refuses_without_the_package(monkeypatch):
-    from lillama_kernels import impl
-
-    monkeypatch.setattr(impl, "has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     x, w = torch.ones(1, 8), torch.ones(8, 8)
     with pytest.raises(NotImplementedError, match="the package triton, which is not installed"):
         op(x, w, w)

@@ -6,8 +6,8 @@ transformers' mixer itself is compared through whole models in tests/integration
 import pytest
 import torch
 from lillama_kernels import MixerWeights, mamba_mixer_step, mamba_mixer_step_runs_triton
-from lillama_kernels.launch_mamba import MIXER_MAX_ROWS
 from lillama_kernels.testing import assert_close_to_truth, poison_empty
+from lillama_kernels.tiles import MIXER_MAX_ROWS
 from torch import Tensor
 
 HIDDEN, CHANNELS, STATE, DT_RANK, WIDTH = 24, 40, 5, 6, 4

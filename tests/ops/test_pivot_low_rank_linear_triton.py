@@ -8,14 +8,14 @@ import importlib
 
 import pytest
 import torch
-from lillama_kernels import kernels_impl, launch, pivot_low_rank_linear
-from lillama_kernels.launch import decode_split, decode_tiles
+from lillama_kernels import dispatch, kernels_impl, pivot_low_rank_linear
 from lillama_kernels.testing import (
     check_op,
     check_values,
     pivot_low_rank_linear_inputs,
     values_and_grads,
 )
+from lillama_kernels.tiles import decode_split, decode_tiles
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
@@ -322,15 +322,13 @@ def test_pivot_triton_refuses_fp64_and_unknown_gpus(device, monkeypatch):
     op, _, inputs = made([3], (24, 16, 8), torch.float64, device)
     with pytest.raises(TypeError, match="take float32, float16, bfloat16; got float64"):
         op(**inputs)
-    monkeypatch.setattr(launch, "_target", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_target", lambda *_: None)
     with pytest.raises(NotImplementedError, match="no Triton tiles for the GPU"):
         op(**{name: tensor.float() for name, tensor in inputs.items()})
 
 
 def test_pivot_triton_refuses_a_cpu_without_interpreter(monkeypatch):
-    from lillama_kernels import impl
-
     op, _, inputs = made([3], (24, 16, 8), torch.float32, "cpu")
-    monkeypatch.setattr(impl, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with pytest.raises(NotImplementedError, match="pivot_low_rank_linear: impl='triton' needs"):
         op(**inputs)

@@ -9,7 +9,7 @@ import importlib
 
 import pytest
 import torch
-from lillama_kernels import launch, selective_scan, selective_state_update
+from lillama_kernels import selective_scan, selective_state_update, tiles
 from lillama_kernels.testing import check_op, check_values, selective_scan_inputs, values_and_grads
 from torch import Tensor
 
@@ -23,9 +23,9 @@ def _small_tile(request, device, monkeypatch):
     """4 channels, 16 steps; backward must see the borders where forward left them."""
     if device.type == "cuda" or "shipped" in request.node.name:
         return
-    tile = launch.Tile(blocks={"BLOCK_D": 4, "BLOCK_T": 16}, num_warps=4, num_stages=1)
+    tile = tiles.Tile(blocks={"BLOCK_D": 4, "BLOCK_T": 16}, num_warps=4, num_stages=1)
     # the package's attribute of that name is the function
-    for name in ("lillama_kernels.selective_scan", "lillama_kernels.selective_scan_launch"):
+    for name in ("lillama_kernels.mamba.selective_scan", "lillama_kernels.mamba.scan_launch"):
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "scan_tile", lambda *args, **kwargs: tile)
 
