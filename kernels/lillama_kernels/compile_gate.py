@@ -34,23 +34,12 @@ from lillama_kernels.tiles import SHARED_BYTES
 
 __all__ = ["Launch", "Row", "compile_launch", "launches", "main"]
 
-GPU_TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# Matrix instructions in the assembly: the plain ones, and those that only wide tiles get
-MATRIX = {
-    "sm_80": ("mma.sync",),
-    "sm_89": ("mma.sync",),
-    "sm_90": ("wgmma.mma_async", "mma.sync"),
-    "sm_100": ("tcgen05.mma", "mma.sync"),
-    "gfx942": ("v_mfma",),
-}
+GPU_TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 89, 90, 100)}
+GPU_TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+# Matrix instructions in the assembly, the best first, which only wide tiles get
+MATRIX = {"sm_80": ("mma.sync",), "sm_89": ("mma.sync",), "gfx942": ("v_mfma",)}
+MATRIX |= {"sm_90": ("wgmma.mma_async", "mma.sync"), "sm_100": ("tcgen05.mma", "mma.sync")}
 REGISTERS_PER_SM = 65_536  # every CUDA target above
-MAX_REGISTERS = {"cuda": 255, "hip": 512}
 
 
 class Launch(NamedTuple):
@@ -152,16 +141,13 @@ def launches(target: str) -> list[Launch]:
     return list(found.values())
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack and local memory (where spills go)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [_tool("cuobjdump"), "-res-usage", str(path)]
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "-res-usage", str(path)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).*? LOCAL:(\d+)", text)
     if found is None:
@@ -173,14 +159,12 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 def _hip_usage(assembly: str) -> tuple[int, int]:
     """Vector registers a thread, and those spilled plus bytes of scratch. Scalar registers spill
     into lanes of vector registers, not into memory: the ranks of 64 experts do."""
-
-    def number(key: str) -> int:
-        found = re.search(rf"\.{key}:\s*(\d+)", assembly)
-        if found is None:
-            raise RuntimeError(f"no .{key} in the assembly")
-        return int(found.group(1))
-
-    return number("vgpr_count"), number("vgpr_spill_count") + number("private_segment_fixed_size")
+    wanted = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    found = {key: re.search(rf"\.{key}:\s*(\d+)", assembly) for key in wanted}
+    registers, *spills = (int(match[1]) for match in found.values() if match)
+    if len(spills) < 2:
+        raise RuntimeError(f"the assembly says not all of {', '.join(wanted)}")
+    return registers, sum(spills)
 
 
 def _wanted(ttir: str, target: str) -> tuple[str, ...]:
@@ -206,38 +190,23 @@ def compile_launch(launch: Launch, target: str) -> Row:
         last_line = (str(error).splitlines() or [""])[-1]
         problem = f"does not compile: {type(error).__name__}: {last_line}"
         return Row(target, launch.name, 0, 0, 0, "", seconds, (problem,))
-    if gpu.backend == "cuda":
-        assembly = compiled.asm["ptx"]
-        registers, spills = _cuda_usage(compiled.asm["cubin"])
-    else:
-        assembly = compiled.asm["amdgcn"]
-        registers, spills = _hip_usage(assembly)
-    metadata: Any = compiled.metadata
+    cuda = gpu.backend == "cuda"
+    assembly = compiled.asm["ptx" if cuda else "amdgcn"]
+    registers, spills = _cuda_usage(compiled.asm["cubin"]) if cuda else _hip_usage(assembly)
+    shared = int(getattr(compiled.metadata, "shared"))  # noqa: B009
     found = next((name for name in MATRIX[target] if name in assembly), "")
-    problems = []
-    if spills:
-        problems.append(f"spills {spills}")
-    threads = metadata.num_warps * gpu.warp_size
-    limit = MAX_REGISTERS[gpu.backend]
-    if gpu.backend == "cuda":
-        limit = min(limit, REGISTERS_PER_SM // threads)
-    if registers > limit:
-        problems.append(f"{registers} registers a thread, at most {limit} for {threads} threads")
-    if metadata.shared > SHARED_BYTES[target]:
-        problems.append(f"{metadata.shared} bytes shared, at most {SHARED_BYTES[target]}")
     wanted = _wanted(compiled.asm["ttir"], target)
-    if wanted and found not in wanted:
-        problems.append(f"no {' or '.join(wanted)}")
-    return Row(
-        target,
-        launch.name,
-        registers,
-        spills,
-        metadata.shared,
-        found,
-        time.perf_counter() - start,
-        tuple(problems),
+    threads = launch.options["num_warps"] * gpu.warp_size
+    limit = min(255, REGISTERS_PER_SM // threads) if cuda else 512
+    judged = (
+        (not spills, f"spills {spills}"),
+        (registers <= limit, f"{registers} registers, at most {limit} for {threads} threads"),
+        (shared <= SHARED_BYTES[target], f"{shared} bytes shared, at most {SHARED_BYTES[target]}"),
+        (not wanted or found in wanted, f"no {' or '.join(wanted)}"),
     )
+    problems = tuple(problem for right, problem in judged if not right)
+    seconds = time.perf_counter() - start
+    return Row(target, launch.name, registers, spills, shared, found, seconds, problems)
 
 
 def _kernel_of(name: str) -> str:
@@ -275,9 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, action="append", help="all when left out")
     parser.add_argument("--kernel", default="", help="only names that contain this")
     parser.add_argument("--all", action="store_true", help="one line for each tile and dtype")
-    parser.add_argument(
-        "--quick", action="store_true", help="bf16 only where fp16 has the same tile"
-    )
+    parser.add_argument("--quick", action="store_true", help="no fp16 where bf16 has that tile")
     parser.add_argument("--one-each", action="store_true", help="one tile of each kernel only")
     arguments = parser.parse_args(argv)
     if knobs.runtime.interpret:
@@ -291,11 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     if not jobs:
         print(f"compile_gate: no kernel's name contains {arguments.kernel!r}")
         return 2
-    print(
-        f"{'target':7} {'kernel':52} tiles {'regs':>4} spills {'shared':>7} {'matrix':24} seconds"
-    )
-    failed = 0
-    start = time.perf_counter()
+    columns = f"{'kernel':52} tiles regs spills  shared {'matrix':24} seconds"
+    print(f"{'target':7} {columns}")
+    failed, start = 0, time.perf_counter()
     groups: dict[tuple[str, str], list[Row]] = {}
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as pool:
         for row in pool.map(compile_launch, *zip(*jobs, strict=True)):
@@ -303,9 +268,8 @@ def main(argv: list[str] | None = None) -> int:
             groups.setdefault((row.target, _kernel_of(row.name)), []).append(row)
             if arguments.all:
                 print(_line(row.name, [row]), flush=True)
-    if not arguments.all:
-        for (_, name), rows in groups.items():
-            print(_line(name, rows))
+    for (_, name), rows in () if arguments.all else groups.items():
+        print(_line(name, rows))
     seconds = time.perf_counter() - start
     print(f"triton {triton.__version__}: {len(jobs)} compiled in {seconds:.0f} s, {failed} failed")
     return 1 if failed else 0

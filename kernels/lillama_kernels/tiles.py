@@ -13,18 +13,20 @@ from typing import Literal
 import torch
 
 __all__ = [
+    "COMBINE_TILE",
+    "CONV_STEP_TILE",
+    "CONV_TILE",
     "DECODE_MAX_ROWS",
     "EXPERTS_DECODE_MAX_TOKENS",
     "MAX_SPLIT",
     "MIXER_MAX_ROWS",
+    "MIXER_SCAN_TILE",
     "NUM_PROGRAMS",
     "PDL_TARGETS",
+    "SCAN_UPDATE_TILE",
     "SHARED_BYTES",
     "ExpertsKernel",
     "Tile",
-    "combine_tile",
-    "conv_step_tile",
-    "conv_tile",
     "decode_split",
     "decode_tiles",
     "experts_block_m",
@@ -33,24 +35,15 @@ __all__ = [
     "experts_tile",
     "loss_tile",
     "matmul_tile",
-    "mixer_conv_tile",
-    "mixer_scan_tile",
-    "permute_tile",
     "pivot_second_tile",
     "route_tile",
     "scan_tile",
-    "scan_update_tile",
 ]
 
 # Shared memory that one program may use, bytes (CUDA C++ Programming Guide 13.0, table 30; CDNA3
 # ISA: 64 KiB of LDS)
-SHARED_BYTES = {
-    "sm_80": 166_912,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "gfx942": 65_536,
-}
+SHARED_BYTES = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+SHARED_BYTES |= {"gfx942": 65_536}
 # Multiprocessors of the largest common card; a split must not depend on the card at hand, or the
 # same inputs would round differently on an H100 with 114 of them than on one with 132
 NUM_PROGRAMS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
@@ -164,12 +157,6 @@ def pivot_second_tile(
     return dataclasses.replace(second, blocks=blocks)
 
 
-def permute_tile() -> Tile:
-    """Tile of the kernel that copies columns in another order (BLOCK_M, BLOCK_N), one for all
-    targets and dtypes. With 8 rows sm_80 spills (Triton 3.9)."""
-    return _tile(4, 1, BLOCK_M=4, BLOCK_N=256)
-
-
 # distill_loss
 
 
@@ -192,6 +179,8 @@ def loss_tile(features: int, aligned: bool = True) -> Tile:
 
 # Tokens up to which a layer without gradients runs the four kernels that sort nothing
 EXPERTS_DECODE_MAX_TOKENS = 16
+# Features of a token whose parts are added up
+COMBINE_TILE = _tile(4, 1, BLOCK_N=1024)
 ExpertsKernel = Literal[
     "first", "gated", "second", "first_grad", "gated_grad", "second_grad", "weight_grad"
 ]
@@ -215,11 +204,6 @@ def route_tile(num_experts: int) -> Tile:
     all targets: 4096 of both together."""
     block_e = max(2, 1 << (num_experts - 1).bit_length())
     return _tile(8, 2, BLOCK_P=max(64, 4096 // block_e), BLOCK_E=block_e)
-
-
-def combine_tile() -> Tile:
-    """BLOCK_N features of a token whose parts are added up."""
-    return _tile(4, 1, BLOCK_N=1024)
 
 
 def experts_decode_tiles(target: str, dtype: torch.dtype) -> dict[str, Tile]:
@@ -299,27 +283,10 @@ def scan_tile(target: str) -> Tile:
     return _tile(warps, 1, BLOCK_D=16, BLOCK_T=steps)
 
 
-def scan_update_tile() -> Tile:
-    """BLOCK_D channels of a single step."""
-    return _tile(2, 1, BLOCK_D=32)
-
-
-def conv_tile() -> Tile:
-    """BLOCK_D channels and BLOCK_T steps of causal_conv1d, one for all targets and dtypes; either
-    may be the side on which neighbours lie in memory."""
-    return _tile(4, 1, BLOCK_D=32, BLOCK_T=16)
-
-
-def conv_step_tile() -> Tile:
-    """BLOCK_D channels of causal_conv1d_update."""
-    return _tile(4, 1, BLOCK_D=64)
-
-
-def mixer_conv_tile(target: str, dtype: torch.dtype) -> Tile:
-    """Tile (BLOCK_M, BLOCK_N, BLOCK_R) of in_proj's second stage with the convolution."""
-    return decode_tiles(target, dtype, MIXER_MAX_ROWS)[1]
-
-
-def mixer_scan_tile() -> Tile:
-    """BLOCK_D channels of the step's scan, each with a row of dt_proj in registers."""
-    return _tile(4, 1, BLOCK_D=16)
+# Channels of a single step of the scan
+SCAN_UPDATE_TILE = _tile(2, 1, BLOCK_D=32)
+# Channels and steps of the convolution; either may be what lies side by side in memory
+CONV_TILE = _tile(4, 1, BLOCK_D=32, BLOCK_T=16)
+CONV_STEP_TILE = _tile(4, 1, BLOCK_D=64)
+# Channels of a mixer's step, each with a row of dt_proj in registers
+MIXER_SCAN_TILE = _tile(4, 1, BLOCK_D=16)

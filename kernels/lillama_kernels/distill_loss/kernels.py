@@ -84,7 +84,7 @@ def _store_gradient(
 @triton.jit(do_not_specialize=["M", "stride_share"])
 def _distill_loss_fwd_kernel(
     student_ptr, teacher_ptr, mask_ptr, share_ptr, loss_ptr, grad_ptr,
-    M, H, stride_sm, stride_tm, stride_share, scale,
+    M, H, stride_sm, stride_tm, stride_share,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, FORM: tl.constexpr, ONE_PASS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SHARE: tl.constexpr, WANT_GRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -114,9 +114,9 @@ def _distill_loss_fwd_kernel(
     loss = _loss(tl.sum(apart, axis=1), dot, norm_a, norm_y, H, FORM)
     tl.store(loss_ptr + offs_m, tl.where(counted, loss, 0.0), mask=in_range)
     if WANT_GRAD:
-        share = tl.where(counted, scale, 0.0)
+        share = tl.where(counted, 1.0, 0.0)
         if HAS_SHARE:
-            share *= tl.load(share_ptr + offs_m * stride_share, mask=counted, other=0.0)
+            share = tl.load(share_ptr + offs_m * stride_share, mask=counted, other=0.0)
         if ONE_PASS:
             _store_gradient(
                 grad_rows, a, y, offs_h, in_range, share, dot, norm_a, norm_y, H, FORM
@@ -137,11 +137,10 @@ def distill_loss_fwd(
     teacher: Tensor,
     mask: Tensor | None,
     share: Tensor | None,
-    scale: float,
     form: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [M] fp32 of student and teacher [M, H]; gradient times share and scale, or empty.
+    """Loss [M] fp32 of student and teacher [M, H]; gradient times share, or empty.
 
     share may be an expanded scalar.
     """
@@ -160,7 +159,7 @@ def distill_loss_fwd(
             loss if share is None else share,
             loss, grad if want_grad else student,
             rows, features, student.stride(0), teacher.stride(0),
-            1 if share is None else share.stride(0), scale,
+            1 if share is None else share.stride(0),
             FORM=form, ONE_PASS=features <= tile.blocks["BLOCK_H"], HAS_MASK=mask is not None,
             HAS_SHARE=share is not None, WANT_GRAD=want_grad, ALIGNED=aligned,
             **tile.blocks, **tile.options,

@@ -52,9 +52,7 @@ def distill_loss(
     _check(student, teacher, mask, reduction, form)
     if not _runs_triton(student, teacher, impl):
         return reference.distill_loss(student, teacher, mask, reduction, form)
-    rows, _ = torch.ops.lillama.distill_loss_rows(
-        *_flat(student, teacher, mask), None, False, form, False
-    )
+    rows, _ = torch.ops.lillama.distill_loss_rows(*_flat(student, teacher, mask), None, form, False)
     return reference.reduce_rows(rows.view(student.shape[:-1]), mask, reduction)
 
 
@@ -87,17 +85,15 @@ def distill_loss_and_grad(
     if not _runs_triton(student, teacher, impl):
         return reference.distill_loss_and_grad(student, teacher, mask, reduction, form)
     with torch.no_grad():
-        # what a token's loss counts for in the mean, computed where the mask lies, without waiting
-        # for the GPU
-        share, over_all = None, reduction == "mean" and mask is None
-        if reduction == "mean" and mask is not None:
-            share = (1.0 / mask.sum()).expand(mask.numel())
         student_rows, teacher_rows, flat_mask = _flat(student, teacher, mask)
+        share = None
+        if reduction == "mean":  # computed where the mask lies, without waiting for the GPU
+            count = student_rows.new_full((), len(student_rows), dtype=torch.float32)
+            share = (1.0 / (count if mask is None else mask.sum())).expand(len(student_rows))
         rows, grad = torch.ops.lillama.distill_loss_rows(
-            student_rows, teacher_rows, flat_mask, share, over_all, form, True
+            student_rows, teacher_rows, flat_mask, share, form, True
         )
-        loss = reference.reduce_rows(rows, flat_mask, reduction)
-        return loss, grad.view(student.shape)
+        return reference.reduce_rows(rows, flat_mask, reduction), grad.view(student.shape)
 
 
 def _check(
@@ -168,12 +164,10 @@ def _rows(
     teacher: Tensor,
     mask: Tensor | None,
     share: Tensor | None,
-    over_all: bool,
     form: str,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token [M] fp32, and its gradient [M, H] times share [M] fp32;
-    with over_all divided by M.
+    """Loss of each token [M] fp32, and its gradient [M, H] times share [M] fp32.
 
     Without want_grad the gradient is empty. Autograd goes through calls without want_grad, and its
     backward is one with: the gradient is computed from the inputs again, not stored by forward.
@@ -182,19 +176,17 @@ def _rows(
     """
     from lillama_kernels.distill_loss.kernels import distill_loss_fwd
 
-    # not 1/M as an argument: torch.compile would trace again for every M
-    scale = 1.0 / max(1, student.shape[0]) if over_all else 1.0
-    return distill_loss_fwd(student, teacher, mask, share, scale, form, want_grad)
+    return distill_loss_fwd(student, teacher, mask, share, form, want_grad)
 
 
 @_rows.register_fake
-def _(student, teacher, mask, share, over_all, form, want_grad):
+def _(student, teacher, mask, share, form, want_grad):
     grad = student.new_empty(student.shape if want_grad else (0,))
     return student.new_empty(student.shape[0], dtype=torch.float32), grad
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, mask, _, _, ctx.form, want_grad = inputs
+    student, teacher, mask, _, ctx.form, want_grad = inputs
     ctx.differentiable = not want_grad
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(student, teacher, mask)
@@ -205,10 +197,8 @@ def _autograd_backward(ctx: Any, grad_rows: Tensor | None, _: Tensor | None) -> 
         raise RuntimeError("distill_loss has no second derivative in Triton; pass impl='reference'")
     grad = None
     if grad_rows is not None:
-        _, grad = torch.ops.lillama.distill_loss_rows(
-            *ctx.saved_tensors, grad_rows, False, ctx.form, True
-        )
-    return grad, None, None, None, None, None, None
+        _, grad = torch.ops.lillama.distill_loss_rows(*ctx.saved_tensors, grad_rows, ctx.form, True)
+    return grad, None, None, None, None, None
 
 
 _rows.register_autograd(_autograd_backward, setup_context=_setup_context)

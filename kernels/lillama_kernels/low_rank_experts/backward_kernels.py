@@ -23,7 +23,7 @@ from lillama_kernels.low_rank_experts.products import (
     _tile_of,
 )
 
-__all__ = ["_low_rank_experts_gated_grad_kernel", "_low_rank_experts_weight_grad_kernel"]
+__all__: list[str] = []  # kernels are private: launchers call them
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -33,12 +33,7 @@ from lillama_kernels.low_rank_experts.products import (
     _tile_of,
 )
 
-__all__ = [
-    "_low_rank_experts_decode_kernel",
-    "_low_rank_experts_first_kernel",
-    "_low_rank_experts_gated_kernel",
-    "_low_rank_experts_second_kernel",
-]
+__all__: list[str] = []  # kernels are private: launchers call them
 
 
 @triton.jit

@@ -17,10 +17,10 @@ from lillama_kernels.launch import current_device_of, target_with_tiles
 from lillama_kernels.low_rank_experts import kernels as triton_kernels
 from lillama_kernels.low_rank_experts import route_kernels
 from lillama_kernels.tiles import (
+    COMBINE_TILE,
     SHARED_BYTES,
     ExpertsKernel,
     Tile,
-    combine_tile,
     experts_block_m,
     experts_table_size,
     experts_tile,
@@ -184,11 +184,11 @@ def combine(layer: Layer, parts: Tensor) -> Tensor:
     """out [M, N]: the k parts [M * k, N] of every token added up in order."""
     tokens, features = layer.hidden.shape[0], parts.shape[1]
     out = parts.new_empty((tokens, features))
-    tile = combine_tile()
-    grid = (tokens, triton.cdiv(features, tile.blocks["BLOCK_N"]))
+    grid = (tokens, triton.cdiv(features, COMBINE_TILE.blocks["BLOCK_N"]))
     routing._low_rank_experts_combine_kernel[grid](
-        parts, layer.index, out, tokens, features, **layer.options, **tile.blocks, **tile.options
-    )
+        parts, layer.index, out, tokens, features, **layer.options, **COMBINE_TILE.blocks,
+        **COMBINE_TILE.options,
+    )  # fmt: skip
     return out
 
 

@@ -11,16 +11,7 @@ import triton.language as tl
 
 from lillama_kernels.launch import multiple_of_8
 
-__all__ = [
-    "_expert_ranks",
-    "_product",
-    "_project",
-    "_rank_of",
-    "_rows_of_slot",
-    "_rows_of_tile",
-    "_scaled",
-    "_tile_of",
-]
+__all__: list[str] = []  # private: what launchers share
 
 
 @triton.jit

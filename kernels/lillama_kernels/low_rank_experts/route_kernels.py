@@ -13,11 +13,7 @@ import triton.language as tl
 
 from lillama_kernels.launch import multiple_of_8
 
-__all__ = [
-    "_low_rank_experts_combine_kernel",
-    "_low_rank_experts_count_kernel",
-    "_low_rank_experts_place_kernel",
-]
+__all__: list[str] = []  # kernels are private: launchers call them
 
 
 @triton.jit

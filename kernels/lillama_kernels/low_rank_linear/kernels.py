@@ -1,11 +1,14 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-"""Triton kernels of low_rank_linear: y_i = (x A_i^T) B_i^T + bias_i for one or more pairs, one x.
+"""Triton kernels of low_rank_linear, y_i = (x A_i^T) B_i^T + bias_i for pairs with one x, and of its
+pivot form, y[:, n] = [z, z C^T][:, order[n]] + bias[n] with z = x A^T.
 
 Few rows (decode): a first kernel writes z = x A^T for all pairs at once, a second one all y_i. The
 second starts while the first still runs and waits, with its first weight tile already loaded, for z
-(programmatic dependent launch). Many rows: plain tiled products. launch.py launches them, op.py
-decides which.
+(programmatic dependent launch). The pivot form's second kernel owns neighbouring outputs, so that y
+is written in order, and gathers the rows of C that these are: a row is R contiguous numbers, which
+load as fast from anywhere. Outputs that are pivots load nothing and take their column of z from L2.
+Many rows: plain tiled products.
 
 Letters as in reference.py; R is the sum of the pairs' ranks where A is the concatenation of theirs.
 K is summed in SPLIT_K parts, which are added up in a fixed order.
@@ -16,11 +19,7 @@ import triton.language as tl
 
 from lillama_kernels.launch import multiple_of_8
 
-__all__ = [
-    "_low_rank_linear_first_kernel",
-    "_low_rank_linear_matmul_kernel",
-    "_low_rank_linear_second_kernel",
-]
+__all__: list[str] = []  # kernels are private: launchers call them
 
 
 @triton.jit
@@ -172,6 +171,43 @@ def _low_rank_linear_second_kernel(
             )  # fmt: skip
         first_block += blocks_n
         first_r += rank
+
+
+@triton.jit(do_not_specialize=["M"])
+def _pivot_low_rank_linear_second_kernel(
+    z_ptr, c_ptr, order_ptr, bias_ptr, y_ptr, M, N, R, stride_cn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, ALIGNED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """y of up to BLOCK_M rows from z in SPLIT_K parts."""
+    N = multiple_of_8(N, ALIGNED)
+    R = multiple_of_8(R, ALIGNED)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    column = tl.load(order_ptr + offs_n, mask=mask_n, other=0)
+    is_pivot = column < R
+    c_rows = c_ptr + tl.maximum(column - R, 0).to(tl.int64)[:, None] * multiple_of_8(
+        stride_cn, ALIGNED
+    )
+    z_rows = z_ptr + offs_m.to(tl.int64)[:, None] * R
+    stride_zs = M.to(tl.int64) * R
+    acc = _second_tile(
+        z_rows, c_rows, mask_m, mask_n & (column >= R), R, stride_zs,
+        BLOCK_M, BLOCK_N, BLOCK_R, SPLIT_K, USE_PDL,
+    )  # fmt: skip
+    picked = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for s in tl.static_range(SPLIT_K):
+        picked += tl.load(
+            z_rows + s * stride_zs + column[None, :],
+            mask=mask_m[:, None] & (mask_n & is_pivot)[None, :],
+            other=0.0,
+            cache_modifier=".cg",  # as _add_parts
+        ).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    # not a sum: z times the zeros in C's place is NaN where z is infinite
+    acc = tl.where(is_pivot[None, :], picked, acc)
+    _store_y(y_ptr, bias_ptr, acc, offs_m, offs_n, mask_m, mask_n, N, HAS_BIAS)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Launchers of low_rank_linear's Triton kernels.
+"""Launchers of the Triton kernels of low_rank_linear and its pivot form.
 
-Inputs are as op.py hands them over: x [M, K] with M > 0, A [R, K], every B_i [N_i, R_i], all of one
-dtype and device and with unit last stride.
+Inputs are as op.py and pivot.py hand them over: x [M, K] with M > 0 and factors of one dtype and
+device and with unit last stride.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,14 @@ from lillama_kernels.launch import (
     target_with_tiles,
 )
 from lillama_kernels.low_rank_linear import kernels as triton_kernels
-from lillama_kernels.tiles import Tile, decode_split, decode_tiles, matmul_tile
+from lillama_kernels.tiles import Tile, decode_split, decode_tiles, matmul_tile, pivot_second_tile
 
-__all__ = ["low_rank_linear_decode", "low_rank_linear_first", "low_rank_linear_matmul"]
+__all__ = [
+    "low_rank_linear_decode",
+    "low_rank_linear_first",
+    "low_rank_linear_matmul",
+    "pivot_low_rank_linear_decode",
+]
 
 kernels: Any = triton_kernels  # jitted functions mean nothing to a type checker
 
@@ -108,3 +113,25 @@ def low_rank_linear_matmul(
             ACCUMULATE=accumulate, ALIGNED=aligned, **tile.blocks, **tile.options,
         )  # fmt: skip
     return c
+
+
+def pivot_low_rank_linear_decode(
+    x: Tensor, A: Tensor, C: Tensor, order: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y [M, N] for M <= DECODE_MAX_ROWS by two kernels."""
+    target = target_with_tiles(x)
+    (rows, in_features), (rank, features) = x.shape, (A.shape[0], len(order))
+    y = x.new_empty((rows, features))
+    aligned = rows_aligned(x, A, C, y)
+    first, _ = decode_tiles(target, x.dtype, rows, aligned)
+    split = decode_split(target, x.dtype, rank, in_features, first)
+    second = pivot_second_tile(target, x.dtype, rows, split, aligned)
+    grid = (triton.cdiv(features, second.blocks["BLOCK_N"]),)
+    with current_device_of(x):
+        z, _, pdl = low_rank_linear_first(x, A, first, aligned, split)
+        kernels._pivot_low_rank_linear_second_kernel[grid](
+            z, C, order, y if bias is None else bias, y, rows, features, rank, C.stride(0),
+            SPLIT_K=split, HAS_BIAS=bias is not None, ALIGNED=aligned, USE_PDL=bool(pdl),
+            **second.blocks, **second.options, **pdl,
+        )  # fmt: skip
+    return y

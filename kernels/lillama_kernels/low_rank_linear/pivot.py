@@ -94,17 +94,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] for x [M, K] and order int32; z = x A^T [M, R], empty without save_z."""
     from lillama_kernels.launch import unit_stride
-    from lillama_kernels.low_rank_linear import pivot_launch
+    from lillama_kernels.low_rank_linear import launch
 
-    rows, empty = x.shape[0], x.new_empty((0, A.shape[0]))
+    rows, rank, empty = x.shape[0], A.shape[0], x.new_empty((0, A.shape[0]))
     if rows == 0:
         return x.new_empty((0, len(order))), empty
-    given = (unit_stride(x), unit_stride(A), unit_stride(C), order.contiguous())
-    bias = None if bias is None else bias.contiguous()
+    x, A, C = unit_stride(x), unit_stride(A), unit_stride(C)
     if rows <= DECODE_MAX_ROWS and not save_z:
-        return pivot_launch.pivot_low_rank_linear_decode(*given, bias), empty
-    y, z = pivot_launch.pivot_low_rank_linear_fwd(*given, bias)
-    return y, z if save_z else empty
+        bias = None if bias is None else bias.contiguous()
+        return launch.pivot_low_rank_linear_decode(x, A, C, order.contiguous(), bias), empty
+    both = x.new_empty((rows, len(order)))  # [z, z C^T]
+    z = launch.low_rank_linear_matmul(x, A, out=both[:, :rank])
+    if len(C):
+        launch.low_rank_linear_matmul(z, C, out=both[:, rank:])
+    y = both.index_select(1, order)
+    return y if bias is None else y.add_(bias), z.clone() if save_z else empty
 
 
 @_forward.register_fake
@@ -127,13 +131,13 @@ def _backward(dy, x, A, C, order, z, needs_x, needs_A, needs_C):
     """
     from lillama_kernels.launch import unit_stride
     from lillama_kernels.low_rank_linear.launch import low_rank_linear_matmul as matmul
-    from lillama_kernels.low_rank_linear.pivot_launch import pivot_low_rank_linear_permute
 
     needed = ((needs_x, x), (needs_A, A), (needs_C, C))
     if x.shape[0] == 0 or not (needs_x or needs_A or needs_C):
         dx, dA, dC = (x.new_zeros(like.shape if need else (0,)) for need, like in needed)
         return dx, dA, dC
-    d = pivot_low_rank_linear_permute(unit_stride(dy), order.contiguous())
+    # column order[n] of [z, z C^T] became column n
+    d = torch.empty_like(dy).index_copy_(1, order.long(), dy)
     dz, rest = d.split([A.shape[0], C.shape[0]], dim=1)
     dx, dA, dC = (x.new_empty(0) for _ in needed)  # three: an op's results must not be one tensor
     if needs_C:

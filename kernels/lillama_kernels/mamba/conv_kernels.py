@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lillama_kernels.launch import current_device_of
+from lillama_kernels.mamba.scan_kernels import _per_channel, _store_tile, _tile
 from lillama_kernels.mamba.sequence import sequence_like
-from lillama_kernels.tiles import conv_step_tile, conv_tile
+from lillama_kernels.tiles import CONV_STEP_TILE, CONV_TILE
 
 __all__ = ["causal_conv1d_bwd", "causal_conv1d_fwd", "causal_conv1d_step"]
 
@@ -28,14 +29,11 @@ def _inputs(
     x_b, x_d, x_t, past_b, past_d, past_t, HAS_PAST: tl.constexpr,
 ):  # fmt: skip
     """x [BLOCK_D, BLOCK_T] at times that may be before 0; zeros where there is nothing."""
-    rows = offs_d.to(tl.int64)[:, None]
-    columns = time.to(tl.int64)[None, :]
     mask = mask_d[:, None] & ((time >= 0) & (time < T))[None, :]
-    x = tl.load(x_ptr + b * x_b + rows * x_d + columns * x_t, mask=mask, other=0.0).to(tl.float32)
+    x = _tile(x_ptr, b, offs_d, time, x_b, x_d, x_t, mask)
     if HAS_PAST:
         mask = mask_d[:, None] & ((time < 0) & (time >= -past_size))[None, :]
-        at = past_ptr + b * past_b + rows * past_d + (past_size + columns) * past_t
-        x += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        x += _tile(past_ptr, b, offs_d, past_size + time, past_b, past_d, past_t, mask)
     return x
 
 
@@ -53,12 +51,9 @@ def _before_activation(
             x_ptr, past_ptr, b, offs_d, offs_t - (W - 1) + w, mask_d, T, past_size,
             x_b, x_d, x_t, past_b, past_d, past_t, HAS_PAST,
         )  # fmt: skip
-        y += (
-            x * tl.load(weight_ptr + offs_d * W + w, mask=mask_d, other=0.0).to(tl.float32)[:, None]
-        )
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[:, None]
-    return y
+        weight = tl.load(weight_ptr + offs_d * W + w, mask=mask_d, other=0.0)
+        y += x * weight.to(tl.float32)[:, None]
+    return y + _per_channel(bias_ptr, offs_d, mask_d, HAS_BIAS)[:, None]
 
 
 @triton.jit(do_not_specialize=["T", "past_size"])
@@ -78,9 +73,8 @@ def _causal_conv1d_fwd_kernel(
     )  # fmt: skip
     if SILU:
         y = y / (1.0 + tl.exp(-y))
-    at = batch * y_b + offs_d.to(tl.int64)[:, None] * y_d + offs_t.to(tl.int64)[None, :] * y_t
     mask = mask_d[:, None] & (offs_t < T)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    _store_tile(y_ptr, y, batch, offs_d, offs_t, y_b, y_d, y_t, mask)
 
 
 @triton.jit(do_not_specialize=["T", "past_size"])
@@ -96,15 +90,13 @@ def _causal_conv1d_bwd_kernel(
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T) - (W - 1)
     mask_d = offs_d < D
-    rows = offs_d.to(tl.int64)[:, None]
     part = part_ptr + (batch * tl.num_programs(1) + tl.program_id(1)) * D * (W + 1)
     part += offs_d.to(tl.int64) * (W + 1)
     dx = tl.zeros((BLOCK_D, BLOCK_T), dtype=tl.float32)
     for shift in tl.static_range(W):
         time = offs_t + shift
         mask = mask_d[:, None] & ((time >= 0) & (time < T))[None, :]
-        at = batch * dy_b + rows * dy_d + time.to(tl.int64)[None, :] * dy_t
-        dpre = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dpre = _tile(dy_ptr, batch, offs_d, time, dy_b, dy_d, dy_t, mask)
         if SILU:
             pre = _before_activation(
                 x_ptr, past_ptr, weight_ptr, bias_ptr, batch, offs_d, time, mask_d, T, past_size,
@@ -123,12 +115,12 @@ def _causal_conv1d_bwd_kernel(
                 tl.store(part + w, tl.sum(dpre * x, axis=1), mask=mask_d)
             tl.store(part + W, tl.sum(dpre, axis=1), mask=mask_d)
     mask = mask_d[:, None] & ((offs_t >= 0) & (offs_t < T))[None, :]
-    at = batch * dx_b + rows * dx_d + offs_t.to(tl.int64)[None, :] * dx_t
-    tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    _store_tile(dx_ptr, dx, batch, offs_d, offs_t, dx_b, dx_d, dx_t, mask)
     if HAS_PAST:
-        at = (batch * D + rows) * (W - 1) + (offs_t + (W - 1)).to(tl.int64)[None, :]
         mask = mask_d[:, None] & (offs_t < 0)[None, :]
-        tl.store(dpast_ptr + at, dx.to(dpast_ptr.dtype.element_ty), mask=mask)
+        _store_tile(
+            dpast_ptr, dx, batch, offs_d, offs_t + (W - 1), D * (W - 1), W - 1, 1, mask
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "L"])
@@ -165,8 +157,7 @@ def _causal_conv1d_step_kernel(
         tl.debug_barrier()
         tl.store(state_at, moved.to(state_ptr.dtype.element_ty), mask=in_state)
         tl.debug_barrier()
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        y += _per_channel(bias_ptr, offs_d, mask_d, HAS_BIAS)
         if SILU:
             y = y / (1.0 + tl.exp(-y))
         y_at = y_ptr + (batch * D + offs_d) * T + t
@@ -189,7 +180,7 @@ def causal_conv1d_fwd(
 ) -> Tensor:
     """y [B, D, T], channels or steps side by side as in x; B, D and T are not 0."""
     batch, channels, steps = x.shape
-    tile = conv_tile()
+    tile = CONV_TILE
     given = _given(x, weight, bias, past)
     y = sequence_like(x)
     grid = (
@@ -213,7 +204,7 @@ def causal_conv1d_bwd(
     """dx, dweight, dbias and dpast; the last two empty where absent."""
     batch, channels, steps = x.shape
     width = weight.shape[1]
-    tile = conv_tile()
+    tile = CONV_TILE
     given = _given(x, weight, bias, past)
     blocks_t = triton.cdiv(steps + width - 1, tile.blocks["BLOCK_T"])
     dx = sequence_like(x)
@@ -242,7 +233,7 @@ def causal_conv1d_step(
     y = x.new_empty(x.shape)
     _, _, weight, filled = _given(x, weight, bias, None)
     length = state.shape[2]
-    tile = conv_step_tile()
+    tile = CONV_STEP_TILE
     with current_device_of(x):
         _step_kernel[(triton.cdiv(channels, tile.blocks["BLOCK_D"]), batch)](
             x, state, weight, filled, y, steps, channels, length, *x.stride(),

@@ -26,11 +26,11 @@ from lillama_kernels.launch import (
     multiple_of_8,
     target_with_tiles,
 )
-from lillama_kernels.low_rank_linear.kernels import _add_parts, _load_b
+from lillama_kernels.low_rank_linear.kernels import _second_tile
 from lillama_kernels.low_rank_linear.launch import low_rank_linear_decode, low_rank_linear_first
 from lillama_kernels.mamba.reference import MixerWeights
-from lillama_kernels.mamba.scan_kernels import LOG2_E, _sigmoid, _softplus
-from lillama_kernels.tiles import decode_tiles, mixer_conv_tile, mixer_scan_tile
+from lillama_kernels.mamba.scan_kernels import LOG2_E, _per_channel, _sigmoid, _softplus
+from lillama_kernels.tiles import MIXER_SCAN_TILE, decode_tiles
 
 __all__ = ["mamba_mixer_step_launch"]
 
@@ -52,8 +52,7 @@ def _convolved(
         if j > 0:  # what was there has been read
             tl.store(state + (j - 1), before, mask=mask)
     tl.store(state + (L - 1), x.to(state_ptr.dtype.element_ty), mask=mask)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    y += _per_channel(bias_ptr, offs_d, mask_d, HAS_BIAS)[None, :]
     return y * _sigmoid(y)
 
 
@@ -76,18 +75,11 @@ def _mamba_mixer_step_conv_kernel(
     mask_m = offs_m < M
     mask_d = offs_d < D
     rows = b_ptr + (half * D + offs_d).to(tl.int64)[:, None] * R
-    b = _load_b(rows, mask_d, 0, R, BLOCK_R)
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-    z_rows = z_ptr + offs_m[:, None] * R
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = _add_parts(acc, z_rows, b, mask_m, 0, R, M * R, BLOCK_R, SPLIT_K)
-    for block in tl.range(1, tl.cdiv(R, BLOCK_R)):
-        b = _load_b(rows, mask_d, block, R, BLOCK_R)
-        acc = _add_parts(acc, z_rows, b, mask_m, block, R, M * R, BLOCK_R, SPLIT_K)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + half * D + offs_d, mask=mask_d, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
+    acc = _second_tile(
+        z_ptr + offs_m[:, None] * R, rows, mask_m, mask_d, R, M * R,
+        BLOCK_M, BLOCK_N, BLOCK_R, SPLIT_K, USE_PDL,
+    )  # fmt: skip
+    acc += _per_channel(bias_ptr + half * D, offs_d, mask_d, HAS_BIAS)[None, :]
     mask = mask_m[:, None] & mask_d[None, :]
     # rounded as between two layers
     acc = acc.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -134,8 +126,8 @@ def _mamba_mixer_step_scan_kernel(
         mask=mask_d[:, None] & mask_p[None, :],
         other=0.0,
     ).to(tl.float32)
-    bias = tl.load(dt_bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    skip = tl.load(d_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    bias = _per_channel(dt_bias_ptr, offs_d, mask_d, True)
+    skip = _per_channel(d_ptr, offs_d, mask_d, True)
     a_log = tl.load(a_log_ptr + offs_d[:, None] * S + offs_s[None, :], mask=mask, other=0.0)
     rate = -tl.exp(a_log.to(tl.float32)) * LOG2_E
     if USE_PDL:
@@ -171,8 +163,7 @@ def mamba_mixer_step_launch(
     target, w = target_with_tiles(x), weights
     rows, channels, size = x.shape[0], w.conv.shape[0], w.A_log.shape[1]
     pdl = dependent_launch(target)
-    first, _ = decode_tiles(target, x.dtype, rows)
-    tile = mixer_conv_tile(target, x.dtype)
+    first, tile = decode_tiles(target, x.dtype, rows)
     u = x.new_empty((2, rows, channels))
     y = x.new_empty((rows, channels))
     with current_device_of(x):
@@ -185,7 +176,7 @@ def mamba_mixer_step_launch(
             **tile.blocks, **tile.options, **pdl,
         )  # fmt: skip
         part, split, _ = low_rank_linear_first(u[0], w.x_proj, first, True, waits=bool(pdl))
-        tile = mixer_scan_tile()
+        tile = MIXER_SCAN_TILE
         _scan_kernel[(triton.cdiv(channels, tile.blocks["BLOCK_D"]), rows)](
             u, part, w.dt, w.dt_bias, w.A_log, w.D, ssm_state, y, rows, channels, w.dt.shape[1],
             w.x_proj.shape[0], S=size, SPLIT_K=split, USE_PDL=bool(pdl),

@@ -26,11 +26,7 @@ hands over x and z with neighbouring channels side by side, delta with neighbour
 import triton
 import triton.language as tl
 
-__all__ = [
-    "_selective_scan_backward_kernel",
-    "_selective_scan_forward_kernel",
-    "_selective_scan_update_kernel",
-]
+__all__: list[str] = []  # kernels are private: launchers call them
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

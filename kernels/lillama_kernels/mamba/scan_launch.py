@@ -13,7 +13,7 @@ from torch import Tensor
 from lillama_kernels.launch import current_device_of, target_with_tiles
 from lillama_kernels.mamba import scan_kernels
 from lillama_kernels.mamba.sequence import sequence_like
-from lillama_kernels.tiles import scan_tile, scan_update_tile
+from lillama_kernels.tiles import SCAN_UPDATE_TILE, scan_tile
 
 __all__ = ["Scan", "selective_scan_backward", "selective_scan_forward", "selective_scan_update"]
 
@@ -110,7 +110,7 @@ def selective_scan_update(scan: Scan, state: Tensor) -> Tensor:
     """y [B, D] of one step; state [B, D, S], contiguous, is replaced."""
     x, tensors = scan.x, scan.tensors(contiguous=False)
     batch, channels = x.shape
-    tile = scan_update_tile()
+    tile = SCAN_UPDATE_TILE
     y = x.new_empty((batch, channels))
     grid = (triton.cdiv(channels, tile.blocks["BLOCK_D"]), batch)
     with current_device_of(x):
