@@ -173,7 +173,7 @@ def test_kernels_import_torch_triton_and_themselves_only(path: Path) -> None:
     allowed = {"torch", "triton", "lillama_kernels"} | sys.stdlib_module_names
     assert {top(name) for name in imports_of(path)} <= allowed
     ours = {name for name in imports_of(path) if top(name) == "lillama_kernels"}
-    if path.stem == "impl" or path.stem.startswith("reference"):
+    if path.stem in ("dispatch", "reference"):
         assert not ours, "the reference and the rule stand alone"
     assert "lillama_kernels.testing" not in ours, "testing is for tests and benchmarks"
 

@@ -93,7 +93,8 @@ class _Driver:
 def _noting(target: str, hook: Any) -> Iterator[None]:
     """Launches for a target go to the hook, which keeps Triton from compiling and launching. The
     driver stays: there may be none to go back to."""
-    driver.set_active(_Driver(target))
+    active: Any = _Driver(target)
+    driver.set_active(active)
     knobs.runtime.jit_cache_hook = hook
     try:
         with compiling_for(target):

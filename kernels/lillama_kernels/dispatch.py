@@ -39,16 +39,9 @@ __all__ = [
 Impl = Literal["auto", "reference", "triton"]
 
 TRITON_OPS = frozenset(
-    {
-        "causal_conv1d",
-        "distill_loss",
-        "low_rank_experts",
-        "low_rank_linear",
-        "mamba_mixer_step",
-        "pivot_low_rank_linear",
-        "selective_scan",
-    }
-)
+    ("causal_conv1d", "distill_loss", "low_rank_experts", "low_rank_linear", "mamba_mixer_step",
+     "pivot_low_rank_linear", "selective_scan")
+)  # fmt: skip
 # torch dtypes that kernels take, with Triton's names
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # GPUs that the kernels are compiled for: A100, consumer Ampere and Ada, H100 and H200, B200, MI300
@@ -100,10 +93,8 @@ def has_triton() -> bool:
 
 @torch.compiler.assume_constant_result
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter.
-
-    TRITON_INTERPRET=1 must be set before triton is imported: its own functions are bound then.
-    """
+    """Whether Triton kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set before triton
+    was imported, which binds its functions."""
     return _triton_is_interpreted()
 
 
@@ -131,10 +122,8 @@ def _target(device_type: str, index: int | None) -> str | None:
 
 
 def target_of(device: torch.device) -> str | None:
-    """The entry of TARGETS whose tiles a device runs, None where there is none.
-
-    The interpreter runs the tiles of sm_90.
-    """
+    """The entry of TARGETS whose tiles a device runs, None where there is none; in the interpreter
+    sm_90."""
     return _target(device.type, device.index)
 
 
@@ -151,11 +140,7 @@ def compiling_for(target: str) -> Iterator[None]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Triton's name of a dtype that the kernels take.
-
-    Raises:
-        TypeError: they do not take it.
-    """
+    """Triton's name of a dtype that the kernels take; TypeError for others."""
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         raise TypeError(f"Triton kernels take {names}; got {str(dtype).removeprefix('torch.')}")
@@ -237,9 +222,8 @@ def resolve_impl(
 
     Raises:
         ValueError: `impl` is not a known name.
-        NotImplementedError: Triton was asked for and cannot run: the op has no kernel, the package
-            is missing, the tensor is on the CPU without the interpreter, or bf16 in the
-            interpreter.
+        NotImplementedError: Triton was asked for and cannot run: no kernel, no package triton, a
+            tensor on the CPU without the interpreter, or bf16 in the interpreter.
     """
     _check(impl)
     wanted = _forced_impl(op) if impl == "auto" else impl

@@ -46,8 +46,7 @@ def distill_loss(
         ValueError: shapes, dtypes or devices do not fit; the teacher requires grad; no token counts
             (seen on the CPU; a mask on a GPU is not read back, there the mean over nothing is NaN);
             or a name is unknown.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     _check(student, teacher, mask, reduction, form)
     if not _runs_triton(student, teacher, impl):

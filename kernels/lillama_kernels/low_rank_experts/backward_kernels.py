@@ -88,6 +88,8 @@ def _low_rank_experts_weight_grad_kernel(
     """
     N = multiple_of_8(N, True)
     K = multiple_of_8(K, True)
+    stride_l = multiple_of_8(stride_l, True)
+    stride_r = multiple_of_8(stride_r, True)
     expert = tl.program_id(1)
     rank, dense = _rank_of(_expert_ranks(ranks, expert), SHIFT, True)
     limit_n = N
@@ -107,6 +109,8 @@ def _low_rank_experts_weight_grad_kernel(
         )
         offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         offs_k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_n = offs_n < limit_n
+        mask_k = offs_k < limit_k
         first = tl.load(table_ptr + expert)
         last = tl.load(table_ptr + expert + 1)
         # a tile of padding is written without being computed
@@ -116,29 +120,21 @@ def _low_rank_experts_weight_grad_kernel(
         for start in tl.range(first, last, BLOCK_P):
             offs_p = start + tl.arange(0, BLOCK_P)
             mask_p = offs_p < last
-            row_l = offs_p.to(tl.int64)
-            row_r = row_l
+            place = offs_p.to(tl.int64)
+            row_l = place
+            row_r = place
             if TOKENS_L or TOKENS_R:
                 place = tl.load(row_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
                 row_l = place // TOP_K if TOKENS_L else row_l
                 row_r = place // TOP_K if TOKENS_R else row_r
-            left = tl.load(
-                l_ptr + row_l[:, None] * multiple_of_8(stride_l, True) + offs_n[None, :],
-                mask=mask_p[:, None] & (offs_n < limit_n)[None, :],
-                other=0.0,
-            )  # [BLOCK_P, BLOCK_N]
+            at = l_ptr + row_l[:, None] * stride_l + offs_n[None, :]
+            left = tl.load(at, mask=mask_p[:, None] & mask_n[None, :], other=0.0)
             if TOKENS_L:
                 weight = tl.load(weight_ptr + place, mask=mask_p, other=0.0).to(tl.float32)
                 left = (left.to(tl.float32) * weight[:, None]).to(left.dtype)
-            right = tl.load(
-                r_ptr + row_r[:, None] * multiple_of_8(stride_r, True) + offs_k[None, :],
-                mask=mask_p[:, None] & (offs_k < limit_k)[None, :],
-                other=0.0,
-            )  # [BLOCK_P, BLOCK_K]
+            at = r_ptr + row_r[:, None] * stride_r + offs_k[None, :]
+            right = tl.load(at, mask=mask_p[:, None] & mask_k[None, :], other=0.0)
             acc = tl.dot(left.T, right, acc, input_precision="ieee")
         at = target.to(tl.int64) * N * K + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-        tl.store(
-            grad_ptr + at,
-            acc.to(grad_ptr.dtype.element_ty),
-            mask=(offs_n < N)[:, None] & (offs_k < K)[None, :],
-        )
+        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+        tl.store(grad_ptr + at, acc.to(grad_ptr.dtype.element_ty), mask=mask)

@@ -58,8 +58,7 @@ def low_rank_experts(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an index is out of range, `impl` is
             unknown, or `impl="triton"` with sizes that are no multiples of 8.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     gate, up, down = factors
     num_experts = len(gate.ranks)

@@ -1,7 +1,7 @@
 # Triton's functions are not what they look like to a type checker:
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
-"""Triton kernels of low_rank_linear, y_i = (x A_i^T) B_i^T + bias_i for pairs with one x, and of its
-pivot form, y[:, n] = [z, z C^T][:, order[n]] + bias[n] with z = x A^T.
+"""Triton kernels of low_rank_linear, y_i = (x A_i^T) B_i^T + bias_i for pairs with one x, and of
+its pivot form, y[:, n] = [z, z C^T][:, order[n]] + bias[n] with z = x A^T.
 
 Few rows (decode): a first kernel writes z = x A^T for all pairs at once, a second one all y_i. The
 second starts while the first still runs and waits, with its first weight tile already loaded, for z

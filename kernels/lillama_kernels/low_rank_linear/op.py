@@ -40,8 +40,7 @@ def low_rank_linear(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `impl` is unknown.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     _check_pair(x, A, B, bias, "{}")
     if factors_run_triton("low_rank_linear", impl, x, [A, B], [bias]):

@@ -50,8 +50,7 @@ def pivot_low_rank_linear(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `impl` is unknown.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     _check(x, A, C, order, bias)
     if not factors_run_triton("pivot_low_rank_linear", impl, x, [A, C], [bias]):

@@ -36,8 +36,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: a shape or device does not fit (named) or the activation is unknown.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     _check(x, weight, bias, activation)
     past = (*x.shape[:2], weight.shape[1] - 1)

@@ -1,5 +1,7 @@
 """One token of every sequence through a whole Mamba-1 mixer with low-rank projections."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,8 +57,7 @@ def mamba_mixer_step(
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or `impl="triton"` with sizes that it does
             not take.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     _check(x, conv_state, ssm_state, weights)
     fits = _fits(x, weights)
@@ -109,10 +110,10 @@ def _check(x: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: MixerWeigh
     "Tensor? in_bias, Tensor conv, Tensor? conv_bias, Tensor x_proj, Tensor dt, Tensor dt_bias, "
     "Tensor A_log, Tensor D, Tensor out_A, Tensor out_B, Tensor? out_bias) -> Tensor",
 )
-def _step(x, conv_state, ssm_state, *weights):
+def _step(x: Tensor, conv_state: Tensor, ssm_state: Tensor, *weights: Any) -> Tensor:
     from lillama_kernels.mamba.mixer_kernels import mamba_mixer_step_launch
 
-    given = MixerWeights(*(None if t is None else t.contiguous() for t in weights))
+    given: Any = MixerWeights._make(None if t is None else t.contiguous() for t in weights)
     moved_conv, moved_ssm = conv_state.contiguous(), ssm_state.contiguous()
     y = mamba_mixer_step_launch(x.contiguous(), moved_conv, moved_ssm, given)
     for state, moved in ((conv_state, moved_conv), (ssm_state, moved_ssm)):

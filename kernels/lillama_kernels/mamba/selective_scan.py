@@ -43,8 +43,7 @@ def selective_scan(
 
     Raises:
         ValueError: a shape or device does not fit (named) or T is 0.
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     if x.ndim != 3 or x.shape[2] == 0:
         raise ValueError(f"x must be [B, D, T] with T >= 1, got {list(x.shape)}")
@@ -95,8 +94,7 @@ def selective_state_update(
 
     Raises:
         ValueError: a shape or device does not fit (named).
-        TypeError: `impl="triton"` and a dtype that its kernels do not take.
-        NotImplementedError: `impl="triton"` where it cannot run.
+        TypeError, NotImplementedError: `impl="triton"` cannot take the dtype, or run there.
     """
     if x.ndim != 2:
         raise ValueError(f"x must be [B, D], got {list(x.shape)}")
