@@ -30,8 +30,9 @@ PYTEST := $(BIN)/pytest -n auto --dist loadgroup --benchmark-disable
 test: setup ## run the tests that a change needs on the CPU: 5 minutes on 2 cores
 	@$(PYTEST) -m "not full"
 
+# --sanitize: every load and store of a Triton kernel is checked for bounds and races
 test-all: setup ## run every test, also those in Chromium and of vLLM, and compile every kernel
-	@$(PYTEST) -rs
+	@$(PYTEST) -rs --sanitize
 	@command -v chromedriver >/dev/null || echo "test-all: no chromedriver: pages not tested in a browser"
 	@$(MAKE) --no-print-directory compile-gate test-vllm
 
