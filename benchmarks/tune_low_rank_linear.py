@@ -3,10 +3,10 @@
     PYTHONPATH=.:kernels python -m benchmarks.tune_low_rank_linear [--rows 1 16] [--quick]
 
 For each shape: the first stage's tiles with the committed second stage, then the second's with the
-best first, then the same tile in one cooperative launch, all replayed from CUDA graphs on rotated
-inputs, every candidate checked against the reference before it is timed. Prints the best of each
-and the committed one; what it finds is entered in kernels/lillama_kernels/launch.py by hand, with
-an entry in NOTES.md. One JSON document at the end, for a file.
+best first, all replayed from CUDA graphs on rotated inputs, every candidate checked against the
+reference before it is timed. Prints the best of each and the committed one; what it finds is
+entered in kernels/lillama_kernels/tiles.py by hand, with an entry in NOTES.md. One JSON document
+at the end, for a file.
 """
 
 import argparse
@@ -20,20 +20,18 @@ from typing import Any
 
 import torch
 from lillama_kernels import reference
-from lillama_kernels.launch import (
-    Tile,
-    cooperative_tile,
-    decode_split,
-    decode_tiles,
-    matmul_tile,
-    target_of,
-)
-from lillama_kernels.low_rank_linear_launch import (
-    low_rank_linear_cooperative,
+from lillama_kernels.dispatch import target_of
+from lillama_kernels.low_rank_linear.launch import (
     low_rank_linear_decode,
     low_rank_linear_matmul,
 )
 from lillama_kernels.testing import check_values, low_rank_linear_inputs
+from lillama_kernels.tiles import (
+    Tile,
+    decode_split,
+    decode_tiles,
+    matmul_tile,
+)
 from torch import Tensor
 
 from benchmarks.timing import captured, cuda_clock, interleaved, num_input_sets, quantiles
@@ -112,18 +110,6 @@ def tune(bench: Bench, rows: int, shape: tuple[int, int, int], quick: bool) -> d
     timed = [(bench.microseconds(decode(first, t, split)), i) for i, t in enumerate(seconds)]
     second, found["best_us"] = seconds[min(timed)[1]], min(timed)[0]
     found["best"] = [dataclasses.asdict(first), dataclasses.asdict(second), {"split": split}]
-    counter = torch.zeros(1, dtype=torch.int64, device="cuda")
-
-    def together(x: Tensor, A: Tensor, B: Tensor, bias: Tensor, tile: Tile | None) -> Tensor:
-        return low_rank_linear_cooperative(x, A, B, bias, counter, tile, split if tile else None)
-
-    blocks = {"FIRST_R": first.blocks["BLOCK_R"], "BLOCK_K": first.blocks["BLOCK_K"]}
-    one = dataclasses.replace(second, blocks={**second.blocks, **blocks})
-    committed = cooperative_tile(target, dtype, rows)
-    for name, tile in (("cooperative", committed), ("cooperative_best_tile", one)):
-        found[f"{name}_us"] = bench.microseconds(
-            lambda tile=tile, **given: together(**given, tile=tile)
-        )
     return found
 
 

@@ -1,19 +1,27 @@
 """Fixtures shared by all tests: the device, tiny random models and checkpoints, a tokenizer."""
 
+import argparse
 import importlib.util
 import itertools
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Triton binds its functions to its interpreter when it is imported, and torch may import it.
-if not any("cuda" in argument for argument in sys.argv):
-    os.environ["TRITON_INTERPRET"] = "1"
+# Triton binds its functions to its interpreter when it is imported, and torch may import it: before
+# pytest reads its options. A worker of xdist sees no options here; it has the environment of the
+# process that started it. `pytest_configure` holds what was read here against the option.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device", default="cpu")
+    if parser.parse_known_args()[0].device == "cuda":
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from lillama_kernels.dispatch import interpreting
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,6 +42,7 @@ from lillama.models.families import PROJECTIONS
 from lillama.modules.low_rank_experts import LowRankExperts, PivotLowRankExperts
 from lillama.modules.low_rank_linear import PivotLowRankLinear
 from lillama.modules.replace import dense_expert, replace_modules
+from tests import interpreter
 from tests.pivot_orders import choose_pivots
 
 WORDS = (
@@ -49,6 +58,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--device", default="cpu", choices=["cpu", "cuda"], help="where the tests compute"
     )
+    parser.addoption(
+        "--sanitize",
+        action="store_true",
+        help="check every load and store of Triton's interpreter for bounds and races",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device, strict = config.getoption("--device"), config.getoption("--sanitize")
+    if interpreting() != (device == "cpu"):
+        raise pytest.UsageError(
+            f"--device={device} came too late to choose between GPU and interpreter; "
+            "write it on the command line as --device=..."
+        )
+    if device == "cpu":
+        interpreter.install()
+    if strict and device != "cpu":
+        raise pytest.UsageError("--sanitize needs the interpreter; leave --device=cuda out")
+    if strict:
+        interpreter.sanitize()
 
 
 def pytest_report_header() -> list[str]:
@@ -108,6 +137,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 20,000 tokens of plain text."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(sentences(1500, seed=1), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def short_text(text_file: Path) -> Path:
+    """40 of its lines: enough to be judged on."""
+    path = text_file.with_name("short.txt")
+    path.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
     return path
 
 
@@ -184,6 +221,9 @@ FAMILY_CHANGES: dict[str, dict[str, object]] = {
         **{"expert_layer_period": 2, "expert_layer_offset": 0, "mamba_proj_bias": True},
         **{"attn_layer_period": 2, "attn_layer_offset": 1},
     },
+    # not declared
+    "stablelm": {"use_qkv_bias": True},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
 }
 
 

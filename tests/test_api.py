@@ -60,7 +60,14 @@ def test_import_loads_nothing_heavy():
 
 @pytest.mark.parametrize(
     "first",
-    ["lillama", "transformers", "transformers.modeling_layers", "lillama.compress.pipeline"],
+    [
+        *("lillama", "lillama.compress.pipeline"),
+        # four seconds each
+        *(
+            pytest.param(f"transformers{part}", marks=pytest.mark.full)
+            for part in ("", ".modeling_layers")
+        ),
+    ],
 )
 def test_transformers_knows_the_format_whoever_is_imported_first(first):
     code = f"""

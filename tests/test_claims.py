@@ -1,9 +1,9 @@
 """Every command that writes OUT claims it first, touches nothing of another run, and loses no model
 however it is killed."""
 
+import importlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import pytest
 import lillama
 from lillama.errors import InputError, RunError
 
-finetune = sys.modules["lillama.compress.train.finetune"]
-pipeline = sys.modules["lillama.compress.pipeline"]
+finetune = importlib.import_module("lillama.compress.train.finetune")
+pipeline = importlib.import_module("lillama.compress.pipeline")
 GIVEN = {"tokens": 300, "seq_len": 32, "device": "cpu"}
 SAMPLE = {"tokens": 40, "seq_len": 16, "batch_size": 2, "device": "cpu"}
 
@@ -158,8 +158,8 @@ def test_compress_claims_out_before_it_reads_the_text(mamba, text_file, tmp_path
 def test_preset_best_claims_out_before_its_blocks(mamba, text_file, tmp_path, monkeypatch):
     given = {"reduction": 0.2, "text": text_file, "preset": "best", **GIVEN}
 
-    def blocks(config, *_: object) -> None:
-        assert config.out.name == "out.blocks" and "out.unfinished" in names(tmp_path)
+    def blocks(session) -> None:
+        assert session.config.out.name == "out.blocks" and "out.unfinished" in names(tmp_path)
         raise RunError("stopped")
 
     monkeypatch.setattr(pipeline, "_compress", blocks)
@@ -194,7 +194,7 @@ def test_sample_does_not_touch_what_is_no_sample(mamba, tmp_path):
 
 def test_two_reports_at_once(small, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs lillama[report]")
-    module = sys.modules["lillama.report"]
+    module = importlib.import_module("lillama.report.page")
     (tmp_path / "own").mkdir()
     for file in small.iterdir():
         os.link(file, tmp_path / "own" / file.name)

@@ -50,7 +50,7 @@ def test_compress_llama(run: Any, tmp_path: Path) -> None:
 def test_sweep(run: Any, tmp_path: Path) -> None:
     options = ("--reductions", 0.1, 0.3, "--tokens", 2000, "--seq-len", 64)
     options += ("--held-out-bytes", 4000)
-    out = run("sweep", TEACHER, "--out", tmp_path / "sweep", *options)
+    out = run("sweep", EXAMPLES / "teachers" / "mamba", "--out", tmp_path / "sweep", *options)
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [round(row["reduction"], 1) for row in rows] == [0.1, 0.3]
     assert rows[0]["retained"] > rows[1]["retained"] > 0.3, "less is kept where more is removed"
@@ -59,6 +59,7 @@ def test_sweep(run: Any, tmp_path: Path) -> None:
     assert out.count("removed") == 2
 
 
+@pytest.mark.full
 def test_serve_and_query(run: Any) -> None:
     prompt = "def read(path):"
     out = run("serve_and_query", TEACHER, "--prompt", prompt, "--max-tokens", 6)

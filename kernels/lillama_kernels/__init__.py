@@ -3,24 +3,32 @@
 This package imports torch, and triton when a kernel runs; nothing of models, configs or files.
 """
 
-from lillama_kernels.causal_conv1d import causal_conv1d, causal_conv1d_update
+from lillama_kernels.dispatch import kernels_impl
 from lillama_kernels.distill_loss import distill_loss, distill_loss_and_grad
-from lillama_kernels.impl import kernels_impl
-from lillama_kernels.low_rank_experts import ExpertFactors, ProjectionFactors, low_rank_experts
-from lillama_kernels.low_rank_linear import low_rank_linear, low_rank_linears
-from lillama_kernels.mamba_mixer_step import (
-    MixerWeights,
-    mamba_mixer_step,
-    mamba_mixer_step_runs_triton,
-)
-from lillama_kernels.pivot_low_rank_experts import (
+from lillama_kernels.low_rank_experts import (
+    ExpertFactors,
     PivotExpertFactors,
     PivotProjectionFactors,
+    ProjectionFactors,
+    low_rank_experts,
     pivot_low_rank_experts,
 )
-from lillama_kernels.pivot_low_rank_linear import pivot_low_rank_linear
-from lillama_kernels.selective_scan import selective_scan, selective_state_update
-from lillama_kernels.ssd_scan import ssd_scan, ssd_state_update
+from lillama_kernels.low_rank_linear import (
+    low_rank_linear,
+    low_rank_linears,
+    pivot_low_rank_linear,
+)
+from lillama_kernels.mamba import (
+    MixerWeights,
+    causal_conv1d,
+    causal_conv1d_update,
+    mamba_mixer_step,
+    mamba_mixer_step_runs_triton,
+    selective_scan,
+    selective_state_update,
+    ssd_scan,
+    ssd_state_update,
+)
 
 __all__ = [
     "ExpertFactors",

@@ -1,354 +1,64 @@
-"""Committed tile tables per (op, target, dtype), and what a launch needs to know about its device.
+"""What launchers and kernels share: aligned sizes, row layout, and the device that launches."""
 
-No autotuning in the library: a table is filled offline, reviewed, and says where its numbers come
-from. **No entry was measured on a GPU yet**; they follow from bytes, registers and shared memory,
-and the compile gate (`compile_gate.py`) holds every one of them to the limits below.
-"""
-
-import dataclasses
-import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+import contextlib
+from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
-from lillama_kernels.impl import has_triton, interpreting
+from lillama_kernels.dispatch import interpreting, target_of
+from lillama_kernels.tiles import PDL_TARGETS
 
 __all__ = [
-    "AUTO_MAX_ROWS",
-    "CHAIN_MAX_RANK",
-    "DECODE_MAX_ROWS",
-    "DTYPES",
-    "EXPERTS_DECODE_MAX_TOKENS",
-    "MAX_SPLIT",
-    "NUM_PROGRAMS",
-    "PDL_TARGETS",
-    "SHARED_BYTES",
-    "TARGETS",
-    "ExpertsKernel",
-    "Tile",
-    "chain_tile",
-    "cooperative_tile",
-    "decode_split",
-    "decode_tiles",
-    "dtype_name",
-    "experts_block_m",
-    "experts_decode_tiles",
-    "experts_table_size",
-    "experts_tile",
-    "loss_tile",
-    "matmul_tile",
-    "permute_tile",
-    "pivot_second_tile",
-    "target_of",
+    "current_device_of",
+    "dependent_launch",
+    "multiple_of_8",
+    "rows_aligned",
+    "target_with_tiles",
+    "unit_stride",
 ]
 
-# GPUs that the kernels are compiled for: A100, consumer Ampere and Ada, H100 and H200, B200, MI300
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-# Shared memory that one program may use, bytes (CUDA C++ Programming Guide 13.0, table 30; CDNA3
-# ISA: 64 KiB of LDS)
-SHARED_BYTES = {
-    "sm_80": 166_912,
-    "sm_89": 101_376,
-    "sm_90": 232_448,
-    "sm_100": 232_448,
-    "gfx942": 65_536,
-}
-# Multiprocessors of the largest common card; a split must not depend on the card at hand, or the
-# same inputs would round differently on an H100 with 114 of them than on one with 132
-NUM_PROGRAMS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-# Where a kernel may start before the one in front of it has ended (programmatic dependent launch)
-PDL_TARGETS = ("sm_90", "sm_100")
 
-# torch dtypes that kernels take, with Triton's names
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+@triton.jit
+def multiple_of_8(value, ALIGNED: tl.constexpr):
+    """The same value; the compiler learns that it is a multiple of 8, so that 16-bit rows of such a
+    length load 16 bytes at a time."""
+    if ALIGNED:
+        return (value // 8) * 8
+    else:
+        return value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tile:
-    """blocks: the BLOCK_* (and other) compile-time sizes of a kernel."""
-
-    blocks: Mapping[str, int]
-    num_warps: int
-    num_stages: int
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """What the compiler is told besides the sizes."""
-        # fp fusion is Triton's default of today; 3.9 warns when it is not named
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
+def current_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Triton's name of a dtype that the kernels take.
+def target_with_tiles(tensor: Tensor) -> str:
+    """The target whose tiles run where the tensor is.
 
     Raises:
-        TypeError: they do not take it.
+        NotImplementedError: there are none for that GPU.
     """
-    if dtype not in DTYPES:
-        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise TypeError(f"Triton kernels take {names}; got {str(dtype).removeprefix('torch.')}")
-    return DTYPES[dtype]
+    target = target_of(tensor.device)
+    if target is None:
+        raise NotImplementedError(f"no Triton tiles for the GPU {tensor.device}; use the reference")
+    return target
 
 
-@functools.cache
-def _target_of_card(index: int) -> str | None:
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
-        return name if name in TARGETS else None
-    major, minor = torch.cuda.get_device_capability(index)
-    # 8.6, 8.7 and 8.9 and all of 12.x have the small shared memory of sm_89
-    if major == 8:
-        return "sm_80" if minor == 0 else "sm_89"
-    return {9: "sm_90", 10: "sm_100", 12: "sm_89"}.get(major)
+def dependent_launch(target: str) -> dict[str, bool]:
+    """Launch options of a kernel that starts while the one in front of it runs (programmatic
+    dependent launch); empty where there is no such thing, as in the interpreter."""
+    return {"launch_pdl": True} if target in PDL_TARGETS and not interpreting() else {}
 
 
-@torch.compiler.assume_constant_result
-def _target(device_type: str, index: int | None) -> str | None:
-    if not has_triton():
-        return None
-    if interpreting():
-        return "sm_90"
-    if device_type != "cuda":
-        return None
-    return _target_of_card(torch.cuda.current_device() if index is None else index)
+def unit_stride(matrix: Tensor) -> Tensor:
+    """A matrix whose rows are contiguous, itself if they are."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def target_of(device: torch.device) -> str | None:
-    """The entry of TARGETS whose tiles a device runs, None where there is none.
-
-    The interpreter runs the tiles of sm_90.
-    """
-    return _target(device.type, device.index)
-
-
-# low_rank_linear
-
-# Rows up to which both stages go through the decode kernels
-DECODE_MAX_ROWS = 64
-# Rows up to which impl="auto" runs our kernels instead of PyTorch's two products, 0 for never.
-# Training always runs PyTorch's. Both follow from counting bytes and launches: a measurement on a
-# target replaces its number.
-AUTO_MAX_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 64, "gfx942": 64}
-# Ranks that the chain kernel can keep on the chip
-CHAIN_MAX_RANK = 256
-MAX_SPLIT = 4
-
-
-def decode_tiles(
-    target: str, dtype: torch.dtype, rows: int, aligned: bool = True
-) -> tuple[Tile, Tile]:
-    """Tiles of the first (BLOCK_M, BLOCK_R, BLOCK_K) and the second kernel (BLOCK_M, BLOCK_N,
-    BLOCK_R) for 1 to DECODE_MAX_ROWS rows.
-
-    aligned: rows of a multiple of 8 elements. Others load element by element, which takes more
-    registers.
-    """
-    block_m = next(size for size in (16, 32, DECODE_MAX_ROWS) if rows <= size)
-    # small shared memory takes fewer tiles in flight
-    stages = {"sm_89": 3, "gfx942": 1}.get(target, 4)
-    if dtype == torch.float32 or not aligned:  # small tiles, or registers spill
-        first = {"BLOCK_M": block_m, "BLOCK_R": 16, "BLOCK_K": 64}
-        second = {"BLOCK_M": block_m, "BLOCK_N": 32, "BLOCK_R": 32 if aligned else 16}
-    else:
-        # narrow blocks of ranks: 1024 of them give 64 programs without splitting K
-        first = {"BLOCK_M": block_m, "BLOCK_R": 16, "BLOCK_K": 256 if block_m == 16 else 128}
-        wide = block_m == 16 and target != "sm_89"
-        second = {"BLOCK_M": block_m, "BLOCK_N": 64, "BLOCK_R": 128 if wide else 64}
-    return (
-        Tile(blocks=first, num_warps=4, num_stages=stages),
-        Tile(blocks=second, num_warps=4, num_stages=stages),
-    )
-
-
-def cooperative_tile(target: str, dtype: torch.dtype, rows: int, aligned: bool = True) -> Tile:
-    """Tile of both stages in one launch (FIRST_R and BLOCK_K of the first stage; BLOCK_M, BLOCK_N
-    and BLOCK_R of the second): a weight tile is kept across the barrier, so a smaller one."""
-    first, second = decode_tiles(target, dtype, rows, aligned)
-    blocks = dict(second.blocks) | {
-        "BLOCK_R": min(second.blocks["BLOCK_R"], 64 if second.blocks["BLOCK_M"] == 16 else 32),
-        "FIRST_R": first.blocks["BLOCK_R"],
-        "BLOCK_K": first.blocks["BLOCK_K"],
-    }
-    return Tile(blocks=blocks, num_warps=4, num_stages=second.num_stages)
-
-
-def decode_split(target: str, dtype: torch.dtype, rank: int, in_features: int, tile: Tile) -> int:
-    """Parts of K for the first kernel: enough programs for half of the multiprocessors, each with
-    two blocks of K or more. Powers of 2, so that few kernels are compiled. 1 for fp32, where the
-    second kernel would pay for each part with as many products outside the tensor cores."""
-    if dtype == torch.float32:
-        return 1
-    # the cooperative tile has both stages' blocks
-    programs = -(-rank // tile.blocks.get("FIRST_R", tile.blocks["BLOCK_R"]))
-    split = 1
-    while (
-        split < MAX_SPLIT
-        and 2 * programs * split < NUM_PROGRAMS[target]
-        and 4 * split * tile.blocks["BLOCK_K"] <= in_features
-    ):
-        split *= 2
-    return split
-
-
-def matmul_tile(
-    target: str, dtype: torch.dtype, aligned: bool = True, accumulate: bool = False
-) -> Tile:
-    """Tile of the plain product (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M).
-
-    accumulate: what is added to takes registers beside the sum.
-    """
-    if dtype == torch.float32 or not aligned:
-        blocks = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 8}
-        return Tile(blocks=blocks, num_warps=4, num_stages=1 if target == "gfx942" else 3)
-    if target in ("sm_90", "sm_100"):
-        wide = 128 if accumulate else 256
-        blocks = {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP_M": 8}
-        return Tile(blocks=blocks, num_warps=8, num_stages=4)
-    blocks = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP_M": 8}
-    return Tile(blocks=blocks, num_warps=8, num_stages=2 if target == "gfx942" else 3)
-
-
-def chain_tile(target: str, dtype: torch.dtype, rank: int) -> Tile:
-    """Tile of the kernel that keeps z on the chip (BLOCK_M, BLOCK_N, BLOCK_R, BLOCK_K) for ranks up
-    to CHAIN_MAX_RANK."""
-    block_r = next(size for size in (16, 32, 64, 128, CHAIN_MAX_RANK) if rank <= size)
-    small = dtype == torch.float32 or target in ("sm_89", "gfx942")
-    block_m = 16 if dtype == torch.float32 else 64 if block_r == CHAIN_MAX_RANK or small else 128
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": 32 if small else 64, "BLOCK_R": block_r, "BLOCK_K": 32}
-    return Tile(blocks=blocks, num_warps=8, num_stages=1 if target == "gfx942" else 2)
-
-
-# pivot_low_rank_linear
-
-
-def pivot_second_tile(
-    target: str, dtype: torch.dtype, rows: int, split: int, aligned: bool = True
-) -> Tile:
-    """Tile of the second kernel (BLOCK_M, BLOCK_N, BLOCK_R) for 1 to DECODE_MAX_ROWS rows; the
-    first has `decode_tiles`'.
-
-    Half as many outputs as low_rank_linear's, and twice as many ranks: of a tile's rows of C those
-    are missing whose outputs are pivots, seven in ten where N = 2560 and R = 1776, so that longer
-    rows and more programs keep as many bytes on the way. Where K is split, z's parts take the
-    registers of longer rows.
-    """
-    _, second = decode_tiles(target, dtype, rows, aligned)
-    n, r = second.blocks["BLOCK_N"], second.blocks["BLOCK_R"]
-    blocks = dict(second.blocks) | {"BLOCK_N": n // 2, "BLOCK_R": 2 * r if split == 1 else r}
-    return dataclasses.replace(second, blocks=blocks)
-
-
-def permute_tile() -> Tile:
-    """Tile of the kernel that copies columns in another order (BLOCK_M, BLOCK_N), one for all
-    targets and dtypes. With 8 rows sm_80 spills (Triton 3.9)."""
-    return Tile(blocks={"BLOCK_M": 4, "BLOCK_N": 256}, num_warps=4, num_stages=1)
-
-
-# distill_loss
-
-
-def loss_tile(features: int, aligned: bool = True) -> Tile:
-    """Tile of the loss (BLOCK_M tokens, BLOCK_H features), one for all targets and dtypes.
-
-    All features of a token where they fit: 16 to 32 of each tensor in a thread's registers, several
-    tokens together where they are few. Beyond 16384, or 4096 where rows load element by element,
-    the kernel loops over blocks of 4096.
-    """
-    if features > (16_384 if aligned else 4096):
-        return Tile(blocks={"BLOCK_M": 1, "BLOCK_H": 4096}, num_warps=8, num_stages=2)
-    block_h = max(16, 1 << (features - 1).bit_length())
-    block_m = max(1, 2048 // block_h)
-    num_warps = min(16, max(4, block_m * block_h // 512))
-    return Tile(blocks={"BLOCK_M": block_m, "BLOCK_H": block_h}, num_warps=num_warps, num_stages=2)
-
-
-# low_rank_experts
-
-# Tokens up to which a layer without gradients runs the four kernels that sort nothing
-EXPERTS_DECODE_MAX_TOKENS = 16
-ExpertsKernel = Literal[
-    "first", "gated", "second", "first_grad", "gated_grad", "second_grad", "weight_grad"
-]
-
-
-def experts_block_m(dtype: torch.dtype, rows: int, num_experts: int) -> int:
-    """Rows of a tile: those of an average expert, at most 128, 32 for fp32, whose products run
-    outside the tensor cores and spill registers in larger tiles."""
-    each = -(-rows // num_experts)
-    sizes = (16, 32) if dtype == torch.float32 else (16, 32, 64, 128)
-    return next((size for size in sizes if each <= size), sizes[-1])
-
-
-def experts_table_size(places: int, num_experts: int) -> int:
-    """Numbers in the table of the routing, whatever BLOCK_M: see low_rank_experts_route_triton."""
-    return num_experts + 2 + 2 * (-(-places // 16) + num_experts)
-
-
-def experts_decode_tiles(target: str, dtype: torch.dtype) -> dict[str, Tile]:
-    """Tiles (BLOCK_M, BLOCK_N, BLOCK_K) of "first" (gate and up), "gated", "first_down" and
-    "decode" for up to EXPERTS_DECODE_MAX_TOKENS tokens.
-
-    Narrow blocks of N: two experts of rank 1024 give "first_down", which reads 14336 columns, 128
-    programs.
-    """
-    stages = {"sm_89": 3, "gfx942": 1}.get(target, 4)
-    if dtype == torch.float32:
-        sizes = {"first": (16, 32), "first_down": (16, 32), "decode": (32, 16)}
-        sizes["gated"] = (16, 32 if target == "sm_89" else 64)
-    elif target in ("sm_89", "gfx942"):
-        sizes = dict.fromkeys(("first", "first_down", "gated", "decode"), (16, 128))
-    else:
-        sizes = {"first": (16, 256), "first_down": (16, 256)}
-        sizes |= {"gated": (32, 128), "decode": (16, 128)}
-    return {
-        name: Tile(
-            blocks={"BLOCK_M": EXPERTS_DECODE_MAX_TOKENS, "BLOCK_N": n, "BLOCK_K": k},
-            num_warps=4,
-            num_stages=stages,
-        )
-        for name, (n, k) in sizes.items()
-    }
-
-
-def experts_tile(
-    target: str, dtype: torch.dtype, kernel: ExpertsKernel, block_m: int, dense: bool = False
-) -> Tile:
-    """Tile (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M) of a product over many rows, BLOCK_M as given;
-    that of "weight_grad", which sums over BLOCK_P rows, is BLOCK_N, BLOCK_K, GROUP_N.
-
-    dense: some experts keep the projection dense, which takes more registers."""
-    wide = target in ("sm_90", "sm_100")
-    stages = 2 if target == "gfx942" else 3
-    if kernel == "weight_grad":
-        n, k, p, warps = (64, 32, 16, 4) if dtype == torch.float32 else (128, 64, 32, 4)
-        if wide and dtype != torch.float32:
-            n, k, p, warps = 128, 256, 64, 8
-        blocks = {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_P": p, "GROUP_N": 8}
-        return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
-    wide_k = 64 if wide else 32
-    if dtype == torch.float32:
-        n, k, warps = 32, 32, 4
-    elif kernel == "gated_grad":  # three operands in the epilogue
-        n, k, warps = (64, wide_k, 8) if block_m == 128 else (32, wide_k, 4)
-        n = 32 if target == "gfx942" or dense else n
-    elif block_m < 128:
-        n, k, warps = (64, 64, 8 if block_m == 64 else 4) if kernel == "gated" else (128, 64, 4)
-    elif kernel in ("gated", "first_grad", "second_grad"):  # two accumulators or two products
-        n, k, warps = 128 if wide else 64, wide_k, 8
-        if target == "sm_100" and kernel == "first_grad":
-            stages = 4  # 3 spill 8 bytes with Triton 3.6
-    else:
-        n, k, warps = 256 if wide else 128, wide_k, 8
-    if target == "gfx942":
-        stages = 1 if dtype == torch.float32 else 2
-        k = min(k, 32)
-    if target == "sm_89":
-        k = min(k, 32)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8}
-    return Tile(blocks=blocks, num_warps=warps, num_stages=stages)
+def rows_aligned(*tensors: Tensor) -> bool:
+    """Whether all rows start at multiples of 8 elements, so that they load 16 bytes at a time."""
+    return all(t.shape[-1] % 8 == 0 and t.stride(0) % 8 == 0 for t in tensors)

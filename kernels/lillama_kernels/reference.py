@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the specification, the oracle of the tests, and the CPU path.
 
-reference_mamba.py has those of a Mamba block.
+mamba/reference.py has those of a Mamba block.
 
 Letters (the same in every file of the project):
     B batch, T tokens per sequence, M = B*T rows, K in_features, N out_features, R rank, E experts,
@@ -31,17 +31,15 @@ __all__ = [
     "low_rank_experts",
     "low_rank_linear",
     "low_rank_linears",
-    "pivot_low_rank_experts",
     "pivot_low_rank_linear",
     "reduce_rows",
-    "token_weights",
 ]
 
 # The smallest norm that divides, F.cosine_similarity's
 NORM_EPS = 1e-8
 LOSS_FLOOR = math.log1p(math.exp(-1.0))  # form "l1_cosine" when student equals teacher
 
-LossForm = Literal["l1_cosine", "l1", "smooth_l1", "nmse", "cosine", "norm_direction"]
+LossForm = Literal["l1_cosine", "nmse"]
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -71,6 +69,19 @@ def pivot_low_rank_linear(
     return y if bias is None else y + bias.to(y.dtype)
 
 
+# x [m, K] -> [m, N] of one expert's projection
+Product = Callable[[Tensor], Tensor]
+
+
+def _groups(x: Tensor, W: Tensor | None, first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether grouped_mm takes the rows and both stacks of factors under torch.compile, where it
+    wants bf16 with rows of whole 16 bytes."""
+    if W is not None or first is None or second is None or second.shape[1] == 0:
+        return False
+    aligned = all(size % 8 == 0 for size in (*first.shape[1:], second.shape[1]))
+    return aligned and {x.dtype, first.dtype, second.dtype} == {torch.bfloat16}
+
+
 class ProjectionFactors(NamedTuple):
     """One projection (gate, up or down) of every expert, padded with zeros to the largest rank.
 
@@ -84,18 +95,10 @@ class ProjectionFactors(NamedTuple):
     B: Tensor | None
     W: Tensor | None
 
-    def apply(self, x: Tensor, expert: int) -> Tensor:
-        """x [m, K] -> x W_e^T [m, N] for one expert; padding is not computed."""
-        rank = self.ranks[expert]
-        if rank == 0:
-            assert self.W is not None
-            return F.linear(x, self.W[self.ranks[:expert].count(0)])
-        assert self.A is not None and self.B is not None
-        return low_rank_linear(x, self.A[expert, :rank], self.B[expert, :, :rank])
-
-    def by_expert(self) -> list["Product"]:
-        """Each expert's x [m, K] -> x W_e^T [m, N]. Indexing the stacks one expert at a time would
-        give each a gradient of the whole stack's size; this gives all of them one."""
+    def by_expert(self) -> list[Product]:
+        """Each expert's x [m, K] -> x W_e^T [m, N]; padding is not computed. Indexing the stacks
+        one expert at a time would give each a gradient of the whole stack's size; this gives all of
+        them one."""
         dense = iter(() if self.W is None else self.W.unbind(0))
         As = () if self.A is None else self.A.unbind(0)
         Bs = () if self.B is None else self.B.unbind(0)
@@ -103,26 +106,21 @@ class ProjectionFactors(NamedTuple):
         for expert, rank in enumerate(self.ranks):
             if rank == 0:
                 found.append(partial(F.linear, weight=next(dense)))
-            elif rank == As[expert].shape[0]:
-                found.append(partial(low_rank_linear, A=As[expert], B=Bs[expert]))
-            else:
-                A, B = As[expert][:rank], Bs[expert][:, :rank]
-                found.append(partial(low_rank_linear, A=A, B=B))
+                continue
+            A, B = As[expert], Bs[expert]
+            if rank < A.shape[0]:
+                A, B = A[:rank], B[:, :rank]
+            found.append(partial(low_rank_linear, A=A, B=B))
         return found
 
     def can_group(self, x: Tensor) -> bool:
-        """Whether apply_grouped runs under torch.compile, whose grouped_mm takes only bf16 with
-        rows of whole 16 bytes."""
-        A, B = self.A, self.B
-        if self.W is not None or A is None or B is None:
-            return False
-        aligned = all(size % 8 == 0 for size in (*A.shape[1:], B.shape[1]))
-        return aligned and {x.dtype, A.dtype, B.dtype} == {torch.bfloat16}
+        """Whether apply_grouped runs under torch.compile."""
+        return _groups(x, self.W, self.A, self.B)
 
     def apply_grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Rows sorted by expert, offsets [E] int32 cumulative counts: static shapes for
         torch.compile."""
-        assert self.W is None and self.A is not None and self.B is not None
+        assert self.A is not None and self.B is not None
         z = F.grouped_mm(x, self.A.transpose(-2, -1), offs=offsets)
         return F.grouped_mm(z, self.B.transpose(-2, -1), offs=offsets)
 
@@ -142,18 +140,7 @@ class PivotProjectionFactors(NamedTuple):
     order: Tensor | None
     W: Tensor | None
 
-    def apply(self, x: Tensor, expert: int) -> Tensor:
-        """x [m, K] -> x W_e^T [m, N] for one expert; padding is not computed."""
-        rank = self.ranks[expert]
-        if rank == 0:
-            assert self.W is not None
-            return F.linear(x, self.W[self.ranks[:expert].count(0)])
-        assert self.A is not None and self.C is not None and self.order is not None
-        order = self.order[expert]
-        A, C = self.A[expert, :rank], self.C[expert, : order.shape[0] - rank, :rank]
-        return pivot_low_rank_linear(x, A, C, order)
-
-    def by_expert(self) -> list["Product"]:
+    def by_expert(self) -> list[Product]:
         """See `ProjectionFactors.by_expert`."""
         dense = iter(() if self.W is None else self.W.unbind(0))
         As = () if self.A is None else self.A.unbind(0)
@@ -171,11 +158,7 @@ class PivotProjectionFactors(NamedTuple):
 
     def can_group(self, x: Tensor) -> bool:
         """See `ProjectionFactors.can_group`."""
-        A, C = self.A, self.C
-        if self.W is not None or A is None or C is None or C.shape[1] == 0:
-            return False
-        aligned = all(size % 8 == 0 for size in (*A.shape[1:], C.shape[1]))
-        return aligned and {x.dtype, A.dtype, C.dtype} == {torch.bfloat16}
+        return _groups(x, self.W, self.A, self.C)
 
     def apply_grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
         """See `ProjectionFactors.apply_grouped`; each row gathers its expert's outputs."""
@@ -183,19 +166,11 @@ class PivotProjectionFactors(NamedTuple):
         z = F.grouped_mm(x, self.A.transpose(-2, -1), offs=offsets)
         both = torch.cat([z, F.grouped_mm(z, self.C.transpose(-2, -1), offs=offsets)], -1)
         # z is padded, so what follows it lies further right
-        columns = torch.stack(
-            [
-                torch.where(order < rank, order, order + (z.shape[-1] - rank))
-                for order, rank in zip(self.order.long().unbind(0), self.ranks, strict=True)
-            ]
-        )
+        pairs = zip(self.order.long().unbind(0), self.ranks, strict=True)
+        shifted = [torch.where(o < rank, o, o + (z.shape[-1] - rank)) for o, rank in pairs]
         rows = torch.arange(x.shape[0], device=x.device, dtype=offsets.dtype)
         expert = torch.searchsorted(offsets, rows, right=True).clamp_max(len(self.ranks) - 1)
-        return both.gather(-1, columns[expert])
-
-
-# x [m, K] -> [m, N] of one expert's projection
-Product = Callable[[Tensor], Tensor]
+        return both.gather(-1, torch.stack(shifted)[expert])
 
 
 class ExpertFactors(NamedTuple):
@@ -223,7 +198,7 @@ def low_rank_experts(
     """out_m = sum_k w_mk down_e(silu(gate_e(x_m)) * up_e(x_m)), e = topk_index[m, k].
 
     hidden [M, H], topk_index [M, k] int64, topk_weight [M, k] -> [M, H]. Rows are sorted by
-    expert, so each expert's factors are read once. An index >= E (an expert of another rank, or
+    expert, so each expert's factors are read once. An index >= E (an expert of another process, or
     padding) contributes zero.
     """
     num_experts, k = len(factors.gate.ranks), topk_index.shape[1]
@@ -240,19 +215,17 @@ def low_rank_experts(
         # where keeps those out of hidden's gradient, the second out of the result
         counted = (flat[order] < num_experts)[:, None]
         x = torch.where(counted, x, torch.zeros_like(x))
-        gated = F.silu(factors.gate.apply_grouped(x, offsets)) * factors.up.apply_grouped(
-            x, offsets
-        )
-        y = factors.down.apply_grouped(gated, offsets)
+        gate, up = (p.apply_grouped(x, offsets) for p in factors[:2])
+        y = factors.down.apply_grouped(F.silu(gate) * up, offsets)
         y = torch.where(counted, y, torch.zeros_like(y))
     elif compiling and all(p.W is None for p in factors):
         # every expert over every row, the rows of others zero: E / k times the work, but static
         # shapes for what grouped_mm refuses
         y = torch.zeros_like(x)
-        for expert in range(num_experts):
+        products = zip(*(projection.by_expert() for projection in factors), strict=True)
+        for expert, (gate, up, down) in enumerate(products):
             rows_e = torch.where((flat[order] == expert)[:, None], x, torch.zeros_like(x))
-            gated = F.silu(factors.gate.apply(rows_e, expert)) * factors.up.apply(rows_e, expert)
-            y = y + factors.down.apply(gated, expert)
+            y = y + down(F.silu(gate(rows_e)) * up(rows_e))
     else:
         parts, start = [], 0
         gates, ups, downs = (projection.by_expert() for projection in factors)
@@ -275,13 +248,6 @@ def low_rank_experts(
     return y[inverse].view(*topk_index.shape, hidden.shape[1]).sum(1).to(hidden.dtype)
 
 
-def pivot_low_rank_experts(
-    hidden: Tensor, topk_index: Tensor, topk_weight: Tensor, factors: PivotExpertFactors
-) -> Tensor:
-    """`low_rank_experts` with every expert's factors in the pivot gauge."""
-    return low_rank_experts(hidden, topk_index, topk_weight, factors)
-
-
 def distill_loss_rows(
     student: Tensor, teacher: Tensor, mask: Tensor | None, form: LossForm
 ) -> Tensor:
@@ -293,78 +259,48 @@ def distill_loss_rows(
     a, y = student.to(work), teacher.to(work)
     if mask is not None:  # a masked row may hold anything, NaN included
         a, y = (t.masked_fill(~mask[..., None], 0.0) for t in (a, y))
-    match form:
-        case "l1_cosine":
-            loss = (a - y).abs().mean(-1) - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
-        case "l1":
-            loss = (a - y).abs().mean(-1)
-        case "smooth_l1":
-            loss = F.smooth_l1_loss(a, y, reduction="none").mean(-1)
-        case "nmse":
-            loss = (a - y).square().sum(-1) / y.norm(dim=-1).clamp_min(NORM_EPS).square()
-        case "cosine":
-            loss = 1 - F.cosine_similarity(a, y, dim=-1)
-        case "norm_direction":
-            norm_y = y.norm(dim=-1)
-            apart = ((a.norm(dim=-1) - norm_y) / norm_y.clamp_min(NORM_EPS)).square()
-            loss = apart + 1 - F.cosine_similarity(a, y, dim=-1)
+    if form == "l1_cosine":
+        loss = (a - y).abs().mean(-1) - F.logsigmoid(F.cosine_similarity(a, y, dim=-1))
+    else:
+        loss = (a - y).square().sum(-1) / y.norm(dim=-1).clamp_min(NORM_EPS).square()
     return loss if mask is None else torch.where(mask, loss, torch.zeros_like(loss))
 
 
-def token_weights(mask: Tensor | None, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What each token counts for [...]: its weight, 0 where masked, even if that weight is NaN."""
-    if weight is None:
-        assert mask is not None
-        return mask.to(dtype)
-    weights = weight.to(dtype)
-    return weights if mask is None else torch.where(mask, weights, 0.0)
-
-
-def reduce_rows(
-    rows: Tensor, mask: Tensor | None, weight: Tensor | None, reduction: Reduction
-) -> Tensor:
-    """weight * rows ("none"), its sum, or its sum over the sum of the counted weights ("mean").
-
-    rows are 0 where masked. On a GPU each operation on [M] numbers is a launch: few of them.
-    """
-    counted = mask
-    if weight is not None:
-        counted = token_weights(mask, weight, rows.dtype)
-        rows = rows * counted
+def reduce_rows(rows: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
+    """rows, which are 0 where masked ("none"), their sum, or the mean of those that count."""
     if reduction == "none":
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.mean() if counted is None else rows.sum() / counted.sum()
+    return rows.mean() if mask is None else rows.sum() / mask.sum()
 
 
 def distill_loss(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     form: LossForm = "l1_cosine",
 ) -> Tensor:
-    """student, teacher [..., H]; mask [...] (True counts); weight [...] -> a scalar, or [...] for
-    reduction "none". The default form (arXiv 2412.16719) has its floor at -log sigmoid(1) = 0.3133,
-    not at 0."""
+    """student, teacher [..., H]; mask [...] (True counts) -> a scalar, or [...] with "none".
+
+    The default form (arXiv 2412.16719) has its floor at -log sigmoid(1) = 0.3133, not at 0.
+    """
     rows = distill_loss_rows(student, teacher, mask, form)
-    return reduce_rows(rows, mask, weight, reduction)
+    return reduce_rows(rows, mask, reduction)
 
 
 def distill_loss_and_grad(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None = None,
-    weight: Tensor | None = None,
     reduction: Reduction = "mean",
     form: LossForm = "l1_cosine",
 ) -> tuple[Tensor, Tensor]:
     """The loss ("mean" or "sum") and its gradient in the student, outside autograd."""
 
     def loss_of(student: Tensor) -> Tensor:
-        return distill_loss(student, teacher, mask, weight, reduction, form)
+        return distill_loss(student, teacher, mask, reduction, form)
 
     with torch.no_grad():  # of the outer level; torch.compile traces no torch.autograd.grad
         grad, loss = torch.func.grad_and_value(loss_of)(student.detach())

@@ -55,23 +55,20 @@ def assert_close_to_truth(
         AssertionError: actual is too far, not finite, or of another shape or dtype than asked.
     """
     if not actual.shape == baseline.shape == truth_fp64.shape:
-        raise AssertionError(
-            f"{name}: shape {list(actual.shape)}, wanted {list(truth_fp64.shape)} "
-            f"(baseline {list(baseline.shape)})"
-        )
+        wanted = f"{list(truth_fp64.shape)} (baseline {list(baseline.shape)})"
+        raise AssertionError(f"{name}: shape {list(actual.shape)}, wanted {wanted}")
     if actual.dtype != baseline.dtype or truth_fp64.dtype != torch.float64:
-        raise AssertionError(
-            f"{name}: dtype {actual.dtype}, wanted {baseline.dtype} as in the baseline; "
-            f"truth must be torch.float64, got {truth_fp64.dtype}"
-        )
+        wanted = f"{baseline.dtype} as in the baseline; truth has {truth_fp64.dtype}"
+        raise AssertionError(f"{name}: dtype {actual.dtype}, wanted {wanted}")
     for role, tensor in (("actual", actual), ("truth", truth_fp64), ("baseline", baseline)):
         bad = tensor.numel() - int(tensor.isfinite().sum())
         if bad:
             raise AssertionError(f"{name}: {bad} of {tensor.numel()} {role} values are NaN or inf")
     if actual.numel() == 0:
         return
-    error = float((actual.double() - truth_fp64).abs().max())
-    baseline_error = float((baseline.double() - truth_fp64).abs().max())
+    error, baseline_error = (
+        float((tensor.double() - truth_fp64).abs().max()) for tensor in (actual, baseline)
+    )
     scale, eps = float(truth_fp64.abs().max()), torch.finfo(actual.dtype).eps
     allowed = 2 * (baseline_error + eps * scale)
     if actual.dtype == torch.float64:
@@ -182,7 +179,9 @@ def check_op(
     with torch.no_grad():
         shapes = [(t.shape, t.dtype, t.device) for t in _outputs(oracle, dict(inputs))]
     generator = torch.Generator().manual_seed(seed)
-    grads = [_normal(generator, *shape).to(device, dtype) for shape, dtype, device in shapes]
+    grads = [
+        torch.randn(shape, generator=generator).to(device, dtype) for shape, dtype, device in shapes
+    ]
     given = {n: _strided(t) for n, t in inputs.items()} if noncontiguous else inputs
     with poison_empty():
         actual = values_and_grads(op, given, list(map(_strided, grads)) if noncontiguous else grads)
@@ -203,51 +202,43 @@ def _strided(tensor: Tensor) -> Tensor:
 
 
 # Inputs
-def _normal(generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator)
+class _Draw:
+    """Normal numbers of a seed, and how tensors are given away; where: dtype, device and seed."""
 
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)
 
-def _placed(tensors: Results, dtype: torch.dtype, device: torch.device | str) -> Results:
-    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def placed(self, tensors: Results) -> Results:
+        return {name: tensor.to(self.device, self.dtype) for name, tensor in tensors.items()}
 
 
 def low_rank_linear_inputs(
-    rows: Sequence[int],
-    in_features: int,
-    out_features: int,
-    rank: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    rows: Sequence[int], in_features: int, out_features: int, rank: int, **where: Any
 ) -> Results:
     """x [*rows, K], A [R, K], B [N, R], bias [N]; y of order 1."""
-    g = torch.Generator().manual_seed(seed)
+    normal = _Draw(**where)
     tensors = {
-        "x": _normal(g, *rows, in_features),
-        "A": _normal(g, rank, in_features) * in_features**-0.5,
-        "B": _normal(g, out_features, rank) * rank**-0.5,
-        "bias": _normal(g, out_features),
+        "x": normal(*rows, in_features),
+        "A": normal(rank, in_features) * in_features**-0.5,
+        "B": normal(out_features, rank) * rank**-0.5,
+        "bias": normal(out_features),
     }
-    return _placed(tensors, dtype, device)
+    return normal.placed(tensors)
 
 
 def pivot_low_rank_linear_inputs(
-    rows: Sequence[int],
-    in_features: int,
-    out_features: int,
-    rank: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    rows: Sequence[int], in_features: int, out_features: int, rank: int, **where: Any
 ) -> tuple[Results, Tensor]:
     """x [*rows, K], A [R, K], C [N - R, R], bias [N], and order [N] int32."""
-    sizes = (in_features, out_features, rank)
-    found = low_rank_linear_inputs(rows, *sizes, dtype=dtype, device=device, seed=seed)
+    found = low_rank_linear_inputs(rows, in_features, out_features, rank, **where)
     found["C"] = found.pop("B")[rank:]
-    order = torch.randperm(out_features, generator=torch.Generator().manual_seed(seed + 1))
-    return found, order.to(device, torch.int32)
+    generator = torch.Generator().manual_seed(where.get("seed", 0) + 1)
+    order = torch.randperm(out_features, generator=generator)
+    return found, order.to(where["device"], torch.int32)
 
 
 def low_rank_experts_inputs(
@@ -256,36 +247,31 @@ def low_rank_experts_inputs(
     hidden_size: int,
     intermediate_size: int,
     ranks: Mapping[str, Sequence[int]],
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    **where: Any,
 ) -> tuple[Results, Tensor]:
     """Floating tensors (hidden, topk_weight and the factors "gate_A" ... "down_W") and topk_index.
 
     ranks: for "gate", "up" and "down" the E ranks, 0 for a dense expert. Each token has top_k
     different experts, weights that sum to 1. Factors are padded with zeros to the largest rank.
     """
-    g = torch.Generator().manual_seed(seed)
-    num_experts = len(ranks["gate"])
-    scores = _normal(g, num_rows, num_experts)
-    weight, index = scores.softmax(-1).topk(top_k)
+    normal, num_experts = _Draw(**where), len(ranks["gate"])
+    weight, index = normal(num_rows, num_experts).softmax(-1).topk(top_k)
     tensors = {
-        "hidden": _normal(g, num_rows, hidden_size),
+        "hidden": normal(num_rows, hidden_size),
         "topk_weight": weight / weight.sum(-1, keepdim=True),
     }
     sizes = {"gate": (hidden_size, intermediate_size), "down": (intermediate_size, hidden_size)}
     for name in ("gate", "up", "down"):
         (k, n), each = sizes.get(name, sizes["gate"]), ranks[name]
         if max(each) > 0:
-            A, B = _normal(g, num_experts, max(each), k), _normal(g, num_experts, n, max(each))
+            A, B = normal(num_experts, max(each), k), normal(num_experts, n, max(each))
             for expert, rank in enumerate(each):
                 A[expert, rank:], B[expert, :, rank:] = 0.0, 0.0
                 B[expert] *= max(rank, 1) ** -0.5
             tensors[f"{name}_A"], tensors[f"{name}_B"] = A * k**-0.5, B
         if 0 in each:
-            tensors[f"{name}_W"] = _normal(g, list(each).count(0), n, k) * k**-0.5
-    return _placed(tensors, dtype, device), index.to(device)
+            tensors[f"{name}_W"] = normal(list(each).count(0), n, k) * k**-0.5
+    return normal.placed(tensors), index.to(where["device"])
 
 
 def expert_factors(
@@ -302,96 +288,68 @@ def expert_factors(
 
 
 def distill_loss_inputs(
-    rows: Sequence[int],
-    hidden_size: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    rows: Sequence[int], hidden_size: int, **where: Any
 ) -> tuple[Results, Tensor]:
     """student and teacher [*rows, H], the student near the teacher, and a mask [*rows] that
     counts about two tokens in three and always the first."""
-    g = torch.Generator().manual_seed(seed)
-    teacher = _normal(g, *rows, hidden_size)
-    student = teacher + 0.5 * _normal(g, *rows, hidden_size)
-    mask = torch.rand(tuple(rows), generator=g) < 0.67
+    normal = _Draw(**where)
+    teacher = normal(*rows, hidden_size)
+    student = teacher + 0.5 * normal(*rows, hidden_size)
+    mask = torch.rand(tuple(rows), generator=normal.generator) < 0.67
     mask.view(-1)[:1] = True
-    return _placed({"student": student, "teacher": teacher}, dtype, device), mask.to(device)
+    tensors = {"student": student, "teacher": teacher}
+    return normal.placed(tensors), mask.to(where["device"])
 
 
 def selective_scan_inputs(
-    batch: int,
-    channels: int,
-    state_size: int,
-    steps: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    batch: int, channels: int, state_size: int, steps: int, **where: Any
 ) -> Results:
     """Every tensor of the scan; A and D near Mamba's initial values (-1 ... -S and 1), delta for
     softplus with steps of about 0.05 to 0.7."""
-    g = torch.Generator().manual_seed(seed)
+    normal = _Draw(**where)
     tensors = {
-        "x": _normal(g, batch, channels, steps),
-        "delta": _normal(g, batch, channels, steps),
-        "A": -torch.arange(1.0, state_size + 1).expand(channels, -1) * torch.exp(
-            0.1 * _normal(g, channels, state_size)
-        ),
-        "B": _normal(g, batch, state_size, steps),
-        "C": _normal(g, batch, state_size, steps),
-        "D": 1.0 + 0.1 * _normal(g, channels),
-        "z": _normal(g, batch, channels, steps),
-        "delta_bias": -1.5 + 0.5 * _normal(g, channels),
-        "initial_state": _normal(g, batch, channels, state_size),
-    }  # fmt: skip
-    return _placed(tensors, dtype, device)
+        "x": normal(batch, channels, steps),
+        "delta": normal(batch, channels, steps),
+        "A": -torch.arange(1.0, state_size + 1).expand(channels, -1)
+        * torch.exp(0.1 * normal(channels, state_size)),
+        "B": normal(batch, state_size, steps),
+        "C": normal(batch, state_size, steps),
+        "D": 1.0 + 0.1 * normal(channels),
+        "z": normal(batch, channels, steps),
+        "delta_bias": -1.5 + 0.5 * normal(channels),
+        "initial_state": normal(batch, channels, state_size),
+    }
+    return normal.placed(tensors)
 
 
 def ssd_scan_inputs(
-    batch: int,
-    steps: int,
-    heads: int,
-    width: int,
-    groups: int,
-    state_size: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    batch: int, steps: int, heads: int, width: int, groups: int, state_size: int, **where: Any
 ) -> Results:
     """Every tensor of Mamba-2's scan; A from -1 to -nh and D near 1 as in a new model, dt for
     softplus with steps of about 0.02 to 0.7."""
-    g = torch.Generator().manual_seed(seed)
+    normal = _Draw(**where)
     tensors = {
-        "x": _normal(g, batch, steps, heads, width),
-        "dt": _normal(g, batch, steps, heads),
+        "x": normal(batch, steps, heads, width),
+        "dt": normal(batch, steps, heads),
         "A": -torch.arange(1.0, heads + 1),
-        "B": _normal(g, batch, steps, groups, state_size),
-        "C": _normal(g, batch, steps, groups, state_size) * state_size**-0.5,
-        "D": 1.0 + 0.1 * _normal(g, heads),
-        "dt_bias": -2.0 + 0.5 * _normal(g, heads),
-        "initial_state": _normal(g, batch, heads, width, state_size),
+        "B": normal(batch, steps, groups, state_size),
+        "C": normal(batch, steps, groups, state_size) * state_size**-0.5,
+        "D": 1.0 + 0.1 * normal(heads),
+        "dt_bias": -2.0 + 0.5 * normal(heads),
+        "initial_state": normal(batch, heads, width, state_size),
     }
-    return _placed(tensors, dtype, device)
+    return normal.placed(tensors)
 
 
 def causal_conv1d_inputs(
-    batch: int,
-    channels: int,
-    steps: int,
-    width: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    seed: int = 0,
+    batch: int, channels: int, steps: int, width: int, **where: Any
 ) -> Results:
     """x [B, D, T], weight [D, W], bias [D], initial_state [B, D, W-1]."""
-    g = torch.Generator().manual_seed(seed)
+    normal = _Draw(**where)
     tensors = {
-        "x": _normal(g, batch, channels, steps),
-        "weight": _normal(g, channels, width) * width**-0.5,
-        "bias": _normal(g, channels),
-        "initial_state": _normal(g, batch, channels, width - 1),
+        "x": normal(batch, channels, steps),
+        "weight": normal(channels, width) * width**-0.5,
+        "bias": normal(channels),
+        "initial_state": normal(batch, channels, width - 1),
     }
-    return _placed(tensors, dtype, device)
+    return normal.placed(tensors)

@@ -5,10 +5,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from lillama.checkpoint.headers import read_headers
 from lillama.cli import app as cli
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import load_tokenizer
+from tests.forked import Forked
 
 module = importlib.import_module("lillama.checkpoint.export")
 EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}.{}"
@@ -239,29 +240,24 @@ def test_export_takes_over_what_a_kill_left_and_nothing_else(sources, tmp_path):
     assert_close(logits_of(tmp_path / "new"), logits_of(sources["mamba"]))
 
 
-KILLED = """
-import importlib, os, signal, sys
-import lillama
-module = importlib.import_module("lillama.checkpoint.export")
-write = module.write_shard
-def killed(*args):
-    write(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
-module.write_shard = killed
-lillama.export(sys.argv[1], sys.argv[2])
-"""
-
-
 def test_export_killed_leaves_no_new_folder_and_can_be_run_again(sources, tmp_path):
-    new = tmp_path / "new"
-    command = [sys.executable, "-c", KILLED, str(sources["mamba"]), str(new)]
-    paths = os.pathsep.join(path for path in sys.path if path)
-    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths})
-    assert result.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["new.unfinished"]
-    assert list((tmp_path / "new.unfinished").glob("*.safetensors"))
+    new = tmp_path / "here" / "new"
+    new.parent.mkdir()
+    write = module.write_shard
+
+    def killed(*args: Any) -> None:
+        write(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        module.write_shard = killed
+        export(sources["mamba"], new)
+
+    assert Forked(work, tmp_path / "said").wait().code == -signal.SIGKILL
+    assert [path.name for path in new.parent.iterdir()] == ["new.unfinished"]
+    assert list(new.with_name("new.unfinished").glob("*.safetensors"))
     export(sources["mamba"], new)
-    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert [path.name for path in new.parent.iterdir()] == ["new"]
 
 
 def broken(source: Path, out: Path, edit) -> Path:

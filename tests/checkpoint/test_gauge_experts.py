@@ -58,7 +58,7 @@ def close(found: Tensor, wanted: Tensor, relative: float = 1e-5) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < relative
 
 
-def test_preset_stores_experts_in_the_pivot_gauge(compressed, mixtral, text_file, device):
+def test_preset_stores_experts_in_the_pivot_gauge(compressed, mixtral, short_text, device):
     report, out = compressed()
     values, tensors = quantization(out), tensors_of(out)
     experts = {name: rank for name, rank in values["ranks"].items() if ".experts." in name}
@@ -77,7 +77,7 @@ def test_preset_stores_experts_in_the_pivot_gauge(compressed, mixtral, text_file
     assert report["params_after"] == stored
     assert report["reduction"] >= 0.3
     assert all(0 < row["pivot_largest"] <= LARGEST for row in report["blocks"])
-    measured = lillama.eval(out, text_file, against=mixtral, seq_len=64, device=str(device))
+    measured = lillama.eval(out, short_text, against=mixtral, seq_len=64, device=str(device))
     assert measured["params"] == report["params_after"]
     assert measured["bytes"] == report["bytes_after"]
     assert 0.8 < measured["retained"] < 1.2

@@ -1,4 +1,4 @@
-"""CheckpointWriter killed with SIGKILL before each of its file operations in turn."""
+"""CheckpointWriter killed before each of its file operations in turn."""
 
 import json
 import shutil
@@ -82,7 +82,5 @@ def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
         assert mark(out) in (2, 3)
         assert [path.name for path in folder.iterdir()] == ["out"]
         assert not (out / ".replaced").exists()
-    assert mark(out) == 2
-    assert moment > 30
     # the exchange of old and new is the only moment without OUT; the journal goes after it
     assert found == ({None, 1, 2} if overwrite else {None, 2})

@@ -22,8 +22,10 @@ TRITON = (
 
 
 @pytest.fixture
-def both(mamba: Path, text_file: Path, tmp_path: Path, device: torch.device):
-    """both(**options) -> report and OUT of the same run on the reference and on Triton."""
+def both(make_checkpoint, text_file: Path, tmp_path: Path, device: torch.device):
+    """both(**options) -> report and OUT of the same run on the reference and on Triton. Of one
+    block: the interpreter is slow."""
+    model = make_checkpoint("mamba", num_hidden_layers=1)
 
     def run(**options: Any) -> list[tuple[dict, Path]]:
         results = []
@@ -31,7 +33,7 @@ def both(mamba: Path, text_file: Path, tmp_path: Path, device: torch.device):
             given = {"reduction": 0.1, "text": text_file, "tokens": 400, "seq_len": 32,
                      "gauge": "plain", **options}  # fmt: skip
             with kernels_impl(impl, ops=OPS):
-                report = lillama.compress(mamba, tmp_path / impl, device=str(device), **given)
+                report = lillama.compress(model, tmp_path / impl, device=str(device), **given)
             results.append((report, tmp_path / impl))
         return results
 

@@ -182,7 +182,7 @@ def test_compress_presets_use_their_strategy(preset, kind, small, request):
     assert trained == (preset != "fast")
 
 
-def test_compress_bottom_with_mixed_ranks_works_end_to_end(small, mixtral, text_file, device):
+def test_compress_bottom_with_mixed_ranks_works_end_to_end(small, mixtral, short_text, device):
     """A search that stops in its first sweep: some experts of one layer stay dense."""
     report, out = small(mixtral, reduction=0.03, strategy="bottom")
     ranks = ranks_of(out)
@@ -196,7 +196,7 @@ def test_compress_bottom_with_mixed_ranks_works_end_to_end(small, mixtral, text_
     torch.testing.assert_close(
         tensors[f"{prefix}.3.w2.lr_W"], base[f"{prefix}.3.w2.weight"], rtol=0.2, atol=0.1
     )
-    measured = lillama.eval(out, text_file, against=mixtral, seq_len=64, device=str(device))
+    measured = lillama.eval(out, short_text, against=mixtral, seq_len=64, device=str(device))
     assert measured["params"] == report["params_after"]
     assert measured["bytes"] == report["bytes_after"]
     assert 0.9 < measured["retained"] < 1.1 and 0 < measured["kl"] < 0.5
@@ -206,7 +206,7 @@ def test_compress_bottom_with_mixed_ranks_works_end_to_end(small, mixtral, text_
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compress_exactly_low_rank_teacher_is_retained_without_training(
-    kind, preset, small, make_checkpoint, text_file, device
+    kind, preset, small, make_checkpoint, short_text, device
 ):
     def low_rank(weight: Tensor) -> None:
         A, B = plain_svd(weight, 8)
@@ -232,7 +232,7 @@ def test_compress_exactly_low_rank_teacher_is_retained_without_training(
     reduction = removed(matrices, {m.name: 8 for m in matrices}) / total
     _, out = small(path, preset=preset, strategy="uniform", reduction=reduction, train=False)
     assert ranks_of(out) == {m.name: 8 for m in matrices}
-    measured = lillama.eval(out, text_file, against=path, seq_len=64, device=str(device))
+    measured = lillama.eval(out, short_text, against=path, seq_len=64, device=str(device))
     assert measured["retained"] >= 0.999
     assert measured["kl"] < 1e-4 and measured["top1_agreement"] > 0.999
 

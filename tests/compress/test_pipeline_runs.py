@@ -257,7 +257,7 @@ def test_compress_progress_ends_at_its_total(train, strategy, small, make_checkp
 @pytest.mark.parametrize("kind", KINDS)
 def test_compress_obeys_kernels_impl(kind, small, request, tmp_path, monkeypatch):
     # kernels would take minutes in the interpreter; what has none is refused at once
-    monkeypatch.setattr("lillama_kernels.impl.TRITON_OPS", frozenset())
+    monkeypatch.setattr("lillama_kernels.dispatch.TRITON_OPS", frozenset())
     with lillama.kernels_impl("triton"), pytest.raises(NotImplementedError, match="Triton kernel"):
         small(request.getfixturevalue(kind))
     assert nothing_left(tmp_path)

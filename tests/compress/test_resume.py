@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.journal import Journal
 from lillama.checkpoint.shard_file import Entry
 from lillama.errors import InputError, RunError
+from tests.forked import Forked
 
 OPTIONS: dict[str, Any] = {
     "reduction": 0.2, "tokens": 900, "seq_len": 32, "checkpoint_seconds": 0, "strategy": "uniform"
 }  # fmt: skip
-KILLS = 10  # of each kind of model
 FILE_EVENTS = {"open", "os.mkdir", "os.remove", "os.rename", "os.truncate"}
 
 
@@ -55,22 +54,14 @@ def moments_of(work: Callable[[Callable[..., None]], None], folder: Path, kill_a
     """Run work(progress) in a forked process that SIGKILLs itself at its `kill_at`-th moment;
     returns how many moments it had. A moment is a batch through a block, an operation on a file of
     `folder`, or a tensor of a file that is being written."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(writer)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with open(reader, "rb") as stream:
-            count = len(stream.read())
-        assert status == (-signal.SIGKILL if kill_at <= count else 0), "see the captured output"
-        return count
-    signal.alarm(100)
+    moments = folder.with_name(f"{folder.name}.moments")
+    log = os.open(moments, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     count = 0
 
     def step(*args: object) -> None:
         nonlocal count
         count += 1
-        os.write(writer, b".")
+        os.write(log, b".")
         if count == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -86,22 +77,22 @@ def moments_of(work: Callable[[Callable[..., None]], None], folder: Path, kill_a
 
         return write_shard(file, [slow(entry) for entry in entries])
 
-    code = 1
-    try:
+    def watched() -> None:
         checkpoint_writer.write_shard = slow_write
         sys.addaudithook(watch)
         work(step)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+
+    ended = Forked(watched, folder.with_name("said")).wait()
+    os.close(log)
+    found = moments.stat().st_size
+    assert ended.code == (-signal.SIGKILL if kill_at <= found else 0), ended.stderr
+    return found
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("kills", [4, pytest.param(16, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ["mixtral", "mamba"])
 def test_killed_at_random_moments_the_same_command_ends_bit_for_bit_the_same(
-    kind, small, make_checkpoint, tmp_path, device
+    kind, kills, small, make_checkpoint, tmp_path, device
 ):
     if device.type == "cuda":
         pytest.skip("a process with CUDA cannot be forked")
@@ -116,7 +107,7 @@ def test_killed_at_random_moments_the_same_command_ends_bit_for_bit_the_same(
     folder.mkdir()
     total = moments_of(run(folder / "out"), folder, kill_at=10**9)
     assert total > 300
-    picks = random.Random(kind).sample(range(1, total + 1), KILLS)
+    picks = random.Random(f"{kind}{kills}").sample(range(1, total + 1), kills)
     taken_up = 0
     for number, kill_at in enumerate(picks):
         folder = tmp_path / f"killed{number}"
@@ -131,7 +122,7 @@ def test_killed_at_random_moments_the_same_command_ends_bit_for_bit_the_same(
             small(model, folder / "out")
         assert content(folder / "out") == wanted, f"killed at moment {kill_at} of {total}"
         assert [path.name for path in folder.iterdir()] == ["out"]
-    assert taken_up >= KILLS // 2
+    assert taken_up >= kills // 2
 
 
 def stop_at(stage: str, call: int = 1) -> Callable[[str, int, int], None]:
@@ -165,7 +156,7 @@ def test_signal_finishes_the_step_saves_and_says_how_to_go_on(small, mamba, tmp_
         small(mamba, out, progress=progress, checkpoint_seconds=1000)
     assert signal.getsignal(number) is before
     assert steps.count("block 1 train") == 2, "the step was finished, no other begun"
-    record = Journal(tmp_path / "out.unfinished").last(kind="step", piece="block-1")
+    record = Journal(tmp_path / "out.unfinished").last(kind="step", shard="block-1")
     assert record is not None and record["step"] == 2
     small(mamba, out)
     assert content(out) == content(whole)

@@ -175,7 +175,7 @@ def test_read_documents_sharegpt_and_messages(tmp_path):
         (b"\xef\xbb\xbfab\xff", "byte 0xff at offset 5"),
         (b"cut \xe2\x82", "byte 0xe2 at offset 4"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_read_documents_rejects_plain_text(tmp_path, raw, message):
     with pytest.raises(InputError, match=re.escape(message)):
@@ -540,14 +540,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(tmp_path):
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_calibration_blocks_hold_no_text(tmp_path, tokenizer, monkeypatch, suffix, packing):
-    """Of 6 MB of text, from which 3,000 tokens are drawn all over."""
+    """Of 4 MB of text, from which 3,000 tokens are drawn all over."""
     monkeypatch.setattr(data, "_BATCH_SIZE", 1)
     paragraph = numbered_lines(100)
     path = tmp_path / f"a.{suffix}"
     if suffix == "txt":
-        write(path, f"{paragraph}\n" * (6 * 2**20 // len(paragraph)))
+        write(path, f"{paragraph}\n" * (4 * 2**20 // len(paragraph)))
     else:
-        write_rows(path, *[paragraph] * (6 * 2**20 // len(paragraph)))
+        write_rows(path, *[paragraph] * (4 * 2**20 // len(paragraph)))
     tracemalloc.start()
     try:
         train, _ = calibrate(path, tokenizer, tokens=3000, packing=packing)
@@ -555,7 +555,7 @@ def test_calibration_blocks_hold_no_text(tmp_path, tokenizer, monkeypatch, suffi
     finally:
         tracemalloc.stop()
     assert train.num_tokens >= 3000
-    assert peak < 3 * 2**20, f"{peak / 2**20:.1f} MiB"
+    assert peak < 2 * 2**20, f"{peak / 2**20:.1f} MiB"
 
 
 @pytest.mark.parametrize("packing", [True, False])

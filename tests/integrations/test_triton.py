@@ -26,11 +26,9 @@ MIXTRAL = {
     for matrix in ("w1", "w2", "w3")
     if rank
 }
-MAMBA = {
-    f"backbone.layers.{layer}.mixer.{name}": 8
-    for layer in (0, 1)
-    for name in ("in_proj", "out_proj")
-}
+MAMBA = {f"backbone.layers.0.mixer.{name}": 8 for name in ("in_proj", "out_proj")}
+# the interpreter runs every step of a scan for every channel in Python
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "time_step_rank": 8, "state_size": 4}
 # the experts class of Mixtral under other names and configs
 FAMILIES = {
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"moe_intermediate_size": 24}),
@@ -82,7 +80,7 @@ def assert_equal_on_triton(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def assert_generates_the_same(model: PreTrainedModel, ids: Tensor) -> None:
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     with kernels_impl("triton"):
         actual = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -96,16 +94,16 @@ def tokens(device: torch.device, length: int) -> Tensor:
 
 def test_mixtral_on_triton_equals_the_reference(make_low_rank, calls, device):
     model = make_low_rank("mixtral", MIXTRAL).to(device)
-    assert_equal_on_triton(model, tokens(device, 20))
+    assert_equal_on_triton(model, tokens(device, 16))
     # once a layer, with one backward each
     assert calls == ["low_rank_experts"] * 2 + ["low_rank_experts_backward"] * 2
     calls.clear()
     assert_generates_the_same(model, tokens(device, 5))
-    assert set(calls) == {"low_rank_experts"} and len(calls) == 2 * 4
+    assert set(calls) == {"low_rank_experts"} and len(calls) == 2 * 3
 
 
 def test_mamba_on_triton_equals_the_reference(make_low_rank, calls, device):
-    model = make_low_rank("mamba", MAMBA, time_step_rank=8).to(device)
+    model = make_low_rank("mamba", MAMBA, **SMALL).to(device)
     assert_equal_on_triton(model, tokens(device, 9))
     both = ("low_rank_linears", "selective_scan", "causal_conv1d")
     assert set(calls) == {*both, *(f"{name}_backward" for name in both)}
@@ -113,20 +111,25 @@ def test_mamba_on_triton_equals_the_reference(make_low_rank, calls, device):
     assert_generates_the_same(model, tokens(device, 5))
     # the prompt, then steps that are one operation a layer
     prompt = ["low_rank_linears", "causal_conv1d", "selective_scan", "low_rank_linears"]
-    assert calls == 2 * prompt + 3 * 2 * ["mamba_mixer_step"]
+    assert calls == prompt + 2 * ["mamba_mixer_step"]
 
 
 def test_mamba_step_by_step_on_triton(make_low_rank, calls, device):
     """Where the mixer's step does not apply, here to a low-rank x_proj, its parts run."""
     ranks = {**MAMBA, "backbone.layers.0.mixer.x_proj": 8}
-    model = make_low_rank("mamba", ranks, time_step_rank=8).to(device)
+    model = make_low_rank("mamba", ranks, **SMALL).to(device)
     assert_generates_the_same(model, tokens(device, 5))
-    assert {"selective_state_update", "causal_conv1d_update", "mamba_mixer_step"} <= set(calls)
+    assert {"selective_state_update", "causal_conv1d_update"} <= set(calls)
     assert not any(name.endswith("backward") for name in calls)
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "sonicmoe", "eager"])
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        *(("qwen3_moe", "grouped_mm"), ("qwen3_moe", "eager")),
+        *(("olmoe", "batched_mm"), ("olmoe", "sonicmoe")),
+    ],
+)
 def test_other_families_experts_run_on_triton(family, implementation, calls, device):
     model_class, config_class, sizes = FAMILIES[family]
     config = config_class(

@@ -31,37 +31,10 @@ DECLARED = (
 )
 # Never declared: biases beside layers without, and two norms a block; scaled embeddings and
 # logits; a norm of the embeddings, and blocks that return tuples
-UNDECLARED: dict[str, dict[str, Any]] = {
-    "stablelm": {"use_qkv_bias": True},
-    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "bloom": {},
-}
-each_undeclared = pytest.mark.parametrize("kind", UNDECLARED)
-
-
-@pytest.fixture(scope="module")
-def base(make_checkpoint):
-    made: dict[str, Path] = {}
-
-    def of(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = make_checkpoint(kind, **UNDECLARED.get(kind, {}))
-        return made[kind]
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def compressed(base, text_file, tmp_path_factory):
-    made: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def of(kind: str) -> tuple[Path, dict[str, Any]]:
-        if kind not in made:
-            out = tmp_path_factory.mktemp("generic") / kind
-            made[kind] = out, lillama.compress(base(kind), out, text=text_file, **OPTIONS)
-        return made[kind]
-
-    return of
+UNDECLARED = ("stablelm", "granite", "bloom")
+each_undeclared = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in UNDECLARED]
+)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -109,7 +82,10 @@ def test_what_is_found_is_what_is_declared(kind, make_model):
     assert set(declared.before_blocks) & present <= set(found.before_blocks)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.xdist_group(k)) for k in ("gpt2", "gpt_neox", "qwen3_moe")],
+)
 def test_without_its_declaration_a_family_is_compressed_the_same(
     kind, base, compressed, text_file, tmp_path, monkeypatch, caplog
 ):
@@ -171,7 +147,7 @@ def test_undeclared_is_compressed_loaded_and_saved_again(kind, base, compressed,
 
 @each_undeclared
 def test_undeclared_is_exported_judged_and_generated_from(
-    kind, base, compressed, text_file, tokenizer, tmp_path
+    kind, base, compressed, short_text, tokenizer, tmp_path
 ):
     out, report = compressed(kind)
     lillama.export(out, tmp_path / "dense", format="dense")
@@ -179,9 +155,7 @@ def test_undeclared_is_exported_judged_and_generated_from(
     assert {n: value.shape for n, value in tensors_of(tmp_path / "dense").items()} == names
     dense: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
     torch.testing.assert_close(logits(dense), logits(load_model(out, CPU)), rtol=1e-4, atol=1e-4)
-    short = tmp_path / "short.txt"
-    short.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
-    quality = lillama.eval(out, short, against=base(kind), seq_len=32, device="cpu")
+    quality = lillama.eval(out, short_text, against=base(kind), seq_len=32, device="cpu")
     assert quality["kl"] > 0 and 0.5 < quality["retained"] < 1.5
     assert quality["params"] == report["params_after"]
     prompt = tokenizer("the cat sat on", return_tensors="pt")["input_ids"]

@@ -28,42 +28,23 @@ KINDS = sorted(FAMILIES)
 TIED = {"cohere", "gemma", "gemma2", "gpt2", "mamba", "mamba2", "opt", "starcoder2"}
 OPTIONS: dict[str, Any] = {"reduction": 0.2, "tokens": 300, "seq_len": 32}
 PROMPT = "the cat sat on"
-each_family = pytest.mark.parametrize("kind", KINDS)
+# Between them every kind of block: dense with and without biases, transposed and fused weights,
+# experts of both layouts, a scan, and a hybrid
+WHOLE = {"gpt2", "gpt_neox", "jamba", "llama", "mamba", "mixtral", "qwen3_moe"}
+
+
+def case(kind: str, *marks: Any) -> Any:
+    """A case of its family's group, whose tests one worker runs: what they share is made once."""
+    return pytest.param(kind, marks=[pytest.mark.xdist_group(kind), *marks])
+
+
+each_family = pytest.mark.parametrize("kind", [case(kind) for kind in KINDS])
+# with what make test leaves to make test-all
+each_whole_family = pytest.mark.parametrize(
+    "kind", [case(kind, *([] if kind in WHOLE else [pytest.mark.full])) for kind in KINDS]
+)
 # ranks by the loss, in the pivot gauge; every target with factors, plain
 each_preset = pytest.mark.parametrize("preset", ["default", "whitened"])
-
-
-@pytest.fixture(scope="session")
-def base(make_checkpoint):
-    """base(kind) -> folder of a tiny random model, made once."""
-    made: dict[str, Path] = {}
-
-    def of(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = make_checkpoint(kind)
-        return made[kind]
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def compressed(base, text_file, tmp_path_factory, device):
-    """compressed(kind, preset) -> (folder, report), trained; made once."""
-    made: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
-
-    def of(kind: str, preset: str = "default") -> tuple[Path, dict[str, Any]]:
-        if (kind, preset) not in made:
-            out = tmp_path_factory.mktemp("families") / kind
-            options = {**OPTIONS, "device": str(device), "preset": preset}
-            if preset == "whitened" and (FAMILIES[kind].experts is not None or kind == "gpt2"):
-                # random routers decide by so little that the first steps only send tokens
-                # elsewhere; two steps make GPT-2's first block worse
-                options["tokens"] = 6000
-            report = lillama.compress(base(kind), out, text=text_file, **options)
-            made[kind, preset] = out, report
-        return made[kind, preset]
-
-    return of
 
 
 def tokens(masked: bool) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +126,7 @@ def test_one_block_at_a_time_equals_the_model(kind, masked, base, device):
 
 
 @each_preset
-@each_family
+@each_whole_family
 def test_logits_are_those_of_the_product(kind, preset, base, compressed, tmp_path, device):
     """Everything but the factors, biases among it, comes from the file as it is."""
     out, _ = compressed(kind, preset)
@@ -162,7 +143,7 @@ def test_logits_are_those_of_the_product(kind, preset, base, compressed, tmp_pat
     assert (found - before).abs().max() > 1e-2, "the compression changed something"
 
 
-@each_family
+@each_whole_family
 def test_what_is_not_factorised_keeps_its_name(kind, base, compressed):
     """Biases, norms and routers; tied embeddings stay one matrix."""
     out, _ = compressed(kind)
@@ -174,7 +155,7 @@ def test_what_is_not_factorised_keeps_its_name(kind, base, compressed):
     assert same == (kind in TIED) == bool(model.config.tie_word_embeddings)
 
 
-@each_family
+@each_whole_family
 def test_whitened_factorises_and_trains_every_default_target(kind, compressed):
     out, report = compressed(kind, "whitened")
     improved = [b["held_out_loss_after"] < b["held_out_loss_before"] for b in report["blocks"]]
@@ -187,7 +168,7 @@ def test_whitened_factorises_and_trains_every_default_target(kind, compressed):
 
 
 @each_preset
-@each_family
+@each_whole_family
 def test_saved_again_it_is_the_same(kind, preset, compressed, tmp_path, device):
     out, _ = compressed(kind, preset)
     model = load_model(out, device)
@@ -198,7 +179,7 @@ def test_saved_again_it_is_the_same(kind, preset, compressed, tmp_path, device):
     assert torch.equal(logits(load_model(tmp_path, device)), logits(model))
 
 
-@each_family
+@each_whole_family
 @torch.no_grad()
 def test_auto_model_has_the_same_states(kind, compressed, device):
     out, _ = compressed(kind)
@@ -209,7 +190,7 @@ def test_auto_model_has_the_same_states(kind, compressed, device):
     assert torch.equal(alone(input_ids=ids).last_hidden_state, wanted)
 
 
-@each_family
+@each_whole_family
 @torch.no_grad()
 def test_generate_is_greedy_without_a_cache(kind, compressed, tokenizer, device):
     out, _ = compressed(kind)
@@ -225,7 +206,7 @@ def test_generate_is_greedy_without_a_cache(kind, compressed, tokenizer, device)
     assert lillama.generate(out, PROMPT, max_new_tokens=12, device=str(device)) == wanted
 
 
-@each_family
+@each_whole_family
 def test_report_counts_what_is_there(kind, base, compressed):
     out, report = compressed(kind)
     config = read_config(out)
@@ -266,21 +247,19 @@ def test_plan_is_what_the_paper_preset_does(kind, base, text_file, tmp_path, dev
     assert all(torch.equal(value, before[name]) for name, value in kept.items())
 
 
-@each_family
-def test_eval_and_fast(kind, base, text_file, tmp_path, device):
+@each_whole_family
+def test_eval_and_fast(kind, base, text_file, short_text, tmp_path, device):
     """Preset fast; where nothing is removed but little, nothing is lost but little."""
     out = tmp_path / "out"
     options = {**OPTIONS, "reduction": 0.02, "preset": "fast", "device": str(device)}
     report = lillama.compress(base(kind), out, text=text_file, **options)
     # of so small a head the places of the outputs take much, and parameters go for them
     assert 0.02 - 1e-9 <= report["reduction"] < 0.07
-    short = tmp_path / "short.txt"
-    short.write_text("\n".join(text_file.read_text("utf-8").splitlines()[:40]), "utf-8")
-    quality = lillama.eval(out, short, against=base(kind), seq_len=32, device=str(device))
+    quality = lillama.eval(out, short_text, against=base(kind), seq_len=32, device=str(device))
     assert 0.9 < quality["retained"] < 1.1
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen2_moe"])
+@pytest.mark.parametrize("kind", [case(kind) for kind in ("gpt2", "gpt_neox", "qwen3_moe")])
 def test_export_dense_is_an_ordinary_checkpoint(kind, base, compressed, tmp_path, device):
     """Transposed weights, a head of another name, and blocks with and without experts."""
     out, _ = compressed(kind)

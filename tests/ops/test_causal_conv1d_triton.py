@@ -1,4 +1,7 @@
-"""The Triton kernels of causal_conv1d against its formula in fp64: values, gradients, the step."""
+"""The Triton kernels of causal_conv1d against its formula in fp64: values, gradients, the step.
+
+On the CPU they run in Triton's interpreter, with the bf16 of tests/interpreter.py.
+"""
 
 import functools
 
@@ -8,8 +11,8 @@ from lillama_kernels import causal_conv1d, causal_conv1d_update
 from lillama_kernels.testing import causal_conv1d_inputs, check_op, check_values, values_and_grads
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+from tests.ops.precision import each_dtype, each_half, full
+
 each_impl = pytest.mark.parametrize("impl", ["reference", "triton"])
 
 
@@ -39,17 +42,21 @@ def channels_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | {"x": inputs["x"].transpose(1, 2).contiguous().transpose(1, 2)}
 
 
-@each_dtype
-@pytest.mark.parametrize("activation", [None, "silu"], ids=["linear", "silu"])
-@pytest.mark.parametrize(
-    "size",
-    [(1, 1, 1, 4), (2, 3, 2, 4), (2, 33, 15, 4), (2, 5, 63, 4), (1, 5, 65, 3), (2, 5, 16, 1),
-     (1, 2, 40, 8)],
-    ids=lambda s: "B{}-D{}-T{}-W{}".format(*s),
-)  # fmt: skip
-def test_causal_conv1d_triton(size, activation, dtype, device, runs):
-    if not runs(dtype):
-        return
+# tiles of 32 channels and 16 steps
+CASES = [
+    pytest.param((1, 1, 1, 4), "silu", id="B1-D1-T1-W4"),
+    pytest.param((2, 3, 2, 4), None, id="B2-D3-T2-W4-linear"),
+    pytest.param((1, 33, 15, 4), "silu", id="B1-D33-T15-W4"),
+    pytest.param((1, 5, 33, 3), "silu", id="B1-D5-T33-W3"),
+    pytest.param((2, 5, 16, 1), "silu", id="B2-D5-T16-W1"),
+    pytest.param((2, 5, 63, 4), "silu", id="B2-D5-T63-W4", marks=full),
+    pytest.param((2, 5, 63, 4), None, id="B2-D5-T63-W4-linear", marks=full),
+    pytest.param((1, 2, 40, 8), "silu", id="B1-D2-T40-W8", marks=full),
+    pytest.param((2, 33, 15, 4), None, id="B2-D33-T15-W4-linear", marks=full),
+]
+
+
+def check(size, activation, dtype, device) -> None:
     inputs = causal_conv1d_inputs(*size, dtype=dtype, device=device)
     ours = functools.partial(op, activation=activation)
     plain = functools.partial(oracle, activation=activation)
@@ -57,8 +64,19 @@ def test_causal_conv1d_triton(size, activation, dtype, device, runs):
     check_values(ours, plain, channels_last(inputs))
 
 
+@each_dtype
+@pytest.mark.parametrize(("size", "activation"), CASES)
+def test_causal_conv1d_triton(size, activation, dtype, device):
+    check(size, activation, dtype, device)
+
+
+@each_half
+def test_causal_conv1d_triton_in_16_bits(dtype, device):
+    check((1, 5, 18, 4), "silu", dtype, device)
+
+
 @pytest.mark.parametrize("missing", [("bias",), ("initial_state",), ("bias", "initial_state")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@each_dtype
 def test_causal_conv1d_triton_optional_inputs(missing, dtype, device):
     inputs = causal_conv1d_inputs(2, 5, 17, 4, dtype=dtype, device=device)
     for name in missing:
@@ -66,9 +84,9 @@ def test_causal_conv1d_triton_optional_inputs(missing, dtype, device):
     check_op(op, oracle, inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@each_dtype
 def test_causal_conv1d_triton_noncontiguous(dtype, device):
-    inputs = causal_conv1d_inputs(2, 5, 40, 4, dtype=dtype, device=device)
+    inputs = causal_conv1d_inputs(2, 5, 18, 4, dtype=dtype, device=device)
     ours = functools.partial(op, activation="silu")
     plain = functools.partial(oracle, activation="silu")
     check_op(ours, plain, inputs, noncontiguous=True)
@@ -82,14 +100,15 @@ def test_causal_conv1d_triton_keeps_the_layout(device):
 
 
 def test_causal_conv1d_triton_only_the_gradients_asked_for(device):
-    inputs = causal_conv1d_inputs(2, 5, 17, 4, dtype=torch.float32, device=device)
-    grads = values_and_grads(op, inputs, [torch.ones(2, 5, 17, device=device)])
+    inputs = causal_conv1d_inputs(1, 5, 9, 4, dtype=torch.float32, device=device)
+    grads = values_and_grads(op, inputs, [torch.ones(1, 5, 9, device=device)])
     for name in inputs:
         alone = {n: t.detach().requires_grad_(n == name) for n, t in inputs.items()}
         (grad,) = torch.autograd.grad(op(**alone).sum(), [alone[name]])
         assert torch.equal(grad, grads[f"grad {name}"]), name
 
 
+@full
 def test_causal_conv1d_triton_compiled(device):
     torch.compiler.reset()
     inputs = channels_last(causal_conv1d_inputs(2, 5, 17, 4, dtype=torch.float32, device=device))
@@ -125,13 +144,11 @@ def test_causal_conv1d_triton_refuses_fp64(device):
 
 
 # The step for decoding
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @each_impl
 @pytest.mark.parametrize("length", [3, 4, 6], ids=lambda n: f"L{n}")
 @pytest.mark.parametrize("cut", [1, 2], ids=lambda n: f"T{n}")
-def test_causal_conv1d_update_steps_equal_the_whole(cut, length, impl, dtype, device, runs):
-    if impl == "triton" and not runs(dtype):
-        return
+def test_causal_conv1d_update_steps_equal_the_whole(cut, length, impl, dtype, device):
     inputs = causal_conv1d_inputs(2, 5, 8, 4, dtype=dtype, device=device)
     expected = oracle(**inputs, activation="silu")
     x, past = inputs["x"], inputs["initial_state"]

@@ -189,11 +189,7 @@ def test_distill_loss_rejects_no_tokens():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": torch.ones(2)}, r"weight must be floating \[3\], got torch.float32 \[2\]"),
-        ({"weight": torch.ones(3, dtype=torch.int64)}, r"weight must be floating \[3\], got torch"),
-        ({"weight": torch.ones(3, requires_grad=True)}, "weight must not require grad; detach it"),
-        ({"weight": torch.zeros(3)}, "the loss is over no tokens"),
-        ({"form": "l2"}, "form must be one of l1_cosine, l1, .*, norm_direction, got 'l2'"),
+        ({"form": "l2"}, "form must be one of l1_cosine, nmse, got 'l2'"),
         ({"teacher": torch.ones(3, 8, dtype=torch.int64)}, "teacher must be floating point"),
         ({"student": torch.ones(3, 8, dtype=torch.int64)}, "student must be floating point"),
         ({"teacher": torch.ones(3, 8, device="meta")}, "teacher must be on the student's device"),
@@ -215,10 +211,10 @@ def test_distill_loss_and_grad_rejects_none():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("form", ["l1_cosine", "l1", "smooth_l1", "nmse", "cosine"])
+@pytest.mark.parametrize("form", ["l1_cosine", "nmse"])
 def test_distill_loss_and_grad_equals_autograd(form, reduction, device):
     inputs, mask = distill_loss_inputs([4, 9], 16, dtype=torch.float32, device=device)
-    given = {"mask": mask, "weight": torch.rand(4, 9, device=device), "form": form}
+    given = {"mask": mask, "form": form}
     student = inputs["student"].requires_grad_()
     loss = distill_loss(**inputs, **given, reduction=reduction)
     (expected,) = torch.autograd.grad(loss, student)

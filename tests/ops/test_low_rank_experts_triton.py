@@ -1,9 +1,10 @@
 """The Triton kernels of low_rank_experts against the reference in fp64: every path and gradient.
 
 The reference is held to a loop over tokens in test_low_rank_experts.py. On the CPU the kernels run
-in Triton's interpreter, which computes bf16 wrongly; bf16 is tested with --device=cuda.
+in Triton's interpreter, with the bf16 of tests/interpreter.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from lillama_kernels import kernels_impl, low_rank_experts, reference
-from lillama_kernels.launch import EXPERTS_DECODE_MAX_TOKENS
 from lillama_kernels.testing import (
     check_op,
     check_values,
@@ -19,10 +19,11 @@ from lillama_kernels.testing import (
     low_rank_experts_inputs,
     values_and_grads,
 )
+from lillama_kernels.tiles import EXPERTS_DECODE_MAX_TOKENS, route_tile
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+from tests.ops.precision import each_dtype, each_half, full, some
+
 HIDDEN, INTERMEDIATE = 24, 40
 Ranks = dict[str, tuple[int, ...]]
 # four experts: ragged, dense (0) among factorised, all dense, and all of one rank
@@ -30,9 +31,6 @@ RAGGED: Ranks = {"gate": (8, 16, 40, 8), "up": (16, 8, 8, 24), "down": (8, 24, 8
 MIXED: Ranks = {"gate": (8, 0, 24, 0), "up": (0, 8, 0, 24), "down": (8, 0, 0, 16)}
 DENSE: Ranks = {"gate": (0,) * 4, "up": (0,) * 4, "down": (0,) * 4}
 HALF: Ranks = {"gate": (0,) * 4, "up": (8,) * 4, "down": (0,) * 4}
-each_ranks = pytest.mark.parametrize(
-    "ranks", [RAGGED, MIXED, DENSE, HALF], ids=["ragged", "mixed", "dense", "half"]
-)
 
 
 def make(num_rows: int, top_k: int, ranks: Ranks, dtype: torch.dtype, device: torch.device):
@@ -66,78 +64,76 @@ def check(inputs: dict[str, Tensor], index: Tensor, ranks: Ranks, **options: Any
     check_op(op, oracle, inputs)
 
 
+KINDS = {"ragged": RAGGED, "mixed": MIXED, "dense": DENSE, "half": HALF}
+
+
 # 3 tokens without gradients run the decode kernels, training and 20 tokens the others
 @each_dtype
-@each_ranks
-@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
-def test_low_rank_experts_triton(num_rows, ranks, dtype, device, runs):
-    if runs(dtype) and (dtype != torch.float16 or device.type == "cuda" or ranks is MIXED):
-        check(*make(num_rows, 2, ranks, dtype, device), ranks)
+@some("kind", ["ragged", "mixed"], ["dense", "half"])
+@some("num_rows", [3], [20], lambda m: f"M{m}")
+def test_low_rank_experts_triton(num_rows, kind, dtype, device):
+    check(*make(num_rows, 2, KINDS[kind], dtype, device), KINDS[kind])
 
 
+@pytest.mark.parametrize("kind", ["dense", "half"])
+def test_low_rank_experts_triton_values(kind, device):
+    for num_rows in (3, 17):
+        inputs, index = make(num_rows, 2, KINDS[kind], torch.float32, device)
+        check_values(*calls(index, KINDS[kind]), inputs)
+
+
+@each_half
+def test_low_rank_experts_triton_in_16_bits(dtype, device):
+    check(*make(5, 2, MIXED, dtype, device), MIXED)
+
+
+def test_low_rank_experts_triton_counts_in_several_blocks(device, monkeypatch):
+    """Of 64 (token, place) pairs, where the committed tile counts 1024 of four experts."""
+    from lillama_kernels.low_rank_experts import launch
+
+    tile = dataclasses.replace(route_tile(4), blocks={"BLOCK_P": 64, "BLOCK_E": 4})
+    monkeypatch.setattr(launch, "route_tile", lambda num_experts: tile)
+    inputs, index = make(36, 2, MIXED, torch.float32, device)
+    check_values(*calls(index, MIXED), inputs)
+
+
+@full
 @each_dtype
-def test_low_rank_experts_triton_many_rows(dtype, device, runs):
-    """Several tiles an expert, and a routing that is counted in several blocks."""
-    if runs(dtype):
-        check(*make(300, 2, RAGGED, dtype, device), RAGGED)
-
-
-@pytest.mark.parametrize("ranks", [RAGGED, MIXED], ids=["ragged", "mixed"])
-def test_low_rank_experts_triton_recomputes(ranks, device):
-    inputs, index = make(20, 2, ranks, torch.float32, device)
-    grad = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
-    op, _ = calls(index, ranks, recompute=True)
-    results = values_and_grads(op, inputs, [grad])
-    plain, _ = calls(index, ranks)
-    for name, expected in values_and_grads(plain, inputs, [grad]).items():
-        assert torch.equal(results[name], expected), name
-
-
-def test_low_rank_experts_triton_recompute_keeps_less(device):
-    inputs, index = make(20, 2, RAGGED, torch.float32, device)
-    kept = []
-    for recompute in (False, True):
-        op, _ = calls(index, RAGGED, recompute=recompute)
-        sizes: list[int] = []
-
-        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
-        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            op(**leaves)
-        kept.append(sum(sizes))
-    assert kept[0] - kept[1] == 2 * index.numel() * INTERMEDIATE
+def test_low_rank_experts_triton_many_rows(dtype, device):
+    """Several tiles an expert."""
+    check(*make(300, 2, RAGGED, dtype, device), RAGGED)
 
 
 # E experts, k of them for each token; a slot is an expert or, where k is small, a place
-@pytest.mark.parametrize(
-    ("num_experts", "top_k"), [(1, 1), (2, 1), (8, 4), (8, 8), (64, 8), (5, 2)], ids=str
-)
-def test_low_rank_experts_triton_numbers_of_experts(num_experts, top_k, device):
-    ranks = {name: (8, 16, 24, 8, 40)[:num_experts] for name in RAGGED}
+@some("size", [(1, 1), (5, 2)], [(2, 1), (8, 4), (8, 8), (64, 8)])
+def test_low_rank_experts_triton_numbers_of_experts(size, device):
+    num_experts, top_k = size
+    ranks = {name: ((8, 16, 24, 8, 40) * 13)[:num_experts] for name in RAGGED}
     if num_experts > 5:
         ranks = {name: (8,) * num_experts for name in RAGGED}
-    inputs, index = make(3, top_k, ranks, torch.float32, device)
-    if num_experts == 64 and device.type == "cpu":  # the interpreter takes 15 s for its gradients
+    for num_rows, places in ((3, top_k), (20, 1)):
+        inputs, index = make(num_rows, places, ranks, torch.float32, device)
         check_values(*calls(index, ranks), inputs)
-        inputs, index = make(20, 1, ranks, torch.float32, device)
-        check_values(*calls(index, ranks), inputs)
-        return
-    check(inputs, index, ranks)
+
+
+@full
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (5, 2), (8, 4), (8, 8)], ids=str)
+def test_low_rank_experts_triton_gradients_of_numbers_of_experts(size, device):
+    ranks = {name: (8,) * size[0] for name in RAGGED}
+    inputs, index = make(3, size[1], ranks, torch.float32, device)
+    check_op(*calls(index, ranks), inputs)
 
 
 ROUTES = [
     pytest.param(lambda index: index.clamp(max=1), id="two-empty-experts"),
-    pytest.param(lambda index: torch.full_like(index, 2), id="all-to-one"),
     pytest.param(lambda index: (index + 2).clamp(max=4), id="half-to-none"),
+    pytest.param(lambda index: torch.full_like(index, 2), id="all-to-one", marks=full),
     pytest.param(lambda index: torch.full_like(index, 4), id="all-to-none"),
 ]
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("num_rows", [1, 5, 33], ids=lambda m: f"M{m}")
+@some("num_rows", [5], [1, 33], lambda m: f"M{m}")
 def test_low_rank_experts_triton_routing(num_rows, route, device):
     inputs, index = make(num_rows, 2, MIXED, torch.float32, device)
     index = route(index)
@@ -146,44 +142,19 @@ def test_low_rank_experts_triton_routing(num_rows, route, device):
         assert not calls(index, MIXED)[0](**inputs).any()
 
 
-@each_dtype
-@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
-def test_low_rank_experts_triton_shared_first_factor(num_rows, dtype, device, runs, monkeypatch):
-    ranks = {"gate": (8, 16, 40, 8), "up": (8, 16, 40, 8), "down": (8, 24, 8, 16)}
-    inputs, index = make(num_rows, 2, ranks, dtype, device)
+def test_low_rank_experts_triton_one_first_factor_for_gate_and_up(device):
+    """Its gradient is the sum of both."""
+    inputs, index = make(3, 2, RAGGED, torch.float32, device)
+    inputs["up_B"] = torch.nn.functional.pad(inputs["up_B"], (0, 16))
     del inputs["up_A"]
-    if not runs(dtype):
-        return
-    check(inputs, index, ranks)
-    from lillama_kernels import low_rank_experts_launch as launch
-
-    seen, kernel = [], launch.experts_gated
-    monkeypatch.setattr(
-        launch, "experts_gated", lambda layer, *args: seen.append(layer) or kernel(layer, *args)
-    )
-    op, _ = calls(index, ranks)
-    op(**{name: tensor.requires_grad_() for name, tensor in inputs.items()})
-    assert [layer.shared for layer in seen] == [True] and seen[0].width() == 40
-
-
-@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
-def test_low_rank_experts_triton_shared_factor_of_other_ranks(num_rows, device):
-    """One A, but up uses fewer of its rows, or some experts are dense: computed apart."""
-    for up in ((8, 8, 24, 8), (8, 0, 40, 0)):
-        ranks = {"gate": (8, 16, 40, 8), "up": up, "down": (8, 24, 8, 16)}
-        inputs, index = make(num_rows, 2, ranks, torch.float32, device)
-        del inputs["up_A"]
-        if up[2] == 24:
-            inputs["up_B"] = torch.nn.functional.pad(inputs["up_B"], (0, 16))
-        check(inputs, index, ranks)
+    check(inputs, index, RAGGED)
 
 
 @each_dtype
-def test_low_rank_experts_triton_noncontiguous(dtype, device, runs):
+def test_low_rank_experts_triton_noncontiguous(dtype, device):
     inputs, index = make(17, 2, MIXED, dtype, device)
     op, oracle = calls(index.T.contiguous().T, MIXED)
-    if runs(dtype):
-        check_op(op, oracle, inputs, noncontiguous=True)
+    check_op(op, oracle, inputs, noncontiguous=True)
 
 
 def test_low_rank_experts_triton_takes_columns_and_int32(device):
@@ -198,9 +169,10 @@ def test_low_rank_experts_triton_takes_columns_and_int32(device):
         assert torch.equal(calls(index.int(), RAGGED)[0](**given), expected)
 
 
-@each_ranks
-@pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
-def test_low_rank_experts_triton_ignores_the_padding(num_rows, ranks, device):
+@some("kind", ["mixed"], ["ragged", "half"])
+@some("num_rows", [3], [20], lambda m: f"M{m}")
+def test_low_rank_experts_triton_ignores_the_padding(num_rows, kind, device):
+    ranks = KINDS[kind]
     inputs, index = make(num_rows, 2, ranks, torch.float32, device)
     op, _ = calls(index, ranks)
     grad = torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
@@ -233,11 +205,12 @@ def test_low_rank_experts_triton_no_tokens(device):
         assert op(**inputs).shape == (0, HIDDEN)
 
 
-def test_low_rank_experts_triton_only_the_gradients_asked_for(device):
+@some("names", [("hidden",)], [("down_B", "topk_weight", "gate_A", "gate_W", "up_B", "down_A")])
+def test_low_rank_experts_triton_only_the_gradients_asked_for(names, device):
     inputs, index = make(5, 2, MIXED, torch.float32, device)
     op, _ = calls(index, MIXED)
     grads = values_and_grads(op, inputs, [torch.ones(5, HIDDEN, device=device)])
-    for name in inputs:
+    for name in names:
         alone = {n: t.detach().requires_grad_(n == name) for n, t in inputs.items()}
         (grad,) = torch.autograd.grad(op(**alone).sum(), [alone[name]])
         assert torch.equal(grad, grads[f"grad {name}"]), name
@@ -253,7 +226,7 @@ def test_low_rank_experts_triton_has_no_second_gradient(device):
 
 
 def test_low_rank_experts_triton_under_autocast(device):
-    dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
+    dtype = torch.bfloat16
     inputs, index = make(5, 2, MIXED, torch.float32, device)
     op, oracle = calls(index, MIXED)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
@@ -266,6 +239,7 @@ def test_low_rank_experts_triton_under_autocast(device):
     torch.testing.assert_close(out, expected, rtol=3e-2, atol=3e-2)
 
 
+@full
 @pytest.mark.parametrize("num_rows", [3, 20], ids=lambda m: f"M{m}")
 def test_low_rank_experts_triton_compiled(num_rows, device):
     torch.compiler.reset()
@@ -281,16 +255,16 @@ def test_low_rank_experts_triton_compiled(num_rows, device):
 
 
 @pytest.mark.parametrize("num_rows", [0, 3], ids=lambda m: f"M{m}")
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_low_rank_experts_triton_is_a_well_formed_op(num_rows, recompute, device):
+def test_low_rank_experts_triton_is_a_well_formed_op(num_rows, device):
     inputs, index = make(num_rows, 2, MIXED, torch.float32, device)
-    factors = [inputs.get(f"{p}_{letter}") for p in MIXED for letter in "ABW"]
+    factors = [t for name, t in inputs.items() if name not in ("hidden", "topk_weight")]
+    given = [f"{p}_{letter}" in inputs for p in MIXED for letter in "ABW"]
     ranks = [rank for each in MIXED.values() for rank in each]
-    given = (inputs["hidden"], index, inputs["topk_weight"], *factors, ranks, False)
+    arguments = (inputs["hidden"], index, inputs["topk_weight"], factors, given, ranks)
     op = torch.ops.lillama.low_rank_experts.default
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for save in (False, True):
-        torch.library.opcheck(op, (*given, save, recompute), test_utils=checks)
+        torch.library.opcheck(op, (*arguments, save), test_utils=checks)
 
 
 @pytest.mark.parametrize("num_rows", [EXPERTS_DECODE_MAX_TOKENS, 40], ids=lambda m: f"M{m}")

@@ -1,30 +1,35 @@
 """The Triton kernels of low_rank_linear against einsum in fp64: every launcher, every gradient.
 
-On the CPU they run in Triton's interpreter, which computes bf16 wrongly; bf16 is tested with
---device=cuda, and here that it is refused.
+On the CPU they run in Triton's interpreter, with the bf16 of tests/interpreter.py.
 """
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lillama_kernels import kernels_impl, low_rank_linear
-from lillama_kernels.launch import DECODE_MAX_ROWS, decode_split, decode_tiles
+from lillama_kernels import dispatch, kernels_impl, low_rank_linear
 from lillama_kernels.testing import (
     check_op,
     check_values,
     low_rank_linear_inputs,
     values_and_grads,
 )
+from lillama_kernels.tiles import decode_split, decode_tiles
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+from tests.ops.precision import each_dtype, each_half, full, some
+
 # K, N, R of every parity and of multiples of 8 that are none of 16
-SIZES = [(1, 1, 1), (257, 63, 8), (100, 48, 7), (63, 257, 100), (100, 1, 63), (72, 56, 24)]
-each_size = pytest.mark.parametrize("size", SIZES, ids=lambda s: "K{}-N{}-R{}".format(*s))
+SIZES = [(1, 1, 1), (257, 63, 8), (72, 56, 24)]
+MORE = [(100, 48, 7), (63, 257, 100), (100, 1, 63)]
+# what opcheck does beside is in the tests of torch.compile
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+each_size = some("size", SIZES, MORE, lambda s: "K{}-N{}-R{}".format(*s))
+odd_and_aligned = pytest.mark.parametrize(
+    "size", [(100, 48, 7), (64, 48, 8)], ids=["odd", "aligned"]
+)
 
 
 def oracle(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,41 +49,45 @@ def inputs_of(rows, size, dtype, device, seed=0) -> dict[str, Tensor]:
 # Training: both products and every gradient
 @each_dtype
 @each_size
-@pytest.mark.parametrize("rows", [1, 63], ids=lambda m: f"M{m}")
-def test_low_rank_linear_triton_gradients(rows, size, dtype, device, runs):
-    if runs(dtype):
-        check_op(op, oracle, inputs_of([rows], size, dtype, device))
+@some("rows", [20], [1, 63], lambda m: f"M{m}")
+def test_low_rank_linear_triton_gradients(rows, size, dtype, device):
+    check_op(op, oracle, inputs_of([rows], size, dtype, device))
+
+
+@each_half
+@odd_and_aligned
+def test_low_rank_linear_triton_in_16_bits(size, dtype, device):
+    inputs = inputs_of([20], size, dtype, device)
+    check_op(op, oracle, inputs)
+    check_values(op, oracle, inputs)
+
+
+@full
+@each_dtype
+@pytest.mark.parametrize("size", [(100, 1, 63), (72, 56, 24)], ids=str)
+def test_low_rank_linear_triton_gradients_of_many_rows(size, dtype, device):
+    check_op(op, oracle, inputs_of([257], size, dtype, device))
 
 
 @each_dtype
-@pytest.mark.parametrize("size", SIZES[-2:], ids=lambda s: "K{}-N{}-R{}".format(*s))
-def test_low_rank_linear_triton_gradients_of_many_rows(size, dtype, device, runs):
-    if runs(dtype):
-        check_op(op, oracle, inputs_of([257], size, dtype, device))
-
-
-@each_dtype
-@pytest.mark.parametrize("size", [(90, 100, 70), (272, 264, 136)], ids=["odd", "aligned"])
-def test_low_rank_linear_triton_several_tiles(size, dtype, device, runs):
+@some("size", [(36, 40, 34)], [(90, 100, 70), (272, 264, 136)])
+def test_low_rank_linear_triton_several_tiles(size, dtype, device):
     """More than one tile in every direction of every product, so that the tiles' order counts."""
-    if runs(dtype):
-        check_op(op, oracle, inputs_of([140], size, dtype, device))
+    check_op(op, oracle, inputs_of([80 if size[0] == 36 else 140], size, dtype, device))
 
 
 @each_dtype
-def test_low_rank_linear_triton_without_bias(dtype, device, runs):
+def test_low_rank_linear_triton_without_bias(dtype, device):
     inputs = inputs_of([63], (100, 48, 7), dtype, device)
     del inputs["bias"]
-    if runs(dtype):
-        check_op(op, oracle, inputs)
-        check_values(op, oracle, inputs)
+    check_op(op, oracle, inputs)
+    check_values(op, oracle, inputs)
 
 
 @each_dtype
-@pytest.mark.parametrize("size", [(100, 48, 7), (64, 48, 8)], ids=["odd", "aligned"])
-def test_low_rank_linear_triton_noncontiguous(size, dtype, device, runs):
-    if runs(dtype):
-        check_op(op, oracle, inputs_of([63], size, dtype, device), noncontiguous=True)
+@odd_and_aligned
+def test_low_rank_linear_triton_noncontiguous(size, dtype, device):
+    check_op(op, oracle, inputs_of([20], size, dtype, device), noncontiguous=True)
 
 
 @pytest.mark.parametrize("rows", [(), (3, 5), (2, 1, 40)], ids=["vector", "3d", "4d"])
@@ -116,28 +125,26 @@ def test_low_rank_linear_triton_computes_needed_gradients_only(needed, device, m
 # Decode: 1 to 64 rows without gradients
 @each_dtype
 @each_size
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 63, 64], ids=lambda m: f"M{m}")
-def test_low_rank_linear_triton_decode(rows, size, dtype, device, runs):
-    if runs(dtype):
-        check_values(op, oracle, inputs_of([rows], size, dtype, device))
+@some("rows", [1, 17, 64], [3, 16, 32, 33, 63], lambda m: f"M{m}")
+def test_low_rank_linear_triton_decode(rows, size, dtype, device):
+    check_values(op, oracle, inputs_of([rows], size, dtype, device))
 
 
-@each_dtype
-@pytest.mark.parametrize("rows", [1, 20, 64], ids=lambda m: f"M{m}")
-@pytest.mark.parametrize(("in_features", "split"), [(512, 1), (1032, 2), (4100, 4)])
-def test_low_rank_linear_triton_decode_splits_k(rows, in_features, split, dtype, device, runs):
+@some("dtype", [torch.bfloat16], [torch.float16])
+@some("rows", [3], [1, 20, 64], lambda m: f"M{m}")
+@some("case", [(1032, 2), (4100, 4)], [(512, 1)])
+def test_low_rank_linear_triton_decode_splits_k(rows, case, dtype, device):
+    in_features, split = case
     # of the interpreter's tiles and the H200's; other cards may split otherwise
-    if rows <= 16 and dtype != torch.float32:
+    if rows <= 16:
         first, _ = decode_tiles("sm_90", dtype, rows)
         assert decode_split("sm_90", dtype, 24, in_features, first) == split
-    if runs(dtype):
-        check_values(op, oracle, inputs_of([rows], (in_features, 200, 24), dtype, device))
+    check_values(op, oracle, inputs_of([rows], (in_features, 200, 24), dtype, device))
 
 
 @each_dtype
-def test_low_rank_linear_triton_decode_many_ranks(dtype, device, runs):
-    if runs(dtype):
-        check_values(op, oracle, inputs_of([5], (64, 72, 1000), dtype, device))
+def test_low_rank_linear_triton_decode_many_ranks(dtype, device):
+    check_values(op, oracle, inputs_of([5], (64, 72, 1000), dtype, device))
 
 
 def test_low_rank_linear_triton_decode_slices_of_padded_factors(device):
@@ -173,6 +180,7 @@ def test_low_rank_linear_triton_offsets_beyond_int32(device):
 
 
 # Sizes from 8: of a handful of numbers none may be near max|truth|, by which rounding is judged.
+@full
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(
     rows=st.integers(1, 80),
@@ -188,51 +196,25 @@ def test_low_rank_linear_triton_any_shape(rows, size, half, seed):
     check_op(op, oracle, inputs, seed=seed)
 
 
-# The launchers that the public function does not use yet
-@each_dtype
-@pytest.mark.parametrize("rows", [1, 33], ids=lambda m: f"M{m}")
-@pytest.mark.parametrize("size", [(257, 63, 8), (1032, 400, 24), (64, 72, 200)], ids=str)
-def test_low_rank_linear_triton_cooperative(rows, size, dtype, device, runs):
-    from lillama_kernels.low_rank_linear_launch import low_rank_linear_cooperative
-
-    counter = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def run(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
-        return low_rank_linear_cooperative(x, A, B, bias, counter)
-
-    if runs(dtype):
-        check_values(run, oracle, inputs_of([rows], size, dtype, device))
-
-
-@each_dtype
-@pytest.mark.parametrize("rows", [1, 63, 300], ids=lambda m: f"M{m}")
-@pytest.mark.parametrize(
-    "size", [(257, 63, 8), (100, 48, 7), (64, 200, 64), (72, 300, 100), (40, 80, 256)], ids=str
-)
-def test_low_rank_linear_triton_chain(rows, size, dtype, device, runs):
-    from lillama_kernels.low_rank_linear_launch import low_rank_linear_chain
-
-    if runs(dtype):
-        check_values(low_rank_linear_chain, oracle, inputs_of([rows], size, dtype, device))
-
-
 # How it is called: compiled, checkpointed, under autocast, on a graph
 @pytest.mark.parametrize("rows", [3, 70], ids=["decode", "many"])
 def test_low_rank_linear_triton_opcheck(rows, device):
     x, A, B, bias = inputs_of([rows], (24, 16, 8), torch.float32, device).values()
+    op = torch.ops.lillama.low_rank_linears.default
     for save_z in (True, False):
         tensors = [t.clone().requires_grad_(save_z) for t in (x, A, B, bias)]
         given = tensors[0], [tensors[1]] * 2, [tensors[2]] * 2, [tensors[3]], [False, True], save_z
-        torch.library.opcheck(torch.ops.lillama.low_rank_linears.default, given)
+        torch.library.opcheck(op, given, test_utils=CHECKS)
+    op = torch.ops.lillama.low_rank_linears_backward.default
     z, dy = x @ A.T, torch.randn(rows, 16, device=device)
     for needs in ((True, True, [True]), (True, False, [False]), (False, False, [False])):
         given = [dy], x, [A], [B], z, *needs
-        torch.library.opcheck(torch.ops.lillama.low_rank_linears_backward.default, given)
+        torch.library.opcheck(op, given, test_utils=CHECKS)
 
 
 # torch 2.13's tracer instantiates autograd functions and so warns about itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@some("dynamic", [True], [False], lambda d: "dynamic" if d else "static")
 def test_low_rank_linear_triton_compiles_into_one_graph(dynamic, device):
     torch.compiler.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -303,28 +285,16 @@ def test_low_rank_linear_triton_refuses_fp64(device):
 
 
 def test_low_rank_linear_triton_refuses_a_cpu_without_interpreter(monkeypatch):
-    from lillama_kernels import impl
-
-    monkeypatch.setattr(impl, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     x, w = torch.ones(1, 8), torch.ones(8, 8)
     with pytest.raises(NotImplementedError, match="needs tensors on a CUDA device, got cpu"):
         op(x, w, w)
 
 
 def test_low_rank_linear_triton_refuses_without_the_package(monkeypatch):
-    from lillama_kernels import impl
-
-    monkeypatch.setattr(impl, "has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     x, w = torch.ones(1, 8), torch.ones(8, 8)
     with pytest.raises(NotImplementedError, match="the package triton, which is not installed"):
         op(x, w, w)
     with kernels_impl("auto"):
         assert low_rank_linear(x, w, w).tolist() == [[64.0] * 8]
-
-
-def test_low_rank_linear_triton_autocast_to_bf16_is_refused_in_the_interpreter():
-    x, w = torch.ones(1, 8), torch.ones(8, 8)
-    with torch.autocast("cpu", torch.bfloat16):
-        if DECODE_MAX_ROWS and not torch.cuda.is_available():
-            with pytest.raises(NotImplementedError, match="computes bfloat16 wrongly"):
-                op(x, w, w)

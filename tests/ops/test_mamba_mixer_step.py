@@ -6,13 +6,13 @@ transformers' mixer itself is compared through whole models in tests/integration
 import pytest
 import torch
 from lillama_kernels import MixerWeights, mamba_mixer_step, mamba_mixer_step_runs_triton
-from lillama_kernels.launch_mamba import MIXER_MAX_ROWS
 from lillama_kernels.testing import assert_close_to_truth, poison_empty
+from lillama_kernels.tiles import MIXER_MAX_ROWS
 from torch import Tensor
 
+from tests.ops.precision import each_dtype, each_half, some
+
 HIDDEN, CHANNELS, STATE, DT_RANK, WIDTH = 24, 40, 5, 6, 4
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 SPLIT_HIDDEN = 2048  # enough columns for K in several parts
 
 
@@ -65,15 +65,19 @@ def check(given: tuple) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [1, 3, MIXER_MAX_ROWS], ids=lambda m: f"B{m}")
-def test_mamba_mixer_step_triton(rows, dtype, device, runs):
-    if runs(dtype):
-        check(make(rows, dtype, device))
+@some("rows", [3], [1, MIXER_MAX_ROWS], lambda m: f"B{m}")
+def test_mamba_mixer_step_triton(rows, dtype, device):
+    check(make(rows, dtype, device))
 
 
-@pytest.mark.parametrize("length", [3, 4, 6], ids=lambda n: f"L{n}")
-@pytest.mark.parametrize("biases", [False, True], ids=["plain", "biased"])
-def test_mamba_mixer_step_triton_options(biases, length, device):
+@each_half
+def test_mamba_mixer_step_triton_in_16_bits(dtype, device):
+    check(make(3, dtype, device))
+
+
+@some("options", [(False, 3), (True, 6)], [(True, 3), (False, 6), (False, 4)])
+def test_mamba_mixer_step_triton_options(options, device):
+    biases, length = options
     check(make(2, torch.float32, device, biases, length))
 
 

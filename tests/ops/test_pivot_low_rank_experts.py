@@ -19,11 +19,8 @@ from lillama_kernels.testing import (
 )
 from torch import Tensor
 
-DTYPES = [
-    pytest.param(torch.float64, id="fp64"),
-    pytest.param(torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, id="bf16"),
-]
+from tests.ops.precision import full, some
+
 HIDDEN, INTERMEDIATE = 24, 40
 SIZES = {"gate": INTERMEDIATE, "up": INTERMEDIATE, "down": HIDDEN}
 # four experts: ragged, dense (0) among factorised, all dense, all of one rank, and a C of no rows
@@ -110,8 +107,8 @@ def oracle_of(index: Tensor, orders: Orders, ranks: Ranks) -> Callable[..., Tens
     return oracle
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", RANKS)
+@some("dtype", [torch.float32, torch.bfloat16], [torch.float64])
+@some("name", ["mixed", "square"], ["ragged", "dense", "even"])
 def test_pivot_experts_values_and_grads(name, dtype, device):
     ranks = RANKS[name]
     inputs, index, orders = made(33, ranks, dtype, device)
@@ -191,8 +188,11 @@ def test_pivot_experts_padding_is_not_read_and_gets_no_gradient(device):
 # bf16 takes grouped_mm, fp32 and ranks that are no multiple of 8 the loop over all experts
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("even", torch.float32), ("even", torch.bfloat16), ("ragged", torch.bfloat16)],
-    ids=str,
+    [
+        pytest.param("even", torch.bfloat16, id="even-bf16"),
+        pytest.param("even", torch.float32, id="even-fp32", marks=full),
+        pytest.param("ragged", torch.bfloat16, id="ragged-bf16", marks=full),
+    ],
 )
 def test_pivot_experts_compiled_equals_eager(name, dtype, device):
     torch.compiler.reset()

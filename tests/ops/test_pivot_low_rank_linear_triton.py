@@ -1,32 +1,31 @@
 """The Triton kernels of pivot_low_rank_linear against indices in fp64: both ways, every gradient.
 
-On the CPU they run in Triton's interpreter, which computes bf16 wrongly; bf16 is tested with
---device=cuda, and here that it is refused.
+On the CPU they run in Triton's interpreter, with the bf16 of tests/interpreter.py.
 """
-
-import importlib
 
 import pytest
 import torch
-from lillama_kernels import kernels_impl, launch, pivot_low_rank_linear
-from lillama_kernels.launch import decode_split, decode_tiles
+from lillama_kernels import dispatch, kernels_impl, pivot_low_rank_linear
 from lillama_kernels.testing import (
     check_op,
     check_values,
     pivot_low_rank_linear_inputs,
     values_and_grads,
 )
+from lillama_kernels.tiles import decode_split, decode_tiles
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from lillama.modules.low_rank_linear import PivotLowRankLinear
 from lillama.serve.models.runner import projection
+from tests.ops.precision import each_dtype, each_half, full, some
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
 # K, N, R: C empty, C of one row, no multiple of a tile, multiples of 8 that are none of 16
-SIZES = [(1, 1, 1), (24, 9, 8), (40, 24, 24), (257, 63, 8), (63, 257, 100), (72, 56, 24)]
-each_size = pytest.mark.parametrize("size", SIZES, ids=lambda s: "K{}-N{}-R{}".format(*s))
+SIZES = [(24, 9, 8), (40, 24, 24), (257, 63, 8)]
+MORE = [(1, 1, 1), (63, 257, 100), (72, 56, 24)]
+# what opcheck does beside is in the tests of torch.compile
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")
+each_size = some("size", SIZES, MORE, lambda s: "K{}-N{}-R{}".format(*s))
 
 
 def made(rows, size, dtype, device, seed=0):
@@ -49,9 +48,17 @@ def made(rows, size, dtype, device, seed=0):
 # Training: both products and every gradient
 @each_dtype
 @each_size
-def test_pivot_triton_gradients(size, dtype, device, runs):
-    if runs(dtype):
-        check_op(*made([63], size, dtype, device))
+@some("rows", [20], [63], lambda m: f"M{m}")
+def test_pivot_triton_gradients(rows, size, dtype, device):
+    check_op(*made([rows], size, dtype, device))
+
+
+@each_half
+@pytest.mark.parametrize("size", [(25, 41, 7), (24, 56, 16)], ids=["odd", "aligned"])
+def test_pivot_triton_in_16_bits(size, dtype, device):
+    op, oracle, inputs = made([20], size, dtype, device)
+    check_op(op, oracle, inputs)
+    check_values(op, oracle, inputs)
 
 
 def test_pivot_triton_gradients_of_one_row(device):
@@ -59,26 +66,22 @@ def test_pivot_triton_gradients_of_one_row(device):
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype"),
+    ("rows", "size", "dtype"),
     [
-        ((90, 170, 70), torch.float32),
-        ((136, 400, 72), torch.float16),
-        ((136, 400, 72), torch.bfloat16),
+        pytest.param(80, (36, 76, 34), torch.float32, id="odd-fp32"),
+        pytest.param(140, (136, 400, 72), torch.float16, id="aligned-fp16", marks=full),
+        pytest.param(140, (136, 400, 72), torch.bfloat16, id="aligned-bf16", marks=full),
     ],
-    ids=["odd-fp32", "aligned-fp16", "aligned-bf16"],
 )
-def test_pivot_triton_several_tiles(size, dtype, device, runs):
+def test_pivot_triton_several_tiles(rows, size, dtype, device):
     """More than one tile in every direction of every product, so that the tiles' order counts."""
-    if runs(dtype):
-        check_op(*made([140], size, dtype, device))
+    check_op(*made([rows], size, dtype, device))
 
 
 @each_dtype
-@pytest.mark.parametrize("rows", [3, 70], ids=["decode", "many"])
+@some("rows", [3], [70], lambda m: f"M{m}")
 @pytest.mark.parametrize("size", [(100, 48, 7), (64, 48, 8)], ids=["odd", "aligned"])
-def test_pivot_triton_noncontiguous_and_without_bias(rows, size, dtype, device, runs):
-    if not runs(dtype):
-        return
+def test_pivot_triton_noncontiguous_and_without_bias(rows, size, dtype, device):
     op, oracle, inputs = made([rows], size, dtype, device)
     check_op(op, oracle, inputs, noncontiguous=True)
     transposed = {name: inputs[name].T.contiguous().T for name in ("x", "A", "C")}
@@ -124,26 +127,23 @@ def test_pivot_triton_computes_needed_gradients_only(needed, device, monkeypatch
 @each_dtype
 @each_size
 @pytest.mark.parametrize("rows", [1, 33], ids=lambda m: f"M{m}")
-def test_pivot_triton_decode(rows, size, dtype, device, runs):
-    if runs(dtype):
-        check_values(*made([rows], size, dtype, device))
+def test_pivot_triton_decode(rows, size, dtype, device):
+    check_values(*made([rows], size, dtype, device))
 
 
-@each_dtype
-@pytest.mark.parametrize(("in_features", "split"), [(512, 1), (1032, 2), (4100, 4)])
-def test_pivot_triton_decode_splits_k(in_features, split, dtype, device, runs):
+@some("dtype", [torch.bfloat16], [torch.float16])
+@some("case", [(1032, 2), (4100, 4)], [(512, 1)])
+def test_pivot_triton_decode_splits_k(case, dtype, device):
+    in_features, split = case
     # of the interpreter's tiles and the H200's; other cards may split otherwise
-    if dtype != torch.float32:
-        first, _ = decode_tiles("sm_90", dtype, 3)
-        assert decode_split("sm_90", dtype, 24, in_features, first) == split
-    if runs(dtype):
-        check_values(*made([3], (in_features, 200, 24), dtype, device))
+    first, _ = decode_tiles("sm_90", dtype, 3)
+    assert decode_split("sm_90", dtype, 24, in_features, first) == split
+    check_values(*made([3], (in_features, 100, 24), dtype, device))
 
 
 @each_dtype
-def test_pivot_triton_decode_many_ranks(dtype, device, runs):
-    if runs(dtype):
-        check_values(*made([5], (64, 400, 300), dtype, device))
+def test_pivot_triton_decode_many_ranks(dtype, device):
+    check_values(*made([5], (64, 340, 300), dtype, device))
 
 
 # numpy, which multiplies in the interpreter, says of 0 times infinity
@@ -204,20 +204,21 @@ def test_pivot_triton_opcheck(rows, device):
             inputs[name].clone().requires_grad_(save_z) for name in ("x", "A", "C", "bias")
         )
         for given in (bias, None):
-            torch.library.opcheck(
-                torch.ops.lillama.pivot_low_rank_linear.default, (x, A, C, order, given, save_z)
-            )
+            op = torch.ops.lillama.pivot_low_rank_linear.default
+            torch.library.opcheck(op, (x, A, C, order, given, save_z), test_utils=CHECKS)
     x, A, C = (inputs[name] for name in ("x", "A", "C"))
     z, dy = x @ A.T, torch.randn(rows, 16, device=device)
     for needs in ((True, True, True), (True, False, False), (False, False, False)):
         torch.library.opcheck(
             torch.ops.lillama.pivot_low_rank_linear_backward.default,
             (dy, x, A, C, order, z, *needs),
+            test_utils=CHECKS,
         )
 
 
 # torch 2.13's tracer instantiates autograd functions and so warns about itself
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@full
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_pivot_triton_compiles_into_one_graph(dynamic, device):
     torch.compiler.reset()
@@ -302,13 +303,11 @@ def test_pivot_layer_and_engine_run_triton(rows, device):
     ids=["64 rows", "65 rows", "training", "K 20", "N 17", "C empty", "fp64"],
 )
 def test_pivot_auto_on_a_gpu(rows, size, dtype, trains, runs_triton, device, monkeypatch):
-    # the package's attribute of that name is the function
-    module = importlib.import_module("lillama_kernels.low_rank_linear")
     asked = []
-    monkeypatch.setattr(module, "target_of", lambda _: "sm_90")
+    monkeypatch.setattr(dispatch, "target_of", lambda _: "sm_90")
     monkeypatch.setattr(Tensor, "is_cuda", True)
     monkeypatch.setattr(
-        module,
+        dispatch,
         "resolve_impl",
         lambda op, impl, x, auto, dtype: asked.append((op, auto)) or "reference",
     )
@@ -322,15 +321,13 @@ def test_pivot_triton_refuses_fp64_and_unknown_gpus(device, monkeypatch):
     op, _, inputs = made([3], (24, 16, 8), torch.float64, device)
     with pytest.raises(TypeError, match="take float32, float16, bfloat16; got float64"):
         op(**inputs)
-    monkeypatch.setattr(launch, "_target", lambda *_: None)
+    monkeypatch.setattr(dispatch, "_target", lambda *_: None)
     with pytest.raises(NotImplementedError, match="no Triton tiles for the GPU"):
         op(**{name: tensor.float() for name, tensor in inputs.items()})
 
 
 def test_pivot_triton_refuses_a_cpu_without_interpreter(monkeypatch):
-    from lillama_kernels import impl
-
     op, _, inputs = made([3], (24, 16, 8), torch.float32, "cpu")
-    monkeypatch.setattr(impl, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with pytest.raises(NotImplementedError, match="pivot_low_rank_linear: impl='triton' needs"):
         op(**inputs)

@@ -1,33 +1,19 @@
 """The Triton kernels of selective_scan against one loop over time in fp64: values, every gradient.
 
-The interpreter runs an associative scan element by element, so most tests here shrink the tile;
-`test_selective_scan_triton_shipped_tile` runs the committed one.
+On the CPU they run in Triton's interpreter, with the bf16 of tests/interpreter.py.
 """
 
 import functools
-import importlib
 
 import pytest
 import torch
-from lillama_kernels import launch, selective_scan, selective_state_update
+from lillama_kernels import selective_scan, selective_state_update
 from lillama_kernels.testing import check_op, check_values, selective_scan_inputs, values_and_grads
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "fp16", "bf16"])
+from tests.ops.precision import each_dtype, each_half, full, some
+
 OPTIONAL = ["D", "z", "delta_bias", "initial_state"]
-
-
-@pytest.fixture(autouse=True)
-def _small_tile(request, device, monkeypatch):
-    """4 channels, 16 steps; backward must see the borders where forward left them."""
-    if device.type == "cuda" or "shipped" in request.node.name:
-        return
-    tile = launch.Tile(blocks={"BLOCK_D": 4, "BLOCK_T": 16}, num_warps=4, num_stages=1)
-    # the package's attribute of that name is the function
-    for name in ("lillama_kernels.selective_scan", "lillama_kernels.selective_scan_launch"):
-        module = importlib.import_module(name)
-        monkeypatch.setattr(module, "scan_tile", lambda *args, **kwargs: tile)
 
 
 def oracle(
@@ -72,29 +58,33 @@ def channels_last(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return inputs | near
 
 
+# around the chunk of 64 steps
 @each_dtype
-@pytest.mark.parametrize("steps", [1, 2, 63, 64, 65], ids=lambda t: f"T{t}")
-def test_selective_scan_triton(steps, dtype, device, runs):
-    if not runs(dtype) or (dtype == torch.float16 and steps in (2, 63, 64)):
-        return
+@some("steps", [1, 65], [2, 63, 64], lambda t: f"T{t}")
+def test_selective_scan_triton(steps, dtype, device):
     inputs = selective_scan_inputs(2, 5, 2, steps, dtype=dtype, device=device)
     check_op(op, oracle, inputs)
     check_values(op, oracle, channels_last(inputs))
 
 
+def test_selective_scan_triton_several_blocks_of_channels(device):
+    inputs = selective_scan_inputs(1, 18, 2, 17, dtype=torch.float32, device=device)
+    check_op(op, oracle, inputs)
+
+
+@each_half
+def test_selective_scan_triton_in_16_bits(dtype, device):
+    inputs = selective_scan_inputs(1, 18, 2, 66, dtype=dtype, device=device)
+    check_op(op, oracle, channels_last(inputs))
+
+
+@full
 def test_selective_scan_triton_1000_steps(device):
     inputs = selective_scan_inputs(1, 2, 2, 1000, dtype=torch.float32, device=device)
     check_op(op, oracle, inputs)
 
 
-@each_dtype
-def test_selective_scan_triton_shipped_tile(dtype, device, runs):
-    if runs(dtype):
-        inputs = selective_scan_inputs(1, 3, 2, 65, dtype=dtype, device=device)
-        check_op(op, oracle, channels_last(inputs))
-
-
-@pytest.mark.parametrize("missing", [*([name] for name in OPTIONAL), OPTIONAL], ids="-".join)
+@some("missing", [OPTIONAL, ["D", "initial_state"]], [[name] for name in OPTIONAL], "-".join)
 def test_selective_scan_triton_optional_inputs(missing, device):
     inputs = selective_scan_inputs(2, 5, 2, 17, dtype=torch.float32, device=device)
     for name in missing:
@@ -110,7 +100,7 @@ def test_selective_scan_triton_without_softplus(device):
     check_op(plain, functools.partial(oracle, delta_softplus=False), inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@each_dtype
 def test_selective_scan_triton_noncontiguous(dtype, device):
     inputs = selective_scan_inputs(2, 5, 2, 17, dtype=dtype, device=device)
     check_op(op, oracle, inputs, noncontiguous=True)
@@ -126,12 +116,12 @@ def test_selective_scan_triton_mixed_dtypes(device):
 
 def test_selective_scan_triton_in_two_parts(device):
     """Carried state, values and gradients through it."""
-    inputs = selective_scan_inputs(2, 5, 2, 40, dtype=torch.float32, device=device)
+    inputs = selective_scan_inputs(2, 5, 2, 90, dtype=torch.float32, device=device)
     over_time = ("x", "delta", "B", "C", "z")
 
     def halves(initial_state: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         ys = []
-        for part in (slice(0, 23), slice(23, None)):
+        for part in (slice(0, 70), slice(70, None)):
             given = {n: t[..., part] if n in over_time else t for n, t in tensors.items()}
             y, initial_state = op(**given, initial_state=initial_state)
             ys.append(y)
@@ -167,6 +157,7 @@ def test_selective_scan_triton_small_steps(device):
     check_op(op, oracle, inputs)
 
 
+@full
 def test_selective_scan_triton_compiled(device):
     torch.compiler.reset()
     inputs = selective_scan_inputs(2, 5, 2, 17, dtype=torch.float32, device=device)
@@ -208,9 +199,7 @@ def test_selective_scan_triton_empty_batch(device):
 # The step for decoding
 @each_dtype
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_selective_state_update_steps_equal_the_scan(impl, dtype, device, runs):
-    if impl == "triton" and not runs(dtype):
-        return
+def test_selective_state_update_steps_equal_the_scan(impl, dtype, device):
     inputs = selective_scan_inputs(2, 37, 3, 6, dtype=dtype, device=device)
     expected, last = oracle(**inputs)
     state = inputs["initial_state"].float()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from lillama_kernels import ExpertFactors, ProjectionFactors, low_rank_experts
-from lillama_kernels.launch import target_of
+from lillama_kernels.dispatch import target_of
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config

@@ -1,5 +1,4 @@
-"""Several processes at one run under torchrun, on the CPU: the same bits as one, and after a
-kill."""
+"""Several processes at one run, on the CPU: the same bits as one, and after a kill."""
 
 import json
 import os
@@ -7,49 +6,58 @@ import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from lillama.cli.app import main
+from lillama.checkpoint import card
+from lillama.checkpoint.journal import Journal
+from lillama.cli import main
+from tests.forked import Ended, Forked
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="gloo on the CPU is tested here")
 
 OPTIONS = ["--reduction", "0.2", "--tokens", "1300", "--seq-len", "32", "--device", "cpu"]
 
 
-def command(world: int, model: Path, out: Path, text: Path, *options: str) -> list[str]:
-    lillama = ["compress", str(model), str(out), "--text", str(text), *OPTIONS, *options]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += [f"--nproc-per-node={world}", "--max-restarts=0", "--monitor-interval=0.1"]
-    return [*torchrun, "-m", "lillama.cli.app", *lillama]
+def arguments(model: Path, out: Path, text: Path, *options: str) -> list[str]:
+    return ["compress", str(model), str(out), "--text", str(text), *OPTIONS, *options]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(*arguments: Any, code: int = 0) -> tuple[str, str]:
-    process = start(command(*arguments))
-    stdout, stderr = process.communicate(timeout=150)
-    assert process.returncode == code, stderr
-    return stdout, stderr
-
-
-def alone(model: Path, out: Path, text: Path, *options: str) -> None:
-    """The run of one process, in this one: starting another costs as much as ten such runs."""
+def alone(*given: Any) -> None:
+    """The run of one process, in this one."""
     with pytest.MonkeyPatch.context() as patch:
-        arguments = ["compress", str(model), str(out), "--text", str(text), *OPTIONS, *options]
-        patch.setattr(sys, "argv", ["lillama", *arguments])
+        patch.setattr(sys, "argv", ["lillama", *arguments(*given)])
         with pytest.raises(SystemExit) as ended:
             main()
     assert not ended.value.code
+
+
+def together(
+    world: int, *given: Any, folder: Path, first: Callable[[int], object] = lambda rank: None
+) -> list[Ended]:
+    """The run of `world` processes that are told what torchrun tells its workers; each calls
+    first(rank) before it begins."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+
+    def work(rank: int) -> None:
+        sys.argv = ["lillama", *arguments(*given)]
+        first(rank)
+        main()
+
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "WORLD_SIZE": world}
+    shared |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
+    processes = [
+        Forked(
+            lambda rank=rank: work(rank), folder / str(rank), RANK=rank, LOCAL_RANK=rank, **shared
+        )
+        for rank in range(world)
+    ]
+    return [process.wait() for process in processes]
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -65,128 +73,123 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "world", "options"),
+    ("kind", "options"),
     [
-        ("mixtral", 2, ("--strategy", "bottom")),
-        ("mamba", 2, ("--loss", "teacher")),
-        ("mamba", 2, ("--targets", "embeddings,in_proj", "--reduction", "0.3")),
+        ("mixtral", ("--strategy", "bottom")),
+        ("mamba", ("--loss", "teacher")),
+        ("mamba", ("--targets", "embeddings,in_proj", "--reduction", "0.3")),
     ],
 )
-def test_ranks_give_the_bits_of_one(kind, world, options, make_checkpoint, text_file, tmp_path):
-    """Five blocks: more than one for each rank, with "bottom" some that are not compressed; and a
-    student's stream that begins with embeddings of its own."""
+def test_two_give_the_bits_of_one(kind, options, make_checkpoint, text_file, tmp_path):
+    """Five blocks: more than one for each process, with "bottom" some that are not compressed; and
+    a student's stream that begins with embeddings of its own."""
     model = make_checkpoint(kind, num_hidden_layers=5, tie_word_embeddings=False)
-    alone(model, tmp_path / "1", text_file, *options)
-    stdout, _ = run(world, model, tmp_path / str(world), text_file, "--json", *options)
-    (line,) = stdout.splitlines()
-    assert json.loads(line)["world_size"] == world
-    report = json.loads((tmp_path / "1" / "report.json").read_text())
+    one, two = tmp_path / "one" / "out", tmp_path / "two" / "out"
+    one.parent.mkdir()
+    two.parent.mkdir()
+    alone(model, one, text_file, *options)
+    ended = together(2, model, two, text_file, "--json", *options, folder=tmp_path / "said")
+    assert [process.code for process in ended] == [0, 0], ended
+    (line,) = "".join(process.stdout for process in ended).splitlines()
+    assert json.loads(line)["world_size"] == 2
+    report = json.loads((one / "report.json").read_text())
     # "ranks" are those of factors
     assert report["world_size"] == 1 and "ranks" not in report and report["blocks"][0]["ranks"]
-    assert content(tmp_path / "1") == content(tmp_path / str(world))
+    assert content(one) == content(two)
     if "--targets" in options:
-        config = json.loads((tmp_path / "1" / "config.json").read_text())
+        config = json.loads((one / "config.json").read_text())
         assert "backbone.embeddings" in config["quantization_config"]["ranks"]
-    assert {path.name for path in tmp_path.iterdir()} == {"1", str(world)}
+    assert list(two.parent.iterdir()) == [two]
 
 
-def workers_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """{rank: process id} of torchrun's workers, from their environment."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = re.search(r"PPid:\s+(\d+)", (folder / "status").read_text())
-            variables = (folder / "environ").read_bytes().decode().split("\0")
-        except (OSError, UnicodeDecodeError):
-            continue
-        ranks = [v.partition("=")[2] for v in variables if v.startswith("RANK=")]
-        if parent and int(parent[1]) == process.pid and ranks:
-            found[int(ranks[0])] = int(folder.name)
-    return found
+def killed_behind_its_first_piece(rank: int) -> None:
+    """Make this process kill itself once its journal has a line."""
+    append = Journal.append
+
+    def killed(journal: Journal, record: dict[str, Any]) -> None:
+        append(journal, record)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.append = killed  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 100
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert path.exists() and process.poll() is None
+def test_another_number_of_processes_takes_a_killed_run_up(make_checkpoint, text_file, tmp_path):
+    """Two, of which one is killed, and the other ends by itself; three, all killed; one ends it."""
+    model, staging = make_checkpoint("mamba", num_hidden_layers=4), tmp_path / "out.unfinished"
+    given = (model, tmp_path / "out", text_file, "--checkpoint-seconds", "0", "--json")
+    alone(model, tmp_path / "whole", *given[2:])
 
+    def second(rank: int) -> None:
+        if rank == 1:
+            killed_behind_its_first_piece(rank)
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_recovers(victim, make_checkpoint, text_file, tmp_path):
-    """torchrun starts all again, and they go on from the journals."""
-    model = make_checkpoint("mamba", num_hidden_layers=4)
-    options = ("--checkpoint-seconds", "0", "--json")
-    alone(model, tmp_path / "whole", text_file, *options)
-    arguments = command(2, model, tmp_path / "out", text_file, *options)
-    arguments[arguments.index("--max-restarts=0")] = "--max-restarts=1"
-    process = start(arguments)
-    wait_for(tmp_path / "out.unfinished" / f"journal-{victim}.jsonl", process)
-    os.kill(workers_of(process)[victim], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=150)
-    assert process.returncode == 0, stderr
-    assert "exitcode: -9" in stderr, "it was killed in time"
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-def test_another_number_of_ranks_takes_the_run_up(make_checkpoint, text_file, tmp_path):
-    """Two ranks, killed; three, killed; one ends it."""
-    model = make_checkpoint("mamba", num_hidden_layers=4)
-    options = ("--checkpoint-seconds", "0", "--json")
-    alone(model, tmp_path / "whole", text_file, *options)
-    staging = tmp_path / "out.unfinished"
-    for world, awaited in ((2, "journal-1.jsonl"), (3, "journal-2.jsonl")):
-        process = start(command(world, model, tmp_path / "out", text_file, *options))
-        wait_for(staging / awaited, process)
-        workers = workers_of(process).values()
-        process.kill()
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
-        process.communicate(timeout=60)
+    found = together(2, *given, folder=tmp_path / "two", first=second)
+    assert [process.code for process in found] == [1, -signal.SIGKILL], found
+    assert "lillama: error: process 1 is gone" in found[0].stderr
+    assert (staging / "journal-1.jsonl").exists()
+    found = together(3, *given, folder=tmp_path / "three", first=killed_behind_its_first_piece)
+    assert -signal.SIGKILL in {process.code for process in found}
     assert staging.is_dir() and not (tmp_path / "out").exists()
-    alone(model, tmp_path / "out", text_file, *options)
+    alone(*given)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_what_rank_0_refuses_all_refuse(mamba, text_file, tmp_path):
+def test_what_the_first_refuses_all_refuse(mamba, text_file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    _, stderr = run(2, mamba, tmp_path / "out", text_file, code=1)
-    lines = [line for line in stderr.splitlines() if "lillama: error: " in line]
-    assert lines and all("out exists; choose another OUT or pass --overwrite" in x for x in lines)
+    found = together(2, mamba, tmp_path / "out", text_file, folder=tmp_path / "said")
+    assert {process.code for process in found} <= {1, 2}, found
+    for process in found:
+        assert "out exists; choose another OUT or pass --overwrite" in process.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
-
-
-ODD_RANK = """
-import os, sys
-from lillama.checkpoint import card as describe
-from lillama.cli.app import main
-if os.environ["RANK"] == "1":
-    if sys.argv[1] == "text":
-        sys.argv[sys.argv.index("--text") + 1] += ".other"
-    else:
-        describe.__version__ = "9.9"
-del sys.argv[1]
-main()
-"""
 
 
 @pytest.mark.parametrize(
     ("odd", "named"),
     [("text", r"options\.text was .*text\.txt\.other"), ("version", r"versions\.lillama.*9\.9")],
 )
-def test_ranks_that_do_not_agree_say_on_what(odd, named, mamba, text_file, tmp_path):
-    script, text = tmp_path / "odd.py", tmp_path / "text.txt"
-    script.write_text(ODD_RANK)
+def test_processes_that_do_not_agree_say_on_what(odd, named, mamba, text_file, tmp_path):
+    text = tmp_path / "text.txt"
     words = text_file.read_text("utf-8")
     text.write_text(words)
     (tmp_path / "text.txt.other").write_text(words[::-1])
-    arguments = command(2, mamba, tmp_path / "out", text)
-    place = arguments.index("-m", 3)
-    arguments[place : place + 2] = [str(script), odd]
-    process = start(arguments)
-    _, stderr = process.communicate(timeout=150)
-    assert process.returncode != 0
-    lines = [line for line in stderr.splitlines() if line.startswith("lillama: error: ")]
-    assert lines and all(re.search(named, line) for line in lines), stderr
+
+    def change(rank: int) -> None:
+        if rank == 1 and odd == "text":
+            sys.argv[sys.argv.index("--text") + 1] += ".other"
+        elif rank == 1:
+            card.__version__ = "9.9"
+
+    found = together(2, mamba, tmp_path / "out", text, folder=tmp_path / "said", first=change)
+    for process in found:
+        assert process.code and re.search(f"lillama: error: .*{named}", process.stderr), found
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.unfinished").exists()
+
+
+KILLED = """
+import os, sys
+from tests.compress.session.test_processes import killed_behind_its_first_piece
+from lillama.cli import main
+if os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"]:
+    killed_behind_its_first_piece(0)
+main()
+"""
+
+
+@pytest.mark.full
+def test_torchrun_starts_all_again_when_one_is_killed(make_checkpoint, text_file, tmp_path):
+    """Rank 0 at the first attempt, rank 1 at the second; they go on from the journals."""
+    model, script = make_checkpoint("mamba", num_hidden_layers=4), tmp_path / "killed.py"
+    script.write_text(KILLED)
+    options = ("--checkpoint-seconds", "0", "--json")
+    alone(model, tmp_path / "whole", text_file, *options)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node=2", "--max-restarts=2", "--monitor-interval=0.1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *arguments(model, tmp_path / "out", text_file, *options)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exitcode: -9") >= 2, "both were killed in time"
+    assert content(tmp_path / "out") == content(tmp_path / "whole")

@@ -78,7 +78,9 @@ def kl(model, base, ids) -> float:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "mamba", "mixtral-pivot"])
-def test_finetune_brings_the_model_closer(kind, compressed, text_file, tokenizer, tmp_path, device):
+def test_finetune_brings_the_model_closer(
+    kind, compressed, text_file, short_text, tokenizer, tmp_path, device
+):
     base, model = compressed[kind]
     better, calls = tmp_path / "better", []
     options = {**OPTIONS, "tokens": 16_000}
@@ -107,7 +109,7 @@ def test_finetune_brings_the_model_closer(kind, compressed, text_file, tokenizer
         for name, value in before.items():  # factors learn, whole matrices stay
             assert torch.equal(value, after[name]) == (name == "weight")
     sizes = [
-        lillama.eval(path, text_file, seq_len=64, device=str(device)) for path in (model, better)
+        lillama.eval(path, short_text, seq_len=64, device=str(device)) for path in (model, better)
     ]
     assert sizes[0]["params"] == sizes[1]["params"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lillama_kernels import kernels_impl, mamba_mixer_step
-from lillama_kernels.impl import Impl
+from lillama_kernels.dispatch import Impl
 
 from lillama.errors import InputError
 from lillama.integrations.loading import load_model
