@@ -49,8 +49,8 @@ __all__ = ["export"]
 
 @dataclass
 class _Source:
-    """What is read. `shapes`: see `stored_shapes`. `transposed`: the matrices that a dense
-    checkpoint holds as [K, N]."""
+    """The checkpoint that is read. `shapes`: see `stored_shapes`. `transposed`: the matrices that a
+    dense checkpoint holds as [K, N]."""
 
     path: Path
     family: Family

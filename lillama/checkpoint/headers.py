@@ -1,4 +1,4 @@
-"""What the shards of a checkpoint hold, from their headers alone."""
+"""Headers of a checkpoint's shards: they tell all that is known before weights are read."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -121,7 +121,7 @@ REPLACED: dict[str, dict[str, tuple[str, Any]]] = {
 
 
 def _mixer_weights(mixer: Any) -> MixerWeights | None:
-    """What a decode step computes with; None where a projection is not as it expects."""
+    """Return what a decode step computes with; None where a projection is not as it expects."""
     into, out, inner = mixer.in_proj, mixer.out_proj, mixer.x_proj
     if not isinstance(into, LowRankLinear) or not isinstance(out, LowRankLinear):
         return None

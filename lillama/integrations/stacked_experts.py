@@ -1,5 +1,5 @@
-"""What lies in a checkpoint otherwise than in a model, as transformers needs to know it to load:
-experts one by one there and stacked here, pivot masks there and permutations here."""
+"""transformers' conversions of what lies in a checkpoint otherwise than in a model: experts one by
+one there and stacked here, pivot masks there and permutations here."""
 
 from typing import Any
 

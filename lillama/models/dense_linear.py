@@ -1,4 +1,4 @@
-"""What transformers computes a linear layer with. Conv1D (GPT-2) holds its weight the other way
+"""The two kinds of linear layer of transformers. Conv1D (GPT-2) holds its weight the other way
 round, [K, N], in memory and in checkpoints; here every weight is [N, K], as nn.Linear's."""
 
 from torch import Tensor, nn

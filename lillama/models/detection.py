@@ -28,7 +28,7 @@ FIELDS = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def family_for(config: PretrainedConfig, model: PreTrainedModel | None = None) -> Family:
-    """What is declared for the config's model type, or else found in the model: in `model`, a dense
+    """Return what is declared for the config's model type, or else found in `model`, a dense
     one of this config with its head, where the caller has one already.
 
     Raises:

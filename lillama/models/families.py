@@ -1,4 +1,4 @@
-"""What is factorised in each model family: one declaration a family.
+"""Model families: one declaration of what is factorised in each.
 
 To add one: name the nn.Linear layers inside a block, those to factorise unless told, the stacked
 experts if it has any, and what its checkpoints call embeddings and head. The blocks are found by
@@ -66,7 +66,7 @@ class ExpertsNaming:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What is known of a model type beside its config."""
+    """A model type: what lillama knows of it beside its config."""
 
     model_type: str
     # {short name: path of the nn.Linear inside the block}, in the blocks that have it; experts add

@@ -66,7 +66,7 @@ class Factorized(nn.Module):
 
     @property
     def permutation(self) -> Tensor:
-        """Of the outputs [N], of embeddings [K], int32."""
+        """The permutation of the outputs [N], of embeddings [K], int32."""
         return getattr(self, PERMUTATION)
 
     def shape_only(self, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""What one process of a tensor-parallel group holds of a factorised layer. Plain PyTorch.
+"""The share of a factorised layer that one process of a tensor-parallel group holds.
 
 W = B A [N, K] with A [R, K] and B [N, R], where in the pivot gauge
 B = cat([identity, C])[permutation]. Column-parallel layers split N, row-parallel ones K, over tp
