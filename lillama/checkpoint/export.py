@@ -5,11 +5,10 @@ out; in fp32, rounded once to the dtype of the factors. The result is an ordinar
 base model's size. Formats "plain" and "pivot" change the gauge and keep the product.
 """
 
-import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lillama.checkpoint.card import card_metadata, card_text
+from lillama.checkpoint.folder import FolderWriter, disk_errors
 from lillama.checkpoint.format import (
     FACTOR_SUFFIXES,
     TensorHeader,
@@ -31,11 +31,10 @@ from lillama.checkpoint.format import (
     sentinel,
 )
 from lillama.checkpoint.gauge import pivot_tensors, plain_tensors
-from lillama.checkpoint.journal import locked
 from lillama.checkpoint.pivots import is_permutation, order_of, wrong_marks
 from lillama.checkpoint.remote import find_model
 from lillama.checkpoint.shard_file import DTYPES, Entry, entries_of, write_shard
-from lillama.checkpoint.writer import check_space, disk_errors, sync
+from lillama.checkpoint.writer import check_space
 from lillama.config import ExportConfig
 from lillama.errors import InputError, RunError
 from lillama.integrations.loading import count_params
@@ -50,8 +49,6 @@ from lillama.version import __version__
 __all__ = ["export"]
 
 INDEX = "model.safetensors.index.json"
-# in the staging folder: what a kill left over is known to be ours
-MARK = ".export"
 
 
 @dataclass
@@ -300,41 +297,6 @@ def _copies(path: Path) -> Iterable[Path]:
                 yield file
 
 
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside OUT that becomes OUT at the end, and is removed when something fails."""
-    staging = out.with_name(out.name + ".unfinished")
-    if staging.is_symlink() or staging.exists():
-        ours = staging.is_dir() and not staging.is_symlink()
-        if not ours or (any(staging.iterdir()) and not (staging / MARK).is_file()):
-            raise InputError(f"{staging} is in the way and is no unfinished export; move it away")
-        with locked(staging, out):  # not while another process is at it
-            shutil.rmtree(staging)
-    staging.mkdir()
-    try:
-        (staging / MARK).touch()
-        with locked(staging, out):
-            yield staging
-            for name in (MARK, ".lock"):
-                (staging / name).unlink()
-            for file in (*staging.iterdir(), staging):
-                sync(file)
-            staging.rename(out)
-        sync(out.parent)
-    finally:
-        if staging.is_dir():
-            shutil.rmtree(staging)
-
-
-def _check_out(out: Path) -> None:
-    if out.name in ("", ".."):
-        raise InputError(f"{out} is not the name of a new folder; choose another NEW")
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists; choose another NEW")
-    if not out.parent.is_dir():
-        raise InputError(f"the folder {out.parent} does not exist; create it first")
-
-
 @torch.no_grad()
 def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """Write a compressed checkpoint in another format. Same as `lillama export`.
@@ -356,12 +318,12 @@ def export(model: str | Path, out: str | Path, **options: Any) -> dict[str, Any]
     """
     config = ExportConfig(model=find_model(model), out=Path(out), **options)
     source = _open_source(config.model, config.format)
-    _check_out(config.out)
-    check_space(config.out, _new_bytes(source, config.format))
-    return _export(source, config)
+    with FolderWriter(config.out, {"command": "export"}, overwrite=None) as folder:
+        check_space(config.out, _new_bytes(source, config.format))
+        return _export(source, config, folder)
 
 
-def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
+def _export(source: _Source, config: ExportConfig, folder: FolderWriter) -> dict[str, Any]:
     model_config = read_config(source.path)
     values: Mapping[str, Any] = compression_of(model_config) or {}
     before = count_params(model_config)
@@ -371,10 +333,10 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
     base = Path(str(values.get("base_model") or "the base model"))
     # only a model of the Hub has a revision
     hub_id = str(base) if values.get("base_revision") else None
-    with disk_errors(config.out), _staging(config.out) as staging:
-        num_bytes = _write_shards(source, staging, config.format)
+    with disk_errors(config.out):
+        num_bytes = _write_shards(source, folder.staging, config.format)
         for file in _copies(source.path):
-            shutil.copyfile(file, staging / file.name)
+            shutil.copyfile(file, folder.staging / file.name)
         texts = {
             "README.md": _card(source, config.format, base, hub_id),
             "config.json": json.dumps(
@@ -383,7 +345,8 @@ def _export(source: _Source, config: ExportConfig) -> dict[str, Any]:
             + "\n",
         }
         for name, text in texts.items():
-            (staging / name).write_text(text, "utf-8")
+            (folder.staging / name).write_text(text, "utf-8")
+    folder.finish()
     return {
         "format": config.format,
         "matrices": len(source.ranks),

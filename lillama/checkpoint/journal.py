@@ -15,7 +15,9 @@ from typing import Any
 
 from lillama.errors import InputError
 
-__all__ = ["Journal", "locked"]
+__all__ = ["LOCK", "Journal", "locked"]
+
+LOCK = ".lock"
 
 
 class Journal:
@@ -84,9 +86,9 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
     """Hold the folder for this process; the kernel lets go of it however the process ends.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or put it in the place of OUT just now.
     """
-    file = folder / ".lock"
+    file = folder / LOCK
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -97,6 +99,8 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
                 f"another run (process {holder}) is writing {out}; wait for it or choose another "
                 "OUT"
             ) from None
+        if not file.exists() or os.fstat(descriptor).st_ino != file.stat().st_ino:
+            raise InputError(f"another run has just finished writing {out}; run again")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield

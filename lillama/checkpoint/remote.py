@@ -14,6 +14,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import NotASafetensorsRepoError
 
+from lillama.checkpoint.folder import recover
 from lillama.checkpoint.format import (
     SHARD_INDEX,
     SINGLE_SHARD,
@@ -50,6 +51,7 @@ def find_model(model: str | Path, *, weights: bool = True) -> Path:
         weights are downloaded.
     """
     path = Path(model)
+    recover(path)
     hub_id, _, revision = str(model).partition("@")
     if path.exists() or not is_hub_id(hub_id):
         return path

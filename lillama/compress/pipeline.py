@@ -11,17 +11,24 @@ from typing import Any
 import torch
 
 from lillama.checkpoint.card import config_json, model_card, recipe_json
+from lillama.checkpoint.folder import differences, recover
 from lillama.checkpoint.format import read_config, sentinel
 from lillama.checkpoint.remote import fetch_weights, find_model
-from lillama.checkpoint.writer import CheckpointWriter, check_out, check_space, differences
 from lillama.compress.measure.search import measured_curves, search_ranks
 from lillama.compress.plan.memory import peak_memory, peak_memory_bytes, resident_bytes
 from lillama.compress.plan.plan import make_plan
 from lillama.compress.run import Run
 from lillama.compress.session.events import Events
+from lillama.compress.session.output import (
+    check_disk,
+    check_disk_again,
+    claimed,
+    how_to_go_on,
+    open_writer,
+)
 from lillama.compress.session.own_text import own_text_of, write_own_text
 from lillama.compress.session.processes import Processes
-from lillama.compress.session.session import Progress, Session, shard_names
+from lillama.compress.session.session import Progress, Session
 from lillama.compress.session.stop import StopRequest
 from lillama.compress.teacher.blocks import TeacherBlocks
 from lillama.compress.train.finetune import finetune_blocks
@@ -81,14 +88,6 @@ def _at_width(config: CompressConfig, hidden_size: int) -> CompressConfig:
     return found
 
 
-def _bytes_to_write(session: Session, writer: CheckpointWriter) -> int:
-    """What is still to come of the result."""
-    plan, dtype = session.plan, session.save_dtype
-    item = plan.item_bytes if dtype is None else dtype.itemsize
-    written = sum(header.num_bytes for header in writer.headers.values())
-    return round(plan.params_after * item) - written
-
-
 def _sizes(session: Session) -> dict[str, Any]:
     """The report's first part."""
     plan = session.plan
@@ -105,17 +104,6 @@ def _sizes(session: Session) -> dict[str, Any]:
         "bytes_before": plan.bytes_before,
         "bytes_after": written - torch.zeros(sentinel_shape).nbytes,
     }
-
-
-def _how_to_go_on(writer: CheckpointWriter) -> str:
-    """The end of an error message: what is kept, and what to do."""
-    if not writer.journal.records:
-        return ""
-    done = sum(writer.done(piece) is not None for piece in writer.pieces)
-    return (
-        f"; {done} of {len(writer.pieces)} shards are finished in {writer.staging}: "
-        "the same command goes on from there"
-    )
 
 
 def compress(
@@ -160,18 +148,19 @@ def compress(
         text=find_texts(text),
         **options,
     )
-    family_for(read_config(config.model))  # refused before its weights are downloaded
-    fetch_weights(config.model)
-    plan = make_plan(config, needs_weights=True)
-    config = _at_width(config, plan.config.hidden_size)
+    model_config = read_config(config.model)
+    family_for(model_config)  # refused before its weights are downloaded
+    config = _at_width(config, model_config.hidden_size)
     inside = config.out.resolve().is_relative_to(config.model.resolve())
     if inside or config.model.resolve().is_relative_to(config.out.resolve()):
         raise InputError(f"OUT must lie outside MODEL, got {config.out}")
-    events = Events(config.events)
     processes = Processes()
     try:
-        with fast_mamba(), StopRequest() as stop:
-            session = Session(config, plan, processes, stop, events, progress)
+        _check_processes(config, processes.world_size)
+        with claimed(config, processes) as folder, fast_mamba(), StopRequest() as stop:
+            fetch_weights(config.model)
+            plan, events = make_plan(config, needs_weights=True), Events(config.events)
+            session = Session(config, plan, processes, stop, events, progress, folder)
             session.own_text = _own_text(session)
             report = _compress_whole(session) if config.finetune else _compress(session)
     finally:
@@ -183,29 +172,33 @@ def compress(
     return report if processes.world_size == 1 else {**report, "process": processes.process}
 
 
-def _own_text(session: Session) -> Path | None:
-    """Return what the model wrote to calibrate on, where the text given is not for that. It is
-    written once: a run of the same command finds it."""
-    config, world_size = session.config, session.processes.world_size
-    if config.finetune and world_size > 1:
+def _check_processes(config: CompressConfig, world_size: int) -> None:
+    if world_size == 1:
+        return
+    if config.finetune:
         raise InputError(
             f"preset {config.preset} trains the whole model in one process, got {world_size}; use "
             "preset default under torchrun, then lillama finetune"
         )
-    if config.text and not (config.finetune and config.recipe.finetune_own_text):
-        return None
-    if world_size > 1:
+    if not config.text:
         raise InputError(
             "several processes need calibration text; give --text FILE (lillama sample writes one)"
         )
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
-    check_out(config.out, config.overwrite)
+
+
+def _own_text(session: Session) -> Path | None:
+    """Return what the model wrote to calibrate on, where the text given is not for that. It is
+    written once: a run of the same command finds it."""
+    config = session.config
+    if config.text and not (config.finetune and config.recipe.finetune_own_text):
+        return None
     if config.text:  # what `finetune` would write, too, once the text given is known to be usable
         _calibration(session)
         file, seed = own_text_of(config.out, config.seed)
     else:
         file, seed = config.out.with_name(config.out.name + ".sample.jsonl"), config.seed
+    if not file.exists():  # before the text is written; what a run left is counted where it goes on
+        check_disk(session, choose_device(config.device))
     tokens, stop, progress = config.num_tokens, session.stop, session.progress
     write_own_text(file, config.model, tokens, seed, config, stop, progress)
     return file
@@ -214,13 +207,12 @@ def _own_text(session: Session) -> Path | None:
 def _compress_whole(session: Session) -> dict[str, Any]:
     """The blocks first, to `OUT.blocks`, then the whole model. Where OUT.blocks is there, the same
     command was killed while it trained the whole, and goes on from there."""
-    config, own_text = session.config, session.own_text
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
-    check_out(config.out, config.overwrite)
+    config, own_text, folder = session.config, session.own_text, session.folder
+    assert folder is not None
     blocks = config.out.with_name(config.out.name + ".blocks")
-    session.config = dataclasses.replace(config, out=blocks, overwrite=False)
-    report = _compress(session)
+    recover(blocks)
+    in_blocks = dataclasses.replace(config, out=blocks, overwrite=False)
+    report = _compress(dataclasses.replace(session, config=in_blocks, folder=None))
     started = time.monotonic()
     given = (own_text,) if own_text is not None and not config.text else config.text
     end = FinetuneConfig(
@@ -238,7 +230,7 @@ def _compress_whole(session: Session) -> dict[str, Any]:
         overwrite=config.overwrite,
     )
     try:
-        found = finetune_blocks(end, session.stop, session.progress)
+        found = finetune_blocks(end, folder, session.stop, session.progress)
     except LillamaError as error:
         session.events("failed", error=str(error))
         raise type(error)(
@@ -284,15 +276,16 @@ def _compress(session: Session) -> dict[str, Any]:
         return _finished(config.out, recipe)
     held = resident_bytes()
     processes.agree("the run", recipe)
-    with _open_writer(session, recipe) as session.writer:
+    with open_writer(session, recipe) as session.writer:
         try:
             increase = search_ranks(session)
+            check_disk_again(session)
             predicted = peak_memory(session.plan, config, session.teacher.headers, held)["peak"]
             run = Run(session)
             rows = run.run()
         except LillamaError as error:
             session.events("failed", error=str(error))
-            raise type(error)(f"{error}{_how_to_go_on(session.writer)}") from error
+            raise type(error)(f"{error}{how_to_go_on(session.writer)}") from error
         report = {
             **_sizes(session),
             "tokens": session.sequences[0].num_tokens,
@@ -309,26 +302,6 @@ def _compress(session: Session) -> dict[str, Any]:
             _finish(session, report)
         processes.barrier()
     return report
-
-
-def _open_writer(session: Session, recipe: dict[str, Any]) -> CheckpointWriter:
-    """The first process makes or takes over the unfinished folder; what it refuses, all refuse."""
-    config, processes = session.config, session.processes
-    shards = shard_names(len(session.teacher.blocks))
-    writer, problem = None, None
-    if processes.is_first:
-        try:
-            writer = CheckpointWriter(config.out, recipe, shards, overwrite=config.overwrite)
-            check_space(config.out, _bytes_to_write(session, writer))
-        except LillamaError as error:
-            problem = error
-    if problem is not None and writer is not None:
-        writer.__exit__(type(problem), problem, None)
-    processes.raise_together(problem)
-    if writer is None:
-        writer = CheckpointWriter(config.out, recipe, shards, worker=processes.process)
-    processes.barrier()  # nobody adds to the journals before all have read them
-    return writer
 
 
 def _finish(session: Session, report: dict[str, Any]) -> None:

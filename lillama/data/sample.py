@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lillama.checkpoint.folder import disk_errors, whole_file
 from lillama.checkpoint.remote import find_model
 from lillama.config import SampleConfig
 from lillama.errors import InputError, RunError
@@ -46,16 +47,11 @@ def sample(
         written.
     """
     config = SampleConfig(model=find_model(model), out=Path(out), **options)
-    if config.out.exists():
-        raise InputError(f"{config.out} exists; choose another file")
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
-    tokenizer = load_tokenizer(config.model)
-    device = choose_device(config.device)
-    part = config.out.with_name(config.out.name + ".part")
     rows = done = 0
-    try:
-        with part.open("w", encoding="utf-8") as file:
+    with whole_file(config.out, "sample") as part:
+        tokenizer = load_tokenizer(config.model)
+        device = choose_device(config.device)
+        with disk_errors(config.out), part.open("w", encoding="utf-8") as file:
             for text in _texts(config, tokenizer, device):
                 made: dict[str, Any] = {"text": text}
                 if rows == 0:
@@ -67,11 +63,6 @@ def sample(
                     progress("sample", min(done, config.tokens), config.tokens)
                 if done >= config.tokens:
                     break
-        part.rename(config.out)
-    except OSError as error:
-        raise RunError(f"cannot write {config.out}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return {"rows": rows, "tokens": done, "bytes": config.out.stat().st_size}
 
 

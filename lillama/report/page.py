@@ -7,7 +7,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from lillama.checkpoint.writer import disk_errors
+from lillama.checkpoint.folder import disk_errors, recover, whole_file
 from lillama.config import ReportConfig
 from lillama.errors import RunError
 from lillama.report.data import Facts, read_facts
@@ -135,17 +135,6 @@ def _page(facts: Facts, plots: list[Plot]) -> str:
 """
 
 
-def _write(file: Path, data: bytes) -> None:
-    """All of it or nothing."""
-    part = file.with_name(f".{file.name}.part")
-    with disk_errors(file):
-        try:
-            part.write_bytes(data)
-            part.replace(file)
-        finally:
-            part.unlink(missing_ok=True)
-
-
 def report(out: str | Path, **options: Any) -> list[Path]:
     """Write OUT/report.html, one file that needs no network. Same as `lillama report`.
 
@@ -166,18 +155,22 @@ def report(out: str | Path, **options: Any) -> list[Path]:
     paths = {name: Path(v) for name in ("events", "eval", "png") if (v := options.get(name))}
     config = ReportConfig(out=Path(out), **{**options, **paths})
     check_matplotlib()
+    recover(config.out)
     facts = read_facts(config)
-    plots = plots_of(facts)
-    # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a reference
-    page = _page(facts, plots).encode("utf-8", "xmlcharrefreplace")
     written = [config.out / PAGE]
-    _write(written[0], page)
+    with whole_file(written[0], "report", overwrite=True) as part:
+        plots = plots_of(facts)
+        # a lone surrogate, which JSON can hold and UTF-8 cannot, becomes a reference
+        page = _page(facts, plots).encode("utf-8", "xmlcharrefreplace")
+        with disk_errors(written[0]):
+            part.write_bytes(page)
     if config.png is not None:
         with disk_errors(config.png):
             config.png.mkdir(exist_ok=True)
         for plot in plots:
             written.append(config.png / f"{plot.key}.png")
-            _write(written[-1], as_png(plot))
+            with whole_file(written[-1], "report", overwrite=True) as part, disk_errors(part):
+                part.write_bytes(as_png(plot))
     if config.open and not webbrowser.open(written[0].resolve().as_uri()):
         raise RunError(f"no browser was found; {written[0]} is written, open it yourself")
     return written

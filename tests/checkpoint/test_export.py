@@ -214,7 +214,10 @@ def test_export_leaves_nothing_of_what_failed(place, error, sources, tmp_path, m
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, place, fail)
+    if place == "sync":
+        monkeypatch.setattr("lillama.folder_writer.sync", fail)
+    else:
+        monkeypatch.setattr(module, place, fail)
     with pytest.raises((RunError, KeyboardInterrupt)):
         export(sources["mamba"], tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
@@ -224,9 +227,13 @@ def test_export_takes_over_what_a_kill_left_and_nothing_else(sources, tmp_path):
     left = tmp_path / "new.unfinished"
     left.mkdir()
     (left / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="is in the way and is no unfinished export"):
+    with pytest.raises(InputError, match="is in the way and is no unfinished run; move it"):
         export(sources["mamba"], tmp_path / "new")
-    (left / ".export").touch()  # now as a killed export leaves it
+    (left / ".claim").write_text('{"command": "compress"}')
+    with pytest.raises(InputError, match='another command .command was "compress", is "export".;'):
+        export(sources["mamba"], tmp_path / "new")
+    # now as a killed export leaves it
+    (left / ".claim").write_text('{"command": "export"}')
     (left / "notes.txt").rename(left / "model.safetensors")
     export(sources["mamba"], tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
@@ -316,7 +323,7 @@ def test_export_refuses_what_it_cannot_do(mamba, sources, pivot, tmp_path):
     with pytest.raises(InputError, match="does not exist; create it first"):
         export(pivot, tmp_path / "a" / "b")
     new.mkdir()
-    with pytest.raises(InputError, match="new exists; choose another NEW"):
+    with pytest.raises(InputError, match="new exists; choose another OUT$"):
         export(pivot, new)
     assert list(tmp_path.iterdir()) == [new]
 

@@ -243,10 +243,14 @@ def test_unfinished_run_of_another_recipe_is_refused_and_untouched(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "", '{"comm'], ids=["empty", "no-bytes", "half"])
-def test_unfinished_run_killed_before_its_recipe_is_taken_over(tmp_path, content):
+@pytest.mark.parametrize("name", [".claim-half", ".recipe"])
+def test_unfinished_run_killed_before_its_recipe_is_taken_over(tmp_path, content, name):
     (tmp_path / "out.unfinished").mkdir()
     if content is not None:
-        (tmp_path / "out.unfinished" / ".recipe").write_text(content)
+        (tmp_path / "out.unfinished" / ".lock").touch()
+        (tmp_path / "out.unfinished" / name).write_text(content)
+        if name == ".recipe":
+            (tmp_path / "out.unfinished" / ".claim").write_text(json.dumps(RECIPE))
     write(tmp_path / "out", fill=1)
     assert mark(tmp_path / "out") == 1
 

@@ -2,21 +2,19 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import lillama.checkpoint.folder as folder_writer
 import lillama.checkpoint.writer as checkpoint_writer
 from lillama.checkpoint.format import read_headers
-from lillama.checkpoint.journal import Journal
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.errors import InputError
-from tests.forked import Forked
+from tests.kills import left_by_kills
 
 RECIPE = {"command": "compress"}
 CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
@@ -25,9 +23,6 @@ SHARDS = {
     "two": {"c": torch.arange(4.0)},
     "mark": {},
 }
-FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
-# what rmtree names without their folder
-FILES = ("model-", "model.", "step-", "README", "recipe", "report", "config", "journal")
 
 
 def write(out: Path, *, overwrite: bool = False, fill: float = 0.0) -> None:
@@ -48,66 +43,12 @@ def mark(out: Path) -> float:
     return float(load_file(out / names["mark"])["mark"][0])
 
 
-def left_by_kills(work: Callable[[], None], folder: Path, copies: Path) -> list[Path]:
-    """Run `work` in a process that copies `folder` just before each of its operations on a file in
-    it, to copies/1, copies/2, ..: what a SIGKILL would leave. Half a file written is a moment too.
-    """
-    taken = 0
-    is_copying = False
-
-    def step() -> None:
-        nonlocal taken, is_copying
-        taken, is_copying = taken + 1, True
-        shutil.copytree(folder, copies / str(taken))
-        is_copying = False
-
-    def watch(event: str, args: tuple) -> None:
-        if event in FILE_EVENTS and not is_copying:
-            if str(args[0]).startswith((str(folder), *FILES)):
-                step()
-
-    write_shard, write_text = checkpoint_writer.write_shard, Path.write_text
-    append = Journal.append
-
-    def slow_save(file: Path, entries: list) -> str:
-        step()
-        digest = write_shard(file, entries)
-        whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
-        step()
-        file.write_bytes(whole)
-        return digest
-
-    def slow_append(journal: Journal, record: dict) -> None:
-        before = journal.file.stat().st_size if journal.file.exists() else 0
-        append(journal, record)
-        whole = journal.file.read_bytes()
-        journal.file.write_bytes(whole[: (before + len(whole)) // 2])
-        step()
-        journal.file.write_bytes(whole)
-
-    def slow_write(path: Path, text: str, *args) -> None:
-        write_text(path, text[: len(text) // 2], *args)
-        step()
-        write_text(path, text, *args)
-
-    def watched() -> None:
-        checkpoint_writer.write_shard = slow_save
-        Journal.append = slow_append
-        Path.write_text = slow_write  # pyright: ignore[reportAttributeAccessIssue]
-        sys.addaudithook(watch)
-        work()
-
-    ended = Forked(watched, copies.with_name("said")).wait()
-    assert ended.code == 0, ended.stderr
-    return [copies / str(number) for number in range(1, len(list(copies.iterdir())) + 1)]
-
-
 @pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
 def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
     tmp_path, monkeypatch, start
 ):
     monkeypatch.setattr(checkpoint_writer, "sync", lambda path: None)
+    monkeypatch.setattr(folder_writer, "sync", lambda path: None)
     overwrite, folder = start == "old", tmp_path / "folder"
     out = folder / "out"
     folder.mkdir()
@@ -117,6 +58,7 @@ def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
         CheckpointWriter(out, RECIPE, list(SHARDS)).add_shard("one", entries_of(SHARDS["one"]))
     copies = left_by_kills(lambda: write(out, overwrite=overwrite, fill=2), folder, tmp_path / "at")
     assert mark(out) == 2
+    finished = {path.name for path in out.iterdir()}
     assert len(copies) > 30
     found = set()
     for copy in copies:
@@ -129,6 +71,7 @@ def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
         if not overwrite and state is not None:
             with pytest.raises(InputError, match="exists"):
                 write(out)
+            assert {path.name for path in out.iterdir()} == finished, "what was left is tidied up"
             continue
         write(out, overwrite=overwrite, fill=3)
         # 2 where the killed run had finished that piece

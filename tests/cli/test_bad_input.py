@@ -131,7 +131,7 @@ def test_cli_disk_without_room_for_the_result(fails, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = fails(1)
-    assert "GiB free, the result needs" in message and "free space or choose another" in message
+    assert "GiB free, the run needs" in message and "free space or choose another" in message
 
 
 def test_cli_read_only_disk(fails, monkeypatch):

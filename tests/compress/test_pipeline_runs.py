@@ -52,7 +52,7 @@ def finished(folder: Path) -> list[str]:
     assert not (folder / "out").exists()
     if nothing_left(folder):
         return []
-    return [record["piece"] for record in Journal(folder / "out.unfinished").records]
+    return [record["shard"] for record in Journal(folder / "out.unfinished").records]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -93,7 +93,7 @@ def test_sample_refuses_in_one_line(mamba, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(importlib.import_module("lillama.data.sample"), "_texts", full)
-    with pytest.raises(RunError, match="cannot write .*own.jsonl"):
+    with pytest.raises(RunError, match="the disk is full while writing .*own.jsonl"):
         lillama.sample(mamba, tmp_path / "own.jsonl", **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
 

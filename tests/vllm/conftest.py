@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -83,18 +85,27 @@ def mamba_ranks() -> dict[str, int]:
     }
 
 
+def gpt_neox_ranks() -> dict[str, int]:
+    """Without q, k and v, whose outputs vLLM puts in another order."""
+    leaves = ("attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    return {f"gpt_neox.layers.{i}.{leaf}": 30 + 5 * i for i in range(2) for leaf in leaves}
+
+
 def vocabulary_ranks(kind: str) -> dict[str, int]:
     """Embeddings and head, no multiples of 8, of 272 tokens that vLLM pads to 320. Rank 80 is more
     than 160 rows and 128 columns are worth: multiplied out at TP 2, there rank 45 is not."""
     if kind == "mixtral":
         return {"model.embed_tokens": 80, "lm_head": 45}
+    if kind == "gpt_neox":
+        return {"gpt_neox.embed_in": 80, "embed_out": 45}
     return {"backbone.embeddings": 45, "lm_head": 80}
 
 
 def ranks_of(kind: str) -> dict[str, int]:
     """Of the layers of a kind; "+vocabulary" adds embeddings and head."""
     kind, _, more = kind.partition("+")
-    ranks = {"llama": llama_ranks, "mixtral": mixtral_ranks, "mamba": mamba_ranks}[kind]()
+    makers = {"llama": llama_ranks, "mixtral": mixtral_ranks, "mamba": mamba_ranks}
+    ranks = {**makers, "gpt_neox": gpt_neox_ranks}[kind]()
     return ranks | vocabulary_ranks(kind) if more else ranks
 
 
@@ -115,6 +126,9 @@ def dense_model(kind: str) -> torch.nn.Module:
         return MixtralForCausalLM(
             MixtralConfig(**ATTENTION, num_local_experts=4, num_experts_per_tok=2)
         )
+    if kind == "gpt_neox":
+        sizes = {key: ATTENTION[key] for key in ATTENTION if "key_value" not in key}
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, tie_word_embeddings=False))
     model = LlamaForCausalLM(LlamaConfig(**ATTENTION, attention_bias=True, mlp_bias=True))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -129,7 +143,7 @@ def factorised(
     """The compressed checkpoint's tensors and those of the dense model that it stands for."""
     stored, dense = dict(tensors), dict(tensors)
     blocks = {n.partition(".experts.")[0] for n in ranks if ".experts." in n}
-    embeddings = {"model.embed_tokens", "backbone.embeddings"}
+    embeddings = {"model.embed_tokens", "backbone.embeddings", "gpt_neox.embed_in"}
     for name in list(tensors):
         matrix = name.removesuffix(".weight")
         if matrix in ranks:

@@ -32,6 +32,8 @@ COMPILED = {"enforce_eager": False}
         ("mamba+vocabulary", "plain", {}),
         ("mamba+vocabulary", "pivot", TP),
         ("mamba+vocabulary", "pivot", {}),
+        ("gpt_neox+vocabulary", "plain", {}),
+        ("gpt_neox+vocabulary", "pivot", TP),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "one-process",
 )
@@ -56,6 +58,7 @@ def test_transformers_with_lillama_gives_them_too(make_served, transformers_toke
         ("mamba", "pivot"),
         ("mixtral+vocabulary", "plain"),
         ("mamba+vocabulary", "pivot"),
+        ("gpt_neox+vocabulary", "pivot"),
     ):
         served, dense = make_served(kind, gauge)
         assert transformers_tokens(served) == transformers_tokens(dense)

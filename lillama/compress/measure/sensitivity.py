@@ -29,7 +29,12 @@ from lillama.compress.measure.moments import Key, key_of
 from lillama.compress.measure.svd import damped, shrunk, spectrum
 from lillama.compress.measure.vocabulary import embedding_sensitivity, head_sensitivity
 from lillama.compress.plan.matrix import Matrix
-from lillama.compress.teacher.activations import ActivationMemory, ActivationStore, prefetched
+from lillama.compress.teacher.activations import (
+    ActivationMemory,
+    ActivationStore,
+    prefetched,
+    stored_dtype,
+)
 from lillama.compress.teacher.blocks import TeacherBlocks, block_output
 from lillama.config import Recipe
 from lillama.data.sequences import TokenBlocks
@@ -63,7 +68,7 @@ class _Pass:
         self.teacher, self.sample, self.recipe = teacher, sample, recipe
         self.memory, self.tick, self.seed = memory, tick, seed
         self.device = teacher.device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = stored_dtype(self.device)
         self.count, self.seq_len = sample.shape
         self.arguments: dict[int, list[dict]] = {}  # by batch size, where nothing is padded
         self.borders: list[ActivationStore] = []

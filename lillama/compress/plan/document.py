@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lillama.checkpoint.remote import find_model
+from lillama.compress.plan.disk import peak_disk
 from lillama.compress.plan.memory import peak_memory, resident_bytes
 from lillama.compress.plan.plan import make_plan
 from lillama.config import Gauge, PlanConfig, Preset, Strategy
@@ -32,9 +33,10 @@ def plan(
             will need, as for `compress`.
 
     Returns:
-        `peak_memory_bytes` (host memory by phase and their "peak"; absent where there are no
-        weights), `params_before, params_after, bytes_before, bytes_after, max_reduction, matrices[]
-        {name, shape, rank, break_even_rank, ...}` and more.
+        `peak_memory_bytes` (host memory by phase and their "peak") and `peak_disk_bytes` (what a
+        run keeps on the disk of OUT: `result, gradients, steps, activations`, and all at its
+        "peak"), both absent where there are no weights; `params_before, params_after, bytes_before,
+        bytes_after, max_reduction, matrices[] {name, shape, rank, break_even_rank, ...}` and more.
 
     Raises:
         InputError: see `make_plan`.
@@ -54,5 +56,6 @@ def plan(
         config = config.at_width(found.config.hidden_size)
         memory = peak_memory(found, config, found.headers, resident_bytes())
         rows = document.pop("matrices")
-        document |= {"peak_memory_bytes": memory, "matrices": rows}
+        disk = peak_disk(found, config, found.headers)
+        document |= {"peak_memory_bytes": memory, "peak_disk_bytes": disk, "matrices": rows}
     return document

@@ -19,9 +19,30 @@ from lillama.compress.plan.plan import Plan
 from lillama.config import PlanConfig
 from lillama.data.sequences import held_out_blocks
 
-__all__ = ["peak_memory", "peak_memory_bytes", "resident_bytes"]
+__all__ = [
+    "FP32",
+    "BlockSizes",
+    "block_sizes",
+    "calibration_rows",
+    "peak_memory",
+    "peak_memory_bytes",
+    "resident_bytes",
+    "sensitivity_rows",
+]
 
 FP32, FP64 = 4, 8
+
+
+def calibration_rows(options: PlanConfig) -> tuple[int, int]:
+    """Return how many sequences are trained on and kept for judging."""
+    tokens, seq_len = options.num_tokens, options.seq_len
+    return -(-tokens // seq_len), held_out_blocks(tokens, seq_len)
+
+
+def sensitivity_rows(plan: Plan, options: PlanConfig) -> int:
+    """Return the tokens that gradients are measured with, in whole sequences."""
+    wanted = min(options.recipe.gradient_tokens(plan.config.hidden_size), options.num_tokens)
+    return -(-wanted // options.seq_len) * options.seq_len
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -38,7 +59,7 @@ def resident_bytes() -> int:
 
 
 @dataclass(frozen=True)
-class _Block:
+class BlockSizes:
     """Sizes of one block: bytes as stored of its stacked experts and of the rest, numbers of the
     rest and of the student's factors."""
 
@@ -49,7 +70,7 @@ class _Block:
     targets: tuple[Matrix, ...]
 
 
-def _block(plan: Plan, headers: Mapping[str, TensorHeader], index: int) -> _Block:
+def block_sizes(plan: Plan, headers: Mapping[str, TensorHeader], index: int) -> BlockSizes:
     experts = plan.family.experts
     stacked = other = numbers = 0
     for name, header in headers.items():
@@ -78,10 +99,10 @@ def _block(plan: Plan, headers: Mapping[str, TensorHeader], index: int) -> _Bloc
         len(group) * max(rank for _, rank in group) * (group[0][0].N + group[0][0].K)
         for group in factors.values()
     )
-    return _Block(stacked, other, numbers, padded + dense + numbers - replaced, targets)
+    return BlockSizes(stacked, other, numbers, padded + dense + numbers - replaced, targets)
 
 
-def _moment_bytes(plan: Plan, block: _Block) -> int:
+def _moment_bytes(plan: Plan, block: BlockSizes) -> int:
     experts = plan.family.experts
     total = 0
     for matrix in block.targets:
@@ -139,7 +160,7 @@ def _kept_bytes(plan: Plan, rows: int, seq_len: int) -> int:
     return rows * numbers * FP32
 
 
-def _train_bytes(plan: Plan, options: PlanConfig, block: _Block) -> int:
+def _train_bytes(plan: Plan, options: PlanConfig, block: BlockSizes) -> int:
     """fp32 parameters, gradients, two AdamW moments and the best state; and what autograd keeps of
     a batch of both inputs."""
     rows = 2 * options.recipe.batch_size * options.seq_len
@@ -154,9 +175,7 @@ def _sensitivity_bytes(
     config, blocks = plan.config, len(plan.block_paths)
     first = 0 if plan.strategy == "global" else min(plan.blocks, default=blocks)
     recipe = options.recipe
-    wanted = min(recipe.gradient_tokens(config.hidden_size), options.num_tokens)
-    rows = -(-wanted // options.seq_len) * options.seq_len
-    one = rows * config.hidden_size * FP32
+    one = sensitivity_rows(plan, options) * config.hidden_size * FP32
     streams = min((blocks + 2) * one, options.activation_memory // one * one)
     batch = recipe.gradient_rows(options.seq_len, config.hidden_size) * options.seq_len
     kept = _kept_bytes(plan, batch, options.seq_len)
@@ -164,7 +183,7 @@ def _sensitivity_bytes(
     outside = 2 * config.vocab_size * config.hidden_size * FP32
     found = {"sensitivity": streams + outside + logits}
     for index in range(first, blocks):
-        block = _block(plan, headers, index)
+        block = block_sizes(plan, headers, index)
         widened = block.stacked_bytes + block.other_numbers * FP32
         gradients = sum(min(m.N, m.K) ** 2 for m in block.targets) * FP32
         largest = max((m.N * m.K for m in block.targets), default=0)
@@ -207,15 +226,12 @@ def peak_memory(
     On a GPU the phases' own terms lie there instead, and the host keeps the streams only.
     base_bytes is what the process holds before it starts (`resident_bytes`).
     """
-    count = -(-options.num_tokens // options.seq_len) + held_out_blocks(
-        options.num_tokens, options.seq_len
-    )
-    one = count * options.seq_len * plan.config.hidden_size * FP32
+    one = sum(calibration_rows(options)) * options.seq_len * plan.config.hidden_size * FP32
     streams = min(3 * one, options.activation_memory // one * one if one else 0)
     embeddings = plan.config.vocab_size * plan.config.hidden_size
     phases = {"embed": embeddings * (FP32 + round(dtype_of(plan.config).itemsize))}
     for index in range(max(plan.blocks, default=-1) + 1):
-        block = _block(plan, headers, index)
+        block = block_sizes(plan, headers, index)
         stored = block.stacked_bytes + block.other_bytes
         widened = block.stacked_bytes + block.other_numbers * FP32
         compressed = index in plan.blocks

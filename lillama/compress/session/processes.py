@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lillama.checkpoint.writer import differences
+from lillama.checkpoint.folder import differences
 from lillama.compress.teacher.activations import ActivationStore
 from lillama.errors import InputError, LillamaError, RunError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lillama.checkpoint.folder import FolderWriter
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.compress.plan.plan import Plan
 from lillama.compress.session.events import Events
@@ -51,7 +52,7 @@ class Session:
     """The command's options, the plan, the processes at work, who asks for an end and who is told;
     from `pipeline.py` on also the teacher, the training and held-out `sequences`, and the writer.
 
-    own_text: what the model wrote to calibrate on, where it did.
+    folder: OUT, held by the first process. own_text: what the model wrote to calibrate on.
     """
 
     config: CompressConfig
@@ -60,6 +61,7 @@ class Session:
     stop: StopRequest
     events: Events
     progress: Progress | None
+    folder: FolderWriter | None = None
     own_text: Path | None = None
     teacher: TeacherBlocks = field(init=False)
     sequences: tuple[TokenBlocks, TokenBlocks] = field(init=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lillama.errors import RunError
 
-__all__ = ["ActivationMemory", "ActivationStore", "prefetched", "stored"]
+__all__ = ["ActivationMemory", "ActivationStore", "prefetched", "stored", "stored_dtype"]
 
 Read = TypeVar("Read")
 
@@ -75,6 +75,12 @@ class _InMemory(ActivationStore):
         freed, self._freed = self._freed, None
         if freed is not None:
             freed()
+
+
+def stored_dtype(device: torch.device) -> torch.dtype:
+    """Of a stream: a GPU computes a block's products in bf16, and storing more digits would not add
+    any."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _bytes_of(values: Tensor) -> Any:
@@ -172,9 +178,13 @@ class ActivationMemory:
 
     @classmethod
     def for_run(cls, device: torch.device, host_bytes: int, folder: Path) -> "ActivationMemory":
-        """With a third of what is free on a GPU."""
-        free = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
-        return cls(device, host_bytes, folder, free)
+        """With `device_bytes` of a GPU."""
+        return cls(device, host_bytes, folder, cls.device_bytes(device))
+
+    @staticmethod
+    def device_bytes(device: torch.device) -> int:
+        """A third of what is free on a GPU."""
+        return torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 0
 
     def new(self, shape: tuple[int, int, int], dtype: torch.dtype) -> ActivationStore:
         """A stream of undefined values.

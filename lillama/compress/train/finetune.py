@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lillama.checkpoint.format import compression_of, dtype_of, read_config
+from lillama.checkpoint.folder import FolderWriter, disk_errors
+from lillama.checkpoint.format import (
+    SHARD_INDEX,
+    compression_of,
+    dtype_of,
+    read_config,
+    read_headers,
+    tensor_bytes,
+)
 from lillama.checkpoint.remote import find_model
-from lillama.checkpoint.writer import check_out
+from lillama.checkpoint.writer import check_space
 from lillama.compress.measure.gradients import without_outliers
 from lillama.compress.session.own_text import own_text_of, write_own_text
 from lillama.compress.session.stop import StopRequest
@@ -182,9 +191,6 @@ def _check(config: FinetuneConfig) -> None:
         raise InputError(
             "MODEL and --base have different vocabularies; they do not belong together"
         )
-    check_out(config.out, config.overwrite)
-    if not config.out.parent.is_dir():
-        raise InputError(f"the folder {config.out.parent} does not exist; create it first")
 
 
 def finetune(
@@ -225,15 +231,17 @@ def finetune(
         text=find_texts(text),
         **options,
     )
-    with StopRequest() as stop:
-        return finetune_blocks(config, stop, progress)
+    _check(config)
+    with FolderWriter(config.out, {"command": "finetune"}, overwrite=config.overwrite) as folder:
+        with StopRequest() as stop:
+            return finetune_blocks(config, folder, stop, progress)
 
 
 def finetune_blocks(
-    config: FinetuneConfig, stop: StopRequest, progress: Progress | None
+    config: FinetuneConfig, folder: FolderWriter, stop: StopRequest, progress: Progress | None
 ) -> dict[str, Any]:
-    """As `finetune`, for a caller that listens to Ctrl-C itself."""
-    _check(config)
+    """As `finetune`, for a caller that has claimed OUT and listens to Ctrl-C itself."""
+    check_space(config.out, tensor_bytes(read_headers(config.model)))
     device = choose_device(config.device)
     started = time.monotonic()
     train, held_out = _blocks(config, read_config(config.model).vocab_size, stop, progress)
@@ -245,7 +253,7 @@ def finetune_blocks(
     report["seconds"] = round(time.monotonic() - started, 2)
     for parameter in student.parameters():
         parameter.data = parameter.data.to(dtype_of(read_config(config.model)))
-    _write(config, student, report)
+    _write(config, folder, student, report)
     if config.own_tokens:
         own_text_of(config.out, config.seed)[0].unlink()
     return report
@@ -293,36 +301,24 @@ def _train(
     }
 
 
-def _write(config: FinetuneConfig, student: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Beside OUT first, then in place: OUT is whole or not there."""
-    staging = config.out.with_name(config.out.name + ".unfinished")
-    old = config.out.with_name(config.out.name + ".replaced")
-    try:
-        staging.mkdir()
-        student.save_pretrained(staging)
+def _write(
+    config: FinetuneConfig, folder: FolderWriter, student: PreTrainedModel, report: dict[str, Any]
+) -> None:
+    staging = folder.staging
+    with disk_errors(config.out):
+        try:
+            student.save_pretrained(staging)
+        except SafetensorError as error:  # a full disk
+            raise RunError(f"cannot write {staging}: {error}") from error
         for file in config.model.iterdir():
-            if file.suffix != ".safetensors" and not (staging / file.name).exists():
-                if file.name != "model.safetensors.index.json":
-                    shutil.copyfile(file, staging / file.name)
+            is_written = (staging / file.name).exists() or file.name == SHARD_INDEX
+            if file.is_file() and file.suffix != ".safetensors" and not is_written:
+                shutil.copyfile(file, staging / file.name)
         if (made := staging / "report.json").is_file():
             whole = json.loads(made.read_text("utf-8"))
-            whole["seconds"] = round(whole["seconds"] + report["seconds"], 2)
+            # an imported model was compressed elsewhere: no seconds of that
+            whole["seconds"] = round(whole.get("seconds", 0.0) + report["seconds"], 2)
             made.write_text(json.dumps({**whole, "finetune": report}, indent=2) + "\n", "utf-8")
         record = {**recorded(config), **report}
         (staging / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        replaced = config.out.exists()
-        if replaced:
-            config.out.rename(old)
-        try:
-            staging.rename(config.out)
-        except OSError:
-            if replaced:
-                old.rename(config.out)
-            raise
-        if replaced:
-            shutil.rmtree(old)
-    except OSError as error:
-        raise RunError(f"cannot write {config.out}: {error}") from error
-    finally:
-        if staging.is_dir():
-            shutil.rmtree(staging)
+    folder.finish()

@@ -16,7 +16,11 @@ from lillama.checkpoint.gauge import plain_tensors
 from lillama.compress.measure.moments import MomentCollector, key_of
 from lillama.compress.session.processes import STUDENT, TEACHER
 from lillama.compress.session.session import REST, Session
-from lillama.compress.teacher.activations import ActivationStore, prefetched
+from lillama.compress.teacher.activations import (
+    ActivationStore,
+    prefetched,
+    stored_dtype,
+)
 from lillama.compress.teacher.blocks import block_output
 from lillama.compress.train.block_inputs import BlockInputs, HeadInputs
 from lillama.data.sequences import TokenBlocks
@@ -64,8 +68,7 @@ class HiddenStates:
         self.plan, self.recipe, self.teacher = session.plan, session.recipe, session.teacher
         self.processes, self.with_student = session.processes, with_student
         self.device, self.memory, self.tick = session.device, session.new_memory(), tick
-        # a GPU computes a block's products in bf16: storing more digits would not add any
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = stored_dtype(self.device)
         if self.processes.owns(0):
             with self.teacher.embeddings():
                 self.sets = [self._embed(part) for part in session.sequences]

@@ -55,6 +55,7 @@ class LillamaVllmConfig(QuantizationConfig):
         self.ranks = checked.ranks
         self.pivot = checked.gauge == "pivot"
         self.sentinel = checked.sentinel
+        self._sentinels = {checked.sentinel}  # as it is called at any stage of loading
 
     @property
     def embedding(self) -> str | None:
@@ -83,8 +84,20 @@ class LillamaVllmConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
         """Drops the sentinel of experts. That of a linear layer is taken by the layer itself:
         vLLM's Mamba never asks here."""
-        pattern = re.compile(f"^{re.escape(self.sentinel)}$")
-        return WeightsMapper(orig_to_new_regex={pattern: None})
+        names = "|".join(map(re.escape, sorted(self._sentinels)))
+        return WeightsMapper(orig_to_new_regex={re.compile(f"^({names})$"): None})
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Call matrices and sentinel what vLLM calls them, as the head of a GPT-NeoX, which is
+        embed_out in the checkpoint and lm_head there."""
+
+        def renamed(tensor: str) -> str:
+            return hf_to_vllm_mapper.map_name(tensor) or tensor
+
+        found = {renamed(f"{name}.weight"): rank for name, rank in self.ranks.items()}
+        self.ranks = {name.removesuffix(".weight"): rank for name, rank in found.items()}
+        self.sentinel = renamed(self.sentinel)
+        self._sentinels.add(self.sentinel)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
