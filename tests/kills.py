@@ -1,42 +1,38 @@
-"""Kill a piece of work before each of its file operations in turn."""
+"""What is on the disk when a piece of work is killed before each of its file operations in turn."""
 
-import os
-import signal
+import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import lillama.checkpoint.writer as checkpoint_writer
+from lillama.checkpoint import writer
 from lillama.checkpoint.journal import Journal
+from tests.forked import Forked
 
 FILE_EVENTS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir"}
 # what rmtree names without their folder
 FILES = ("model-", "model.", "step-", "README", "recipe", "report", "config", "journal", ".")
 
 
-def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
-    """Run `work` in a forked process that SIGKILLs itself just before file operation `moment` in
-    `folder`; half a file written is a moment too. False when it ended before that."""
-    pid = os.fork()
-    if pid:
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        return status != 0
-    signal.alarm(60)
-    count = 0
+def left_by_kills(work: Callable[[], None], folder: Path, copies: Path) -> list[Path]:
+    """Run `work` in a process that copies `folder` just before each of its operations on a file in
+    it, to copies/1, copies/2, ..: what a SIGKILL would leave. Half a file written is a moment too.
+    """
+    taken = 0
+    is_copying = False
 
     def step() -> None:
-        nonlocal count
-        count += 1
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal taken, is_copying
+        taken, is_copying = taken + 1, True
+        shutil.copytree(folder, copies / str(taken))
+        is_copying = False
 
     def watch(event: str, args: tuple) -> None:
-        if event in FILE_EVENTS and str(args[0]).startswith((str(folder), *FILES)):
-            step()
+        if event in FILE_EVENTS and not is_copying:
+            if str(args[0]).startswith((str(folder), *FILES)):
+                step()
 
-    write_shard, write_text = checkpoint_writer.write_shard, Path.write_text
+    write_shard, write_text = writer.write_shard, Path.write_text
     append = Journal.append
 
     def slow_save(file: Path, entries: list) -> str:
@@ -61,15 +57,13 @@ def killed_at(moment: int, folder: Path, work: Callable[[], None]) -> bool:
         step()
         write_text(path, text, *args)
 
-    code = 1
-    try:
-        checkpoint_writer.write_shard = slow_save
+    def watched() -> None:
+        writer.write_shard = slow_save
         Journal.append = slow_append
         Path.write_text = slow_write  # pyright: ignore[reportAttributeAccessIssue]
         sys.addaudithook(watch)
         work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+
+    ended = Forked(watched, copies.with_name("said")).wait()
+    assert ended.code == 0, ended.stderr
+    return [copies / str(number) for number in range(1, len(list(copies.iterdir())) + 1)]

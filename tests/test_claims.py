@@ -4,6 +4,7 @@ however it is killed."""
 import importlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import lillama
 from lillama.errors import InputError, RunError
+from tests.forked import Forked
 
 finetune = importlib.import_module("lillama.compress.train.finetune")
 pipeline = importlib.import_module("lillama.compress.pipeline")
@@ -84,37 +86,32 @@ def test_finetune_leaves_nothing_of_what_failed(small, mamba, text_file, tmp_pat
     assert names(tmp_path) == set()
 
 
-def killed_at_rename(number: int, place: str, work: Callable[[], object]) -> bool:
-    """Run `work` in a forked process that ends before or after its rename `number`; whether it
-    came to that."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    code, count, rename = 1, 0, os.rename
+def killed_at_rename(number: int, place: str, work: Callable[[], object], folder: Path) -> bool:
+    """Run `work` in a process that is killed before or after its rename `number`; whether it came
+    to that."""
+    count, rename = 0, os.rename
 
     def counted(*args: object, **kwargs: object) -> None:
         nonlocal count
         count += 1
         if count == number and place == "before":
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
         rename(*args, **kwargs)  # pyright: ignore[reportArgumentType]
         if count == number:
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    try:
+    def watched() -> None:
         os.rename = counted
         work()
-        code = 0
-    finally:
-        os._exit(code)
+
+    return Forked(watched, folder).wait().code == -signal.SIGKILL
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize("number", [1, 2, 3])
 @pytest.mark.parametrize("next_command", ["generate", "finetune", "compress", "export"])
 def test_a_killed_finetune_loses_no_model(
-    small, mamba, text_file, tmp_path, monkeypatch, number, place, next_command
+    small, mamba, text_file, tmp_path, tmp_path_factory, monkeypatch, number, place, next_command
 ):
     """However far it came with replacing OUT, the next command on OUT finds a whole model."""
     out = tmp_path / "out"
@@ -123,7 +120,8 @@ def test_a_killed_finetune_loses_no_model(
     given = {"base": mamba, "text": text_file, "overwrite": True, **GIVEN}
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "_train", lambda *_: {"steps": 0})
-        assert killed_at_rename(number, place, lambda: lillama.finetune(small, out, **given))
+        said = tmp_path_factory.mktemp("said")
+        assert killed_at_rename(number, place, lambda: lillama.finetune(small, out, **given), said)
     if next_command == "generate":
         assert lillama.generate(out, "the cat", max_new_tokens=1, device="cpu") is not None
     elif next_command == "finetune":
@@ -158,7 +156,7 @@ def test_compress_claims_out_before_it_reads_the_text(mamba, text_file, tmp_path
 def test_preset_best_claims_out_before_its_blocks(mamba, text_file, tmp_path, monkeypatch):
     given = {"reduction": 0.2, "text": text_file, "preset": "best", **GIVEN}
 
-    def blocks(session) -> None:
+    def blocks(session, *_: object) -> None:
         assert session.config.out.name == "out.blocks" and "out.unfinished" in names(tmp_path)
         raise RunError("stopped")
 

@@ -107,7 +107,9 @@ def _shown(value: Any) -> str:
 
 
 def print_rows(title: str, rows: dict[str, Any]) -> None:
-    table = Table(title=title, show_header=False)
+    table = Table(show_header=False)
     for key, value in _flat(rows):
         table.add_row(key, _shown(value) if not isinstance(value, list) else str(value))
-    Console().print(table)
+    console = Console()
+    console.print(title, soft_wrap=True, markup=False, highlight=False)
+    console.print(table)

@@ -2,9 +2,8 @@
 
 import errno
 import os
-import subprocess
-import sys
-import time
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,11 @@ import pytest
 from lillama.checkpoint import folder as folder_writer
 from lillama.checkpoint.folder import FolderWriter, recover, whole_file
 from lillama.errors import InputError, RunError
-from tests.kills import killed_at
+from tests.forked import Forked
+from tests.kills import left_by_kills
 
 CLAIM = {"command": "finetune"}
 OLD, NEW = "old", "new"
-fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
 
 FILES = {
     "config.json": '{"quantization_config": {"quant_method": "lillama"}}',
@@ -60,56 +58,54 @@ def left_over(out: Path) -> set[str]:
 
 
 # Kills
-@fork
 @pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
 def test_a_kill_at_any_moment_loses_nothing(tmp_path, monkeypatch, start):
     monkeypatch.setattr(folder_writer, "sync", lambda path: None)
-    states, moment = set(), 0
-    while True:
-        moment += 1
-        out = tmp_path / str(moment) / "out"
-        out.parent.mkdir()
-        if start == "old":
-            make(out, OLD)
-        if start == "unfinished":
-            (out.parent / "out.unfinished").mkdir()
-            (out.parent / "out.unfinished" / ".claim").write_text('{"command": "finetune"}')
-            (out.parent / "out.unfinished" / "half").write_text("")
-        if not killed_at(moment, out.parent, lambda out=out: write(out)):
-            break
+    out = tmp_path / "folder" / "out"
+    out.parent.mkdir()
+    if start == "old":
+        make(out, OLD)
+    if start == "unfinished":
+        (out.parent / "out.unfinished").mkdir()
+        (out.parent / "out.unfinished" / ".claim").write_text('{"command": "finetune"}')
+        (out.parent / "out.unfinished" / "half").write_text("")
+    copies = left_by_kills(lambda: write(out), out.parent, tmp_path / "at")
+    assert whose(out) == NEW and left_over(out) == set() and len(copies) > 10
+    states = set()
+    for copy in copies:
+        shutil.rmtree(out.parent)
+        copy.rename(out.parent)
         is_between = not out.exists() and (out.parent / "out.unfinished" / ".replaced").is_dir()
         # what a command that only reads does first
         recover(out)
         states.add((is_between, whose(out) if out.exists() else None))
         write(out)
         assert whose(out) == NEW and left_over(out) == set()
-    assert whose(out) == NEW and left_over(out) == set() and moment > 10
     wanted = {(False, OLD), (False, NEW), (True, OLD)}
     assert states == (wanted if start == "old" else {(False, None), (False, NEW)})
 
 
-@fork
 @pytest.mark.parametrize("start", ["nothing", "old"])
 def test_a_kill_at_any_moment_leaves_a_file_old_or_new(tmp_path, monkeypatch, start):
     monkeypatch.setattr(folder_writer, "sync", lambda path: None)
+    out = tmp_path / "folder" / "report.html"
+    out.parent.mkdir()
 
-    def page(out: Path) -> None:
+    def page() -> None:
         with whole_file(out, "report", overwrite=True) as part:
             part.write_text(NEW)
 
-    states, moment = set(), 0
-    while True:
-        moment += 1
-        out = tmp_path / str(moment) / "report.html"
-        out.parent.mkdir()
-        if start == "old":
-            out.write_text(OLD)
-        if not killed_at(moment, out.parent, lambda out=out: page(out)):
-            break
+    if start == "old":
+        out.write_text(OLD)
+    copies = left_by_kills(page, out.parent, tmp_path / "at")
+    states = set()
+    for copy in copies:
+        shutil.rmtree(out.parent)
+        copy.rename(out.parent)
         states.add(out.read_text() if out.exists() else None)
-        page(out)
+        page()
         assert out.read_text() == NEW and left_over(out) == set()
-    assert states == {OLD if start == "old" else None, NEW} and moment > 8
+    assert states == {OLD if start == "old" else None, NEW} and len(copies) > 8
 
 
 @pytest.mark.parametrize("fails", ["out", "out.unfinished"])
@@ -201,36 +197,28 @@ def test_what_cannot_be_taken_up_is_emptied(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from lillama.checkpoint.folder import FolderWriter
-with FolderWriter(Path(sys.argv[1]), {"command": "compress"}):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_two_processes_at_one_out(tmp_path):
-    out, environment = tmp_path / "out", {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", HOLD, str(out)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        for attempt in (write, sampled):
-            with pytest.raises(InputError, match=rf"another run .process {other.pid}. is writing"):
-                attempt(out)
-        recover(out)
-        assert (tmp_path / "out.unfinished").is_dir()
-        other.kill()
-    deadline = time.monotonic() + 10
-    while True:  # the system lets go of the lock when the process is gone
-        with pytest.raises(InputError, match="of another command|another run") as error:
-            write(out)
-        if "another command" in str(error.value):
-            break
-        assert time.monotonic() < deadline
+    out, (reader, writer) = tmp_path / "folder" / "out", os.pipe()
+    out.parent.mkdir()
+
+    def hold() -> None:
+        with FolderWriter(out, {"command": "compress"}):
+            os.write(writer, b"held")
+            signal.pause()
+
+    other = Forked(hold, tmp_path / "said")
+    assert os.read(reader, 4) == b"held"
+    os.close(reader)
+    os.close(writer)
+    for attempt in (write, sampled):
+        with pytest.raises(InputError, match=rf"another run .process {other.pid}. is writing"):
+            attempt(out)
+    recover(out)
+    assert out.with_name("out.unfinished").is_dir()
+    other.send(signal.SIGKILL)
+    other.wait()
+    with pytest.raises(InputError, match="of another command"):
+        write(out)
     write(out, claim={"command": "compress"})
     assert whose(out) == NEW and left_over(out) == set()
 

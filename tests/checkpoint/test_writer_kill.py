@@ -14,7 +14,7 @@ from lillama.checkpoint.headers import read_headers
 from lillama.checkpoint.shard_file import entries_of
 from lillama.checkpoint.writer import CheckpointWriter
 from lillama.errors import InputError
-from tests.kills import killed_at
+from tests.kills import left_by_kills
 
 RECIPE = {"command": "compress"}
 CONFIG = {"model_type": "mixtral", "quantization_config": {"quant_method": "lillama"}}
@@ -43,31 +43,27 @@ def mark(out: Path) -> float:
     return float(load_file(out / names["mark"])["mark"][0])
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("start", ["nothing", "old", "unfinished"])
 def test_kill_at_any_moment_leaves_old_or_new_and_the_next_run_succeeds(
     tmp_path, monkeypatch, start
 ):
     monkeypatch.setattr(checkpoint_writer, "sync", lambda path: None)
     monkeypatch.setattr(folder_writer, "sync", lambda path: None)
-    overwrite = start == "old"
-    write(tmp_path / "old", fill=1)
-    finished = {path.name for path in (tmp_path / "old").iterdir()}
-    CheckpointWriter(tmp_path / "new", RECIPE, list(SHARDS)).add_shard(
-        "one", entries_of(SHARDS["one"])
-    )
-    found, moment = set(), 0
-    while True:
-        moment += 1
-        folder = tmp_path / str(moment)
-        out = folder / "out"
-        folder.mkdir()
-        if overwrite:
-            shutil.copytree(tmp_path / "old", out)
-        if start == "unfinished":
-            shutil.copytree(tmp_path / "new.unfinished", folder / "out.unfinished")
-        if not killed_at(moment, folder, lambda out=out: write(out, overwrite=overwrite, fill=2)):
-            break
+    overwrite, folder = start == "old", tmp_path / "folder"
+    out = folder / "out"
+    folder.mkdir()
+    if overwrite:
+        write(out, fill=1)
+    if start == "unfinished":
+        CheckpointWriter(out, RECIPE, list(SHARDS)).add_shard("one", entries_of(SHARDS["one"]))
+    copies = left_by_kills(lambda: write(out, overwrite=overwrite, fill=2), folder, tmp_path / "at")
+    assert mark(out) == 2
+    finished = {path.name for path in out.iterdir()}
+    assert len(copies) > 30
+    found = set()
+    for copy in copies:
+        shutil.rmtree(folder)
+        copy.rename(folder)
         state = mark(out) if out.exists() else None
         found.add(state)
         if overwrite and state is None:

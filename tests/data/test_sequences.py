@@ -124,7 +124,9 @@ def test_read_documents_default_piece_size(tmp_path):
 
 @pytest.mark.parametrize("size", [5, 6, 7, 8, 9])
 @pytest.mark.parametrize(
-    "text", ["\u20ac\U0001f600\u00e9" * 20, "a\u20ac" * 20, "\u20ac \u20ac" * 9]
+    "text",
+    ["\u20ac\U0001f600\u00e9" * 20, "a\u20ac" * 20, "\u20ac \u20ac" * 9],
+    ids=["three sizes", "two sizes", "with spaces"],
 )
 def test_read_documents_never_splits_a_character(tmp_path, monkeypatch, size, text):
     monkeypatch.setattr(documents, "_PIECE_BYTES", size)

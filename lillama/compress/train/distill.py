@@ -261,6 +261,7 @@ class _Trainer:
             value.copy_(self.best[key])
 
 
+@torch.enable_grad()
 def train_block(
     student: nn.Module,
     train: BlockInputs,
