@@ -32,10 +32,8 @@ SUITES = [
 ROW_KEYS = frozenset("ceilings commit device failed floor_us modes".split())
 VARIANT_KEYS = frozenset("gb_per_s median_us p20_us p80_us percent_of_ceiling tflop_per_s".split())
 # what README.md shows of the cells of bench_quality; docs/quality.md shows all
-QUALITY_METHODS = [
-    *("dense", "dense, int4", "whitened svd", "paper, rate 1e-3", "fast", "default", "best"),
-]
-LEFT_OUT = ["bits per byte by text", "parameters"]
+SHORT_ROWS = {"removed": ["20%", "40%"], "method": ["paper, rate 1e-3", "fast", "default", "best"]}
+SHORT_COLUMNS = ["teacher", "removed", "method", "retained", "KL", "bytes", "seconds"]
 
 
 # The files
@@ -92,7 +90,7 @@ def read_results(folder: Path) -> list[Suite]:
     return [newest[key] for key in sorted(newest)]
 
 
-# README.md
+# kernels/README.md
 def _cell(verdict: Verdict) -> str:
     goal, unit = verdict.goal, "x" if verdict.goal.rivals else "%"
     if verdict.worst is None:
@@ -118,7 +116,6 @@ def targets_table(suites: Sequence[Suite]) -> str:
     return table(["case", *COLUMNS.values(), "where and when"], lines)
 
 
-# kernels/README.md
 def _row_cells(name: str, row: Mapping[str, Any], rivals: Sequence[str]) -> list[str]:
     found = row["modes"][headline_mode(row)]
     ours, median_us = found["ours"], found["ours"]["median_us"]
@@ -180,17 +177,15 @@ def _tables_of(
         for name in SUITES
     }
     of_cells = quality_table.rows(cells, list(METHODS))
-    few = [row for row in of_cells if row["method"] in QUALITY_METHODS]
-    columns = [name for name in quality_table.COLUMNS if name not in LEFT_OUT]
+    few = [row for row in of_cells if all(row[key] in kept for key, kept in SHORT_ROWS.items())]
     return {
         Path("README.md"): {
-            "targets": targets_table(suites),
-            "quality": table(columns, [[row[name] for name in columns] for row in few]),
+            "quality": table(SHORT_COLUMNS, [[row[name] for name in SHORT_COLUMNS] for row in few])
         },
         Path("docs/quality.md"): {
             "quality": table(quality_table.COLUMNS, [list(row.values()) for row in of_cells])
         },
-        Path("kernels/README.md"): tables,
+        Path("kernels/README.md"): {"targets": targets_table(suites), **tables},
     }
 
 
